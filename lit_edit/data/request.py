@@ -1,0 +1,134 @@
+"""One wanted change of one fact, and the probes that tell whether it took."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class DataError(ValueError):
+    """A record or file that cannot be used; the message names the place and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt and the answer that is right for it."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """A fact to write: ``prompt`` about ``subject`` shall be continued with ``target_new``.
+
+    The request knows text only: no tokenizer, no model.
+
+    Args:
+        id: Unique within a stream.
+        prompt: The prompt with one ``{}`` where the subject stands, for example ``"The capital of {} is"``.
+        subject: For example ``"Italy"``.
+        target_new: The object to write, without a leading space.
+        target_true: The object that holds in the unedited world, if known; success and magnitude need it.
+        paraphrases: Other wordings, filled, for generalization.
+        neighborhood: Prompts about other subjects with their answers, for locality.
+        portability: Prompts that follow from the edit, with answers, by kind.
+        generation: Prompts for free generation.
+        relation: Name or id of the relation.
+
+    Raises:
+        DataError: If a field is missing or empty, or the subject's place is not given exactly once.
+
+    Example:
+        >>> request = EditRequest("1", "The capital of {} is", "Italy", "Vienna", target_true="Rome")
+        >>> request.text
+        'The capital of Italy is'
+        >>> request.text[slice(*request.subject_span)]
+        'Italy'
+    """
+
+    id: str
+    prompt: str
+    subject: str
+    target_new: str
+    target_true: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    neighborhood: tuple[Probe, ...] = ()
+    portability: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
+    generation: tuple[str, ...] = ()
+    relation: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "subject", "target_new"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise DataError(f"{name} must be text, got {type(value).__name__}")
+            if not value.strip():
+                raise DataError(f"{name} is empty")
+            if "\x00" in value:
+                raise DataError(f"{name} holds a NUL character")
+        if self.prompt.count("{}") != 1:
+            raise DataError(
+                f"prompt must have exactly one {{}} where the subject stands, got {self.prompt!r}; "
+                "use EditRequest.from_text for a prompt with the subject written out"
+            )
+        if self.target_true is not None and not self.target_true.strip():
+            raise DataError("target_true is empty; leave it out when it is not known")
+        if self.target_true is not None and self.target_true.strip() == self.target_new.strip():
+            raise DataError(f"target_true and target_new are both {self.target_new!r}: there is nothing to edit")
+
+    @classmethod
+    def from_text(cls, id: str, prompt: str, subject: str, target_new: str, **optional: Any) -> EditRequest:
+        """Make a request from a prompt with the subject written out, or with one ``{}`` in its place.
+
+        A subject that occurs more than once is taken at its last occurrence (whole words before parts of words):
+        the model has read most about it there.
+
+        Raises:
+            DataError: If the prompt does not contain the subject.
+
+        Example:
+            >>> EditRequest.from_text("1", "Ada is in Canada; Ada speaks", "Ada", "Greek").prompt
+            'Ada is in Canada; {} speaks'
+        """
+        for name, value in (("prompt", prompt), ("subject", subject), ("target_new", target_new)):
+            if not isinstance(value, str):
+                raise DataError(f"{name} must be text, got {type(value).__name__}")
+        prompt, subject, target_new = prompt.strip(), subject.strip(), target_new.strip()
+        if not subject:
+            raise DataError("subject is empty")
+        if prompt.count("{}") != 1:
+            start = find_subject(prompt, subject)
+            if start is None:
+                raise DataError(f"the subject {subject!r} does not occur in the prompt {prompt!r}")
+            # Other braces in the text would be taken for the subject's place.
+            before, after = prompt[:start].replace("{}", ""), prompt[start + len(subject) :].replace("{}", "")
+            prompt = f"{before}{{}}{after}"
+        return cls(id=id, prompt=prompt, subject=subject, target_new=target_new, **optional)
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject filled in."""
+        return self.prompt.replace("{}", self.subject)
+
+    @property
+    def subject_span(self) -> tuple[int, int]:
+        """Start and end of the subject in :attr:`text`."""
+        start = self.prompt.index("{}")
+        return start, start + len(self.subject)
+
+
+def find_subject(text: str, subject: str) -> int | None:
+    """Return where ``subject`` last begins in ``text``, whole words first, or ``None``.
+
+    Example:
+        >>> find_subject("Canada and Ada, Canada", "Ada"), find_subject("Canada", "ada"), find_subject("Peru", "Ada")
+        (11, 3, None)
+    """
+    whole = [m.start() for m in re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text)]
+    if whole:
+        return whole[-1]
+    start = text.rfind(subject)
+    return None if start < 0 else start

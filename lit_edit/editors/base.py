@@ -1,0 +1,120 @@
+"""What a method must offer to edit a stream."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from lit_edit.data.request import EditRequest
+from lit_edit.ledger import EditLedger, LayerUpdate, LedgerEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_edit.models.adapter import ModelAdapter
+    from lit_edit.stats.second_moment import KeyStatistics
+
+Status = Callable[[str], None]
+"""Receives a line about what is going on, for a progress bar."""
+
+
+def silent(message: str) -> None:
+    """Receive status lines and show them to nobody."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What an editor wants written for some requests. Making it reads the model and changes nothing.
+
+    Attributes:
+        requests: The edits.
+        updates: One per layer.
+        entries: For the ledger, one per request.
+        pending: What :meth:`Editor.accept` takes into the editor's state after the commit.
+        seconds: Time spent, by phase.
+    """
+
+    requests: tuple[EditRequest, ...]
+    updates: tuple[LayerUpdate, ...]
+    entries: tuple[LedgerEntry, ...]
+    pending: Any = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+class Editor(ABC):
+    """A method: requests in, updates out. It knows neither Lightning nor files."""
+
+    @abstractmethod
+    def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
+        """Return the layers this editor writes on this model, ascending."""
+
+    @abstractmethod
+    def prepare(
+        self,
+        ledger: EditLedger,
+        tokenizer: PreTrainedTokenizerBase,
+        statistics: KeyStatistics,
+        status: Status = silent,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Compute what is needed once, before the first edit, on the original weights."""
+
+    @abstractmethod
+    def propose(
+        self, requests: Sequence[EditRequest], window: Sequence[EditRequest] = (), status: Status = silent
+    ) -> Proposal:
+        """Work out the updates for some requests, without changing the model or the editor.
+
+        Args:
+            requests: The edits of this step.
+            window: The edits of the window that this step lies in, itself included; an editor may prepare them
+                together, and must arrive at the same result for the same window.
+            status: Receives a line about what is going on.
+        """
+
+    @abstractmethod
+    def accept(self, proposal: Proposal) -> None:
+        """Take a committed proposal into the editor's state; must not fail."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that is needed to go on: tensors and primitives."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict` on a prepared editor."""
+
+
+class Stopwatch:
+    """Adds up seconds by phase.
+
+    Example:
+        >>> watch = Stopwatch()
+        >>> with watch("solve"):
+        ...     pass
+        >>> list(watch.seconds)
+        ['solve']
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
+
+
+def column_norms(matrix: Tensor) -> list[float]:
+    """Return the Euclidean norms of the columns."""
+    return [float(value) for value in matrix.norm(dim=0)]

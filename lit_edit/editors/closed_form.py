@@ -1,0 +1,265 @@
+"""The engine of the closed-form editors: targets, one walk for the keys, one solve per layer.
+
+D4S, sequential MEMIT and their relatives are settings of it: on which weights targets and residuals are measured, how
+the residual is spread over the layers, and whether earlier facts are remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_edit.data.request import EditRequest
+from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
+from lit_edit.ledger import EditLedger, LayerUpdate, LedgerEntry
+from lit_edit.models.presets import edit_layers
+from lit_edit.solvers.ridge import RidgeSolver, RidgeStep
+from lit_edit.targets.contexts import Templates, check_templates, group_weights, sample_templates
+from lit_edit.targets.optimize import Target, TargetSettings, optimise_targets
+from lit_edit.targets.problem import TargetProblem, build_problem
+from lit_edit.tokens import check_tokenizer, pad_right, pad_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_edit.models.adapter import ModelAdapter, Trace
+    from lit_edit.stats.second_moment import KeyStatistics
+
+ResidualMode = Literal["shared", "remeasured", "uniform"]
+Contexts = Literal["sampled", "plain"]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    steps: dict[int, RidgeStep]
+
+
+class ClosedFormEditor(Editor):
+    r"""Locate, fit a target, and solve least squares in the MLP down projections of some layers.
+
+    Args:
+        layers: Layers to edit, ascending; by default those published for the model's family and size.
+        covariance_weight: :math:`\lambda`, how much a key of ordinary text weighs against one of an edit.
+        residual: How the residual :math:`r` is spread over the :math:`n` layers: ``remeasured`` measures it again after
+            each layer and writes ``1/(remaining layers)`` of what is left (MEMIT); ``shared`` measures once and still
+            divides by the remaining layers (the released D4S code, which writes 2.28 times the residual over five
+            layers); ``uniform`` writes :math:`r/n` everywhere.
+        target: Settings of the target optimisation.
+        contexts: ``sampled`` (five short texts by the unedited model, as published), ``plain`` (none), or the groups of
+            templates themselves.
+        seed: Seeds the sampled contexts.
+        ridge: Added to the diagonal of the second moment, relative to its mean.
+
+    Attributes:
+        on_original: Targets and residuals are measured on the original weights (else on the current ones).
+        memory: Earlier facts stay in the least-squares problem.
+    """
+
+    on_original: bool = True
+    memory: bool = True
+
+    def __init__(
+        self,
+        layers: Sequence[int] | None = None,
+        covariance_weight: float = 200.0,
+        residual: ResidualMode = "remeasured",
+        target: TargetSettings = TargetSettings(),  # noqa: B008 - frozen
+        contexts: Contexts | list[list[str]] = "sampled",
+        seed: int = 0,
+        ridge: float = 0.0,
+    ) -> None:
+        if layers is not None and (len(layers) == 0 or list(layers) != sorted(set(layers)) or min(layers) < 0):
+            raise ValueError(f"layers must be ascending, different and not negative, got {list(layers)}")
+        if not covariance_weight > 0:
+            raise ValueError(f"covariance_weight (lambda) must be positive, got {covariance_weight}")
+        if residual not in ("shared", "remeasured", "uniform"):
+            raise ValueError(f"residual must be 'shared', 'remeasured' or 'uniform', got {residual!r}")
+        if ridge < 0:
+            raise ValueError(f"ridge must not be negative, got {ridge}")
+        self.layers = None if layers is None else tuple(layers)
+        self.covariance_weight = covariance_weight
+        self.residual = residual
+        self.target = target
+        self.contexts = contexts if isinstance(contexts, str) else check_templates(contexts)
+        self.seed = seed
+        self.ridge = ridge
+        self.solvers: dict[int, RidgeSolver] = {}
+        self.templates: Templates = ()
+        self._targets: dict[str, Target] = {}
+
+    # ---- before the stream --------------------------------------------------------------------------------------
+
+    def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
+        """Return the layers to edit, those of the model's preset when none were given."""
+        layers = self.layers or edit_layers(adapter)
+        for layer in layers:
+            adapter.check_layer(layer)
+        return layers
+
+    def prepare(
+        self,
+        ledger: EditLedger,
+        tokenizer: PreTrainedTokenizerBase,
+        statistics: KeyStatistics | Mapping[int, Tensor],
+        status: Status = silent,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Set contexts and solvers up.
+
+        Args:
+            ledger: Holds the model and its original weights.
+            tokenizer: A fast tokenizer.
+            statistics: How to get the second moments, or the moments themselves by layer.
+            status: Receives a line about what is going on.
+            progress: Called with tokens read and tokens in all.
+        """
+        check_tokenizer(tokenizer)
+        self.ledger, self.tokenizer = ledger, tokenizer
+        original = ledger.original()
+        if not self.templates:
+            self.templates = self._make_templates(original)
+        if isinstance(statistics, Mapping):
+            moments = dict(statistics)
+        else:
+            status("key statistics")
+            moments = statistics.compute(original, tokenizer, ledger.layers, progress)
+        self.solvers = {}
+        for layer in ledger.layers:
+            prior = self.covariance_weight * moments[layer].double()
+            if self.ridge:
+                prior = prior + self.ridge * prior.diagonal().mean() * torch.eye(len(prior)).to(prior)
+            self.solvers[layer] = RidgeSolver(prior, ledger.adapter.shape(layer)[0], memory=self.memory)
+        self._targets.clear()
+
+    def _make_templates(self, original: ModelAdapter) -> Templates:
+        if self.contexts == "plain":
+            return (("{}",),)
+        if self.contexts == "sampled":
+            return sample_templates(original, self.tokenizer, self.seed)
+        return check_templates(self.contexts)
+
+    # ---- one step -----------------------------------------------------------------------------------------------
+
+    def propose(
+        self, requests: Sequence[EditRequest], window: Sequence[EditRequest] = (), status: Status = silent
+    ) -> Proposal:
+        """Work out the updates for some requests; see :meth:`Editor.propose`."""
+        watch = Stopwatch()
+        problems = {r.id: build_problem(self.tokenizer, r, self.templates) for r in requests}
+        with watch("targets"):
+            targets = self._get_targets(requests, window, status)
+        steps = self._walk([problems[r.id] for r in requests], targets, watch)
+        updates = tuple(LayerUpdate(l, self.ledger.names[l], step.delta) for l, step in steps.items())
+        entries = tuple(
+            LedgerEntry(r.id, r.subject, r.text, r.target_new, _facts(t)) for r, t in zip(requests, targets, strict=True)
+        )
+        return Proposal(tuple(requests), updates, entries, _Pending(steps), watch.seconds)
+
+    def accept(self, proposal: Proposal) -> None:
+        """Take the solved facts into the solvers."""
+        for layer, step in proposal.pending.steps.items():
+            self.solvers[layer].absorb(step)
+        for request in proposal.requests:
+            self._targets.pop(request.id, None)
+
+    def _get_targets(
+        self, requests: Sequence[EditRequest], window: Sequence[EditRequest], status: Status
+    ) -> list[Target]:
+        if not self.on_original:
+            return self._optimise(requests, self.ledger.adapter, status)
+        if any(r.id not in self._targets for r in requests):
+            # The whole window, also what is committed already: a resumed run then computes the very same batch.
+            group = window if {r.id for r in requests} <= {r.id for r in window} else requests
+            made = self._optimise(group, self.ledger.original(), status)
+            self._targets = {r.id: target for r, target in zip(group, made, strict=True)}
+        return [self._targets[r.id] for r in requests]
+
+    def _optimise(self, requests: Sequence[EditRequest], adapter: ModelAdapter, status: Status) -> list[Target]:
+        problems = [build_problem(self.tokenizer, r, self.templates) for r in requests]
+        what = repr(requests[0].subject) if len(requests) == 1 else f"{len(requests)} edits"
+        return optimise_targets(
+            adapter,
+            problems,
+            self.ledger.layers[-1],
+            self.target,
+            pad_token(self.tokenizer),
+            lambda step, steps: status(f"fitting targets of {what}: step {step + 1}/{steps}"),
+        )
+
+    @torch.no_grad()
+    def _walk(self, problems: Sequence[TargetProblem], targets: Sequence[Target], watch: Stopwatch) -> dict[int, RidgeStep]:
+        """Walk up the edited layers: read keys, solve, go on with the new weight."""
+        layers = self.ledger.layers
+        reference = self.ledger.original() if self.on_original else self.ledger.adapter
+        with watch("keys"):
+            trace, lookups = self._key_rows(reference, problems)
+        weights = torch.tensor(group_weights(self.templates), dtype=torch.float64, device=trace.hidden.device)
+        rows = torch.arange(len(lookups), device=trace.hidden.device)
+        plain = rows[:: len(weights)]
+        wanted = torch.stack([target.value for target in targets], 1).to(trace.hidden.device)  # (d_out, n)
+        missing = torch.stack([target.delta for target in targets], 1).to(trace.hidden.device)
+        hidden, done, steps = trace.hidden, layers[0], {}
+        written: dict[str, Tensor] = {}
+        for index, layer in enumerate(layers):
+            with watch("keys"):
+                view = reference.with_weights(written)
+                hidden = view.run_layers(hidden, trace.calls, done, layer)
+                _, keys = view.run_layer_with_keys(layer, hidden, trace.calls[layer])
+                per_row = keys[rows, lookups].double().view(len(problems), len(weights), -1)
+                key = torch.einsum("ncd,c->dn", per_row, weights)
+                if self.residual == "remeasured" and index > 0:
+                    reached = view.run_layers(hidden[plain], trace.calls_for(plain), layer, layers[-1] + 1)
+                    missing = wanted - reached[rows[: len(plain)], lookups[plain]].T.to(wanted)
+            with watch("solve"):
+                share = len(layers) if self.residual == "uniform" else len(layers) - index
+                step = self.solvers[layer].preview(key, missing.double() / share)
+                steps[layer] = step
+                written[self.ledger.names[layer]] = self.ledger.edited_weight(layer, step.delta)
+            done = layer
+        return steps
+
+    def _key_rows(self, reference: ModelAdapter, problems: Sequence[TargetProblem]) -> tuple[Trace, Tensor]:
+        """Run all prompts, cut behind their lookup tokens, up to the edited layers."""
+        prompts = [prompt for problem in problems for prompt in problem.prompts]
+        ids, mask = pad_right([p.ids[: p.lookup + 1] for p in prompts], pad_token(self.tokenizer), reference.device)
+        trace = reference.trace(ids, mask, at=self.ledger.layers[0], stop=self.ledger.layers[-1] + 1)
+        return trace, torch.tensor([p.lookup for p in prompts], device=trace.hidden.device)
+
+    # ---- state --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return contexts and solver states."""
+        return {
+            "templates": [list(group) for group in self.templates],
+            "solvers": {str(layer): solver.state_dict() for layer, solver in self.solvers.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore contexts and solver states on a prepared editor.
+
+        Raises:
+            ValueError: If the state is of other layers or another kind of editor.
+        """
+        if set(state["solvers"]) != {str(layer) for layer in self.solvers}:
+            raise ValueError(
+                f"the checkpoint edits layers {sorted(map(int, state['solvers']))}, this editor {sorted(self.solvers)}"
+            )
+        self.templates = check_templates(state["templates"])
+        for layer, solver in self.solvers.items():
+            solver.load_state_dict(state["solvers"][str(layer)])
+        self._targets.clear()
+
+
+def _facts(target: Target) -> dict[str, float]:
+    return {
+        "target_probability_before": target.probability_before,
+        "target_probability": target.probability,
+        "target_loss": target.trace[-1][0],
+        "target_steps": float(len(target.trace)),
+        "residual_norm": float(target.delta.norm()),
+        "state_norm": float(target.base.norm()),
+    }

@@ -1,0 +1,384 @@
+"""Reading a model: structure, weights, and forward passes cut where editing needs them cut."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lit_edit.models.families import SPECS
+from lit_edit.models.spec import ArchSpec
+
+_CACHE_NAMES = ("past_key_values", "layer_past")
+
+
+class UnknownArchitectureError(ValueError):
+    """The model's family is not described, or its description does not fit the model."""
+
+
+class _StopForward(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by a hook to leave a forward pass early; never reaches the caller."""
+
+
+@dataclass
+class Trace:
+    """What one forward pass left behind, enough to continue it from a layer.
+
+    Attributes:
+        hidden: ``(batch, time, d_model)``, the input of layer :attr:`at` (the output of layer ``at - 1``).
+        at: The layer that :attr:`hidden` enters.
+        calls: Keyword arguments with which the model called each layer ``>= at`` (masks, positions, rotary tables).
+        attention_mask: ``(batch, time)``, 1 for tokens and 0 for padding.
+        cache: Keys and values of all layers, when they were asked for.
+    """
+
+    hidden: Tensor
+    at: int
+    calls: dict[int, dict[str, Any]]
+    attention_mask: Tensor
+    cache: DynamicCache | None = None
+
+    def calls_for(self, rows: Tensor) -> dict[int, dict[str, Any]]:
+        """Return :attr:`calls` for some of the rows (indices)."""
+        return take_rows(self.calls, rows, self.hidden.shape[0])
+
+
+def take_rows(calls: Mapping[int, Mapping[str, Any]], rows: Tensor, batch: int) -> dict[int, dict[str, Any]]:
+    """Cut layer calls of a batch down to some rows; tensors shared between layers stay shared."""
+    taken: dict[int, Tensor] = {}
+
+    def take(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(take(v) for v in value)
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch:
+            return value
+        return taken.setdefault(id(value), value.index_select(0, rows))
+
+    return {index: {name: take(value) for name, value in call.items()} for index, call in calls.items()}
+
+
+def find_spec(model: nn.Module) -> ArchSpec:
+    """Return the description of a model's family.
+
+    Raises:
+        UnknownArchitectureError: If no family fits; the message lists the model's modules and says what to write.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    for spec in SPECS:
+        if model_type in spec.model_types:
+            return spec
+    known = ", ".join(sorted(spec.family for spec in SPECS))
+    raise UnknownArchitectureError(
+        f"architecture {model_type!r} is not described (known: {known}).\n{_describe(model)}"
+    )
+
+
+def _describe(model: nn.Module) -> str:
+    names = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", name) for name, _ in model.named_modules() if name)
+    listing = "\n".join(f"  {name}" for name in names)
+    return (
+        f"The modules of this model ({{}} stands for the layer number):\n{listing}\n"
+        "Describe it in YAML and pass the file with --config:\n"
+        "  model:\n    language_model:\n      init_args:\n        arch:\n"
+        "          family: my-family\n          layers: <path to the list of decoder layers>\n"
+        "          down_proj: <path from one layer to the MLP down projection>\n"
+        "          norm: <path to the final norm, or null>\n          head: <path to the language-model head>"
+    )
+
+
+class ModelAdapter:
+    """A causal language model as editors see it.
+
+    The adapter reads and never writes. To look at the model with other weights (the original ones, or an update that
+    is not committed yet) make a view of it with :meth:`with_weights`.
+
+    Args:
+        model: A decoder-only Hugging Face model in evaluation mode.
+        spec: Its family's description; found by ``config.model_type`` when not given.
+        weights: Parameters to use in place of the model's own, by full name.
+
+    Raises:
+        UnknownArchitectureError: If the family is unknown or ``spec`` names modules that the model does not have.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, spec: ArchSpec | None = None, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.model = model
+        self.spec = spec or find_spec(model)
+        self.weights = dict(weights or {})
+        self.layers = list(self._module(self.spec.layers))
+        if not self.layers:
+            raise UnknownArchitectureError(f"{self.spec.layers!r} holds no layers.\n{_describe(model)}")
+        self.norm = self._optional(self.spec.norm)
+        self.post_norm = self._optional(self.spec.post_norm)
+        self.head = self._module(self.spec.head)
+        self.down_proj(0)
+        self._backbone: nn.Module = model.base_model
+        self._backbone_prefix = next(f"{n}." if n else "" for n, m in model.named_modules() if m is self._backbone)
+        self._signatures: dict[int, inspect.Signature] = {}
+
+    # ---- structure ----------------------------------------------------------------------------------------------
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first edited-layer weight; inputs go there."""
+        return self.down_proj(0).weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the weights."""
+        return self.down_proj(0).weight.dtype
+
+    def down_proj(self, layer: int) -> nn.Module:
+        """Return the MLP down projection of a layer.
+
+        Raises:
+            ValueError: If the model has no such layer.
+            UnknownArchitectureError: If the layer has no such module, or the module is neither Linear nor Conv1D.
+        """
+        self.check_layer(layer)
+        try:
+            module = self.layers[layer].get_submodule(self.spec.down_proj)
+        except AttributeError:
+            raise UnknownArchitectureError(
+                f"layer {layer} has no module {self.spec.down_proj!r}.\n{_describe(self.model)}"
+            ) from None
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            raise UnknownArchitectureError(
+                f"{self.spec.down_proj!r} of layer {layer} is a {type(module).__name__}; "
+                "editing needs torch.nn.Linear or transformers' Conv1D (quantised layers cannot be edited: load the "
+                "model in float32 or bfloat16)"
+            )
+        return module
+
+    def check_layer(self, layer: int) -> None:
+        """Raise ``ValueError`` unless ``layer`` counts one of the model's layers."""
+        if not 0 <= layer < self.n_layers:
+            raise ValueError(
+                f"layer {layer} does not exist: this model has layers 0 to {self.n_layers - 1}; "
+                "choose others with --model.editor.init_args.layers"
+            )
+
+    def weight_name(self, layer: int) -> str:
+        """Return the full name of the edited parameter of a layer, as in ``model.named_parameters()``."""
+        return f"{self.spec.layers}.{layer}.{self.spec.down_proj}.weight"
+
+    def weight(self, layer: int) -> Tensor:
+        """Return the edited weight of a layer in this view, in the layout the model stores it in."""
+        name = self.weight_name(layer)
+        return self.weights.get(name, self.down_proj(layer).weight)
+
+    def shape(self, layer: int) -> tuple[int, int]:
+        """Return ``(d_out, d_in)`` of a layer's down projection, whatever its layout."""
+        module = self.down_proj(layer)
+        rows, columns = module.weight.shape
+        return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+    def to_layout(self, layer: int, delta: Tensor) -> Tensor:
+        """Turn a ``(d_out, d_in)`` matrix into the layout of the layer's weight.
+
+        Decided by the module's type: ``Conv1D`` stores ``(d_in, d_out)``, ``Linear`` stores ``(d_out, d_in)``.
+        """
+        return delta.T if isinstance(self.down_proj(layer), Conv1D) else delta
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> ModelAdapter:
+        """Return a view of the same model that computes with other parameters; the model itself is not touched."""
+        view = object.__new__(ModelAdapter)
+        view.__dict__.update(self.__dict__)
+        view.weights = {**self.weights, **weights}
+        return view
+
+    def _module(self, path: str) -> Any:
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError:
+            raise UnknownArchitectureError(
+                f"the description of family {self.spec.family!r} names {path!r}, which this "
+                f"{type(self.model).__name__} does not have.\n{_describe(self.model)}"
+            ) from None
+
+    def _optional(self, path: str | None) -> nn.Module | None:
+        if path is None:
+            return None
+        parent, _, name = path.rpartition(".")
+        return getattr(self._module(parent), name, None) if parent else self._module(name)
+
+    # ---- forward passes -----------------------------------------------------------------------------------------
+
+    def trace(
+        self, input_ids: Tensor, attention_mask: Tensor, at: int, stop: int | None = None, keep_cache: bool = False
+    ) -> Trace:
+        """Run the model and record how to continue from layer ``at``.
+
+        Args:
+            input_ids: ``(batch, time)`` token ids.
+            attention_mask: ``(batch, time)``, padding on either side.
+            at: Record the hidden state entering this layer (``n_layers`` records what leaves the last one).
+            stop: Record the calls of layers ``at .. stop - 1`` and leave the pass when layer ``stop - 1`` is about to
+                run; by default run to the end.
+            keep_cache: Also keep all layers' attention keys and values.
+
+        Returns:
+            The trace; its tensors carry gradients only if grad mode is on.
+        """
+        calls: dict[int, dict[str, Any]] = {}
+        found: dict[str, Tensor] = {}
+
+        def before(index: int) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                hidden, call = self._bind(index, args, kwargs)
+                calls[index] = call
+                if index == at:
+                    found["hidden"] = hidden
+                if stop is not None and index == stop - 1:
+                    raise _StopForward
+
+            return hook
+
+        def after_last(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            found["hidden"] = _first(output)
+
+        cache = DynamicCache() if keep_cache else None
+        with ExitStack() as stack:
+            for index in range(at, stop if stop is not None else self.n_layers):
+                handle = self.layers[index].register_forward_pre_hook(before(index), with_kwargs=True)
+                stack.callback(handle.remove)
+            if at == self.n_layers:
+                stack.callback(self.layers[-1].register_forward_hook(after_last).remove)
+            try:
+                self._run_backbone(input_ids, attention_mask, cache)
+            except _StopForward:
+                pass
+        return Trace(found["hidden"], at, calls, attention_mask, cache)
+
+    def run_layers(self, hidden: Tensor, calls: Mapping[int, Mapping[str, Any]], start: int, stop: int) -> Tensor:
+        """Continue a pass: layers ``start .. stop - 1`` on ``hidden`` ``(batch, time, d_model)``."""
+        for index in range(start, stop):
+            hidden = self._run_layer(index, hidden, calls[index])
+        return hidden
+
+    def run_layer_with_keys(self, index: int, hidden: Tensor, call: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Run one layer and also return the input of its down projection, ``(batch, time, d_in)``."""
+        with self.record_keys([index]) as keys:
+            output = self._run_layer(index, hidden, call)
+        return output, keys[index].reshape(*hidden.shape[:-1], -1)
+
+    def record_keys(self, layers: Sequence[int], stop_after_last: bool = False) -> _KeyRecorder:
+        """Record the down-projection inputs of layers during passes run inside this context.
+
+        Args:
+            layers: The layers to listen to.
+            stop_after_last: Leave the pass as soon as the highest of them has been read.
+        """
+        return _KeyRecorder({layer: self.down_proj(layer) for layer in layers}, stop_after_last)
+
+    def last_hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the final, normalised hidden states ``(batch, time, d_head)``: what the head reads."""
+        return self._run_backbone(input_ids, attention_mask, None).last_hidden_state
+
+    def read_keys(self, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Return ``{layer: (batch, time, d_in)}`` of one pass that stops at the highest layer asked for."""
+        with self.record_keys(layers, stop_after_last=True) as keys:
+            try:
+                self._run_backbone(input_ids, attention_mask, None)
+            except _StopForward:
+                pass
+        return {layer: key.reshape(*input_ids.shape, -1) for layer, key in keys.items()}
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Apply final norm (and what follows it) to the output of the last layer."""
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        return hidden if self.post_norm is None else self.post_norm(hidden)
+
+    def logits(self, normalised: Tensor) -> Tensor:
+        """Apply the head to :meth:`finish`-ed states ``(..., d_head)``; returns ``(..., vocab)``, at least float32."""
+        logits = self.head(normalised)
+        cap = getattr(self.model.config, self.spec.logit_softcap, None) if self.spec.logit_softcap else None
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+    def _run_backbone(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None) -> Any:
+        kwargs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            # Positions count tokens, not padding: left padding must not move them.
+            "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
+            "use_cache": cache is not None,
+            "past_key_values": cache,
+        }
+        if self.spec.family == "opt":  # OPT derives its positions from the mask, with an offset of its own.
+            del kwargs["position_ids"]
+        if not self.weights:
+            return self._backbone(**kwargs)
+        local = {name.removeprefix(self._backbone_prefix): value for name, value in self.weights.items()}
+        return functional_call(self._backbone, local, (), kwargs)
+
+    def _run_layer(self, index: int, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
+        prefix = f"{self.spec.layers}.{index}."
+        local = {n.removeprefix(prefix): w for n, w in self.weights.items() if n.startswith(prefix)}
+        layer = self.layers[index]
+        output = functional_call(layer, local, (hidden,), dict(call)) if local else layer(hidden, **call)
+        return _first(output)
+
+    def _bind(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Name the positional arguments of a layer call; return the hidden states and the rest."""
+        if index not in self._signatures:
+            self._signatures[index] = inspect.signature(self.layers[index].forward)
+        arguments = dict(self._signatures[index].bind(*args, **kwargs).arguments)
+        arguments.update(arguments.pop("kwargs", {}))
+        hidden = arguments.pop("hidden_states")
+        for name in _CACHE_NAMES:
+            if name in arguments:
+                arguments[name] = None
+        if "use_cache" in arguments:
+            arguments["use_cache"] = False
+        return hidden, arguments
+
+
+class _KeyRecorder:
+    """Context that collects the inputs of some modules, by layer."""
+
+    def __init__(self, modules: Mapping[int, nn.Module], stop_after_last: bool) -> None:
+        self._modules = modules
+        self._last = max(modules) if stop_after_last else None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> dict[int, Tensor]:
+        keys: dict[int, Tensor] = {}
+
+        def reader(layer: int) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                keys[layer] = args[0]
+                if layer == self._last:
+                    raise _StopForward
+
+            return hook
+
+        for layer, module in self._modules.items():
+            self._stack.callback(module.register_forward_pre_hook(reader(layer)).remove)
+        return keys
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+
+def _first(output: Any) -> Tensor:
+    """Decoder layers return a tensor or a tuple that starts with one, depending on family and release."""
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,30 @@
+"""Which layers are known to edit well, by model."""
+
+from __future__ import annotations
+
+from lit_edit.models.adapter import ModelAdapter
+
+PUBLISHED: dict[tuple[str, int, int], tuple[int, ...]] = {
+    # (model type, layers, hidden size): edited layers
+    ("llama", 30, 576): (6, 7, 8, 9, 10),  # SmolLM2-135M, measured: see configs/method/d4s.yaml
+    ("gpt2", 48, 1600): (13, 14, 15, 16, 17),  # GPT2-XL, MEMIT
+    ("gptj", 28, 4096): (3, 4, 5, 6, 7, 8),  # GPT-J-6B, MEMIT
+    ("llama", 32, 4096): (4, 5, 6, 7, 8),  # Llama-2-7B, Llama-3-8B, EasyEdit and AlphaEdit
+    ("mistral", 32, 4096): (4, 5, 6, 7, 8),  # Mistral-7B, EasyEdit
+    ("llama", 28, 3072): (4, 5, 6, 7, 8),  # Llama-3.2-3B, EasyEdit
+    ("qwen2", 28, 3584): (4, 5, 6, 7, 8),  # Qwen2.5-7B, EasyEdit
+}
+
+
+def edit_layers(adapter: ModelAdapter) -> tuple[int, ...]:
+    """Return the layers to edit when the user names none.
+
+    Models that nobody has tuned get the layers from an eighth to a third of the depth, where the published choices lie.
+    """
+    config = adapter.model.config
+    key = (config.model_type, adapter.n_layers, adapter.shape(0)[0])
+    if key in PUBLISHED:
+        return PUBLISHED[key]
+    depth = adapter.n_layers
+    last = min(depth - 1, max(1, round(depth * 0.3)))
+    return tuple(range(max(0, last - 4), last + 1))

@@ -1,0 +1,34 @@
+"""Where an architecture family keeps the parts that editing touches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ArchSpec:
+    """Names of the modules of a decoder-only model, as dotted paths.
+
+    A family is described once, by names and never by tensor shapes: square matrices and transposed layouts would fool
+    any guess (see :meth:`lit_edit.models.ModelAdapter.to_layout`).
+
+    Args:
+        family: A name for people, for example ``"llama"``.
+        layers: Path from the model to the list of decoder layers, for example ``"model.layers"``.
+        down_proj: Path from one decoder layer to the MLP down projection, the matrix that is edited, for example
+            ``"mlp.down_proj"``. Its input at the lookup token is the key of a fact.
+        norm: Path from the model to the final norm, or ``None`` when the model has none.
+        head: Path from the model to the language-model head.
+        post_norm: Path to a module that stands between final norm and head (OPT-350m projects out there), or ``None``.
+        logit_softcap: Name of the config attribute that caps the logits (Gemma 2), or ``None``.
+        model_types: Values of ``config.model_type`` that this description covers.
+    """
+
+    family: str
+    layers: str
+    down_proj: str
+    norm: str | None
+    head: str = "lm_head"
+    post_norm: str | None = None
+    logit_softcap: str | None = None
+    model_types: tuple[str, ...] = ()

@@ -1,0 +1,92 @@
+"""The formulas behind the solvers: pure functions on tensors, columns are facts, deltas are ``(d_out, d_in)``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_facts(keys: Tensor, residuals: Tensor, d_in: int, d_out: int) -> None:
+    """Check keys ``(d_in, n)`` and residuals ``(d_out, n)`` before they reach any state.
+
+    Raises:
+        ValueError: If the shapes do not fit or a value is not finite.
+    """
+    if keys.dim() != 2 or keys.shape[0] != d_in:
+        raise ValueError(f"keys must be (d_in, n) = ({d_in}, n), got {tuple(keys.shape)}")
+    if residuals.dim() != 2 or residuals.shape[0] != d_out:
+        raise ValueError(f"residuals must be (d_out, n) = ({d_out}, n), got {tuple(residuals.shape)}")
+    if keys.shape[1] != residuals.shape[1]:
+        raise ValueError(f"keys hold {keys.shape[1]} facts and residuals {residuals.shape[1]}; expected as many")
+    for name, value in (("keys", keys), ("residuals", residuals)):
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} hold NaN or infinite values; the edit is refused and the weights stay as they are")
+
+
+def ridge_update(keys: Tensor, residuals: Tensor, prior: Tensor) -> Tensor:
+    r"""Return the joint least-squares delta of a set of facts.
+
+    Solves :math:`\Delta\,(\Lambda + K K^\top) = R K^\top` with :math:`\Lambda = \lambda C`. This is one batch of MEMIT
+    (arXiv 2210.07229, eq. 14) and, over all edits of a stream relative to the original weights, D4S (arXiv 2410.23843,
+    section 4).
+
+    Args:
+        keys: ``(d_in, n)``.
+        residuals: ``(d_out, n)``, what the edited layer's output lacks.
+        prior: ``(d_in, d_in)``, symmetric positive definite.
+
+    Returns:
+        ``(d_out, d_in)`` in the dtype of ``prior``.
+
+    Example:
+        >>> eye = torch.eye(2, dtype=torch.float64)
+        >>> key, residual = torch.tensor([[1.0], [0.0]]), torch.tensor([[2.0]])
+        >>> ridge_update(key, residual, eye)
+        tensor([[1., 0.]], dtype=torch.float64)
+    """
+    check_facts(keys, residuals, prior.shape[0], residuals.shape[0])
+    keys, residuals = keys.to(prior), residuals.to(prior)
+    return solve_spd(prior + keys @ keys.T, (residuals @ keys.T).T).T
+
+
+def ridge_gain(projected: Tensor, keys: Tensor) -> Tensor:
+    r"""Return the gain :math:`P K (I + K^\top P K)^{-1}` of a block of facts, ``(d_in, b)``.
+
+    Args:
+        projected: :math:`P K`, ``(d_in, b)``.
+        keys: ``(d_in, b)``.
+    """
+    inner = keys.T @ projected
+    inner.diagonal().add_(1.0)
+    return solve_spd(inner, projected.T).T
+
+
+def solve_spd(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve ``matrix @ x = right`` by Cholesky.
+
+    Raises:
+        ValueError: If ``matrix`` is not positive definite; the message says what to do about it.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if info.item() != 0:
+        raise ValueError(_NOT_POSITIVE)
+    return torch.cholesky_solve(right, factor)
+
+
+def inverse_spd(matrix: Tensor) -> Tensor:
+    """Return the inverse of a symmetric positive definite matrix, by Cholesky.
+
+    Raises:
+        ValueError: If ``matrix`` is not positive definite.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if info.item() != 0:
+        raise ValueError(_NOT_POSITIVE)
+    return torch.cholesky_inverse(factor)
+
+
+_NOT_POSITIVE = (
+    "the second moment of the keys is not positive definite: it was computed from too few tokens or holds NaN. "
+    "Use more tokens (model.statistics.init_args.tokens, at least 10 x d_in) or a larger ridge "
+    "(model.editor.init_args.ridge)"
+)

@@ -1,0 +1,197 @@
+r"""Second moments of the keys, :math:`C = E[k k^\top]`: what a layer's inputs look like on ordinary text.
+
+One pass collects all edited layers and stops at the highest of them. About ten vectors per dimension are enough for a
+well-conditioned estimate (arXiv 2506.04226); that is minutes where a hundred thousand articles are days.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lit_edit.models.adapter import ModelAdapter
+from lit_edit.paths import cache_dir, write_atomically
+from lit_edit.stats.corpus import Corpus, open_corpus
+from lit_edit.targets.buckets import partition_by_length
+from lit_edit.tokens import pad_right, pad_token
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class KeyStatistics:
+    """Which key statistics to use, and where they are kept.
+
+    Args:
+        corpus: ``"sampled"`` (the model writes the text itself), a text file, or the id of a hub data set.
+        tokens: Tokens to read; never fewer than ten per dimension of the keys.
+        seed: For sampled text.
+        skip_first: Leave out the first token of every text, whose key is an outlier in most models.
+        cache: Folder to keep results in; by default in lit-edit's cache.
+        force: Compute anew even if a result is kept.
+    """
+
+    corpus: str = "sampled"
+    tokens: int = 0
+    seed: int = 0
+    skip_first: bool = False
+    cache: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tokens < 0:
+            raise ValueError(f"model.statistics.tokens must not be negative, got {self.tokens}")
+
+    def compute(
+        self,
+        adapter: ModelAdapter,
+        tokenizer: PreTrainedTokenizerBase,
+        layers: Sequence[int],
+        progress: Progress | None = None,
+    ) -> dict[int, Tensor]:
+        """Return ``{layer: (d_in, d_in)}`` in float64 on the model's device, from the cache where possible.
+
+        Args:
+            adapter: The unedited model.
+            tokenizer: Its tokenizer.
+            layers: The layers to be edited.
+            progress: Called with ``(tokens read, tokens in all)``.
+
+        Raises:
+            DataError: If the corpus has fewer tokens than asked for.
+        """
+        corpus = open_corpus(self.corpus, self.seed)
+        budget = max(self.tokens, *(10 * adapter.shape(layer)[1] for layer in layers))
+        folder = self._folder(adapter, corpus, budget)
+        found: dict[int, Tensor] = {}
+        for layer in layers:
+            moment = None if self.force else _load_moment(folder / f"layer{layer}.safetensors", adapter.shape(layer)[1])
+            if moment is not None:
+                found[layer] = moment
+        missing = [layer for layer in layers if layer not in found]
+        if missing:
+            found |= accumulate(adapter, tokenizer, missing, corpus, budget, self.skip_first, folder, progress)
+        return {layer: found[layer].to(adapter.device) for layer in layers}
+
+    def is_cached(self, adapter: ModelAdapter, layers: Sequence[int]) -> bool:
+        """Tell whether :meth:`compute` would find everything in the cache."""
+        corpus = open_corpus(self.corpus, self.seed)
+        budget = max(self.tokens, *(10 * adapter.shape(layer)[1] for layer in layers))
+        folder = self._folder(adapter, corpus, budget)
+        return not self.force and all((folder / f"layer{layer}.safetensors").is_file() for layer in layers)
+
+    def _folder(self, adapter: ModelAdapter, corpus: Corpus, budget: int) -> Path:
+        base = Path(self.cache).expanduser() if self.cache else cache_dir() / "stats"
+        name = f"{corpus.fingerprint()}-{budget}" + ("-skipfirst" if self.skip_first else "")
+        return base / weights_hash(adapter.model) / name
+
+
+@torch.no_grad()
+def accumulate(
+    adapter: ModelAdapter,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Sequence[int],
+    corpus: Corpus,
+    budget: int,
+    skip_first: bool,
+    folder: Path,
+    progress: Progress | None = None,
+) -> dict[int, Tensor]:
+    """Read ``budget`` tokens and return the mean of ``k k^T`` per layer, float64.
+
+    Partial sums are written to ``folder`` after each chunk, so an interrupted count goes on where it was.
+    """
+    from lit_edit.data.request import DataError
+
+    partial = folder / f"partial-{'-'.join(map(str, layers))}.safetensors"
+    sums = {layer: torch.zeros(*[adapter.shape(layer)[1]] * 2, dtype=torch.float64) for layer in layers}
+    count, index = _load_partial(partial, sums)
+    pad = pad_token(tokenizer)
+    while count < budget:
+        if progress is not None:
+            progress(count, budget)
+        rows = corpus.chunk(index, adapter, tokenizer)
+        rows = [row for row in rows if len(row) > int(skip_first)]
+        if not rows:
+            raise DataError(
+                f"the corpus has {count} tokens; key statistics need {budget} (ten per key dimension at least). "
+                "Use more text, or model.statistics.init_args.corpus=sampled"
+            )
+        for members in partition_by_length([len(row) for row in rows], overhead=64):
+            ids, mask = pad_right([rows[m] for m in members], pad, adapter.device)
+            counted = mask.bool()
+            if skip_first:
+                counted[:, 0] = False
+            for layer, keys in adapter.read_keys(ids, mask, layers).items():
+                vectors = keys[counted].double()  # (tokens, d_in)
+                sums[layer].addmm_(vectors.T.cpu(), vectors.cpu())
+            count += int(counted.sum())
+        index += 1
+        _save_partial(partial, sums, count, index)
+    if progress is not None:
+        progress(budget, budget)
+    moments = {layer: (total + total.T) / (2 * count) for layer, total in sums.items()}
+    for layer, moment in moments.items():
+        data, target = {"moment": moment.contiguous()}, folder / f"layer{layer}.safetensors"
+        write_atomically(target, lambda p, data=data: save_file(data, p, metadata={"tokens": str(count)}))
+    partial.unlink(missing_ok=True)
+    return moments
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return a hash of all parameters: statistics of one model are never taken for another's."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(memoryview(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _load_moment(path: Path, d_in: int) -> Tensor | None:
+    """Return a kept result, or ``None`` if there is none or it is damaged (it is then computed anew)."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            moment = file.get_tensor("moment")
+    except (SafetensorError, OSError) as error:
+        log.warning("kept key statistics are damaged and will be computed anew: %s (%s)", path, error)
+        return None
+    if moment.shape != (d_in, d_in) or not torch.isfinite(moment).all():
+        log.warning("kept key statistics do not fit and will be computed anew: %s", path)
+        return None
+    return moment
+
+
+def _save_partial(path: Path, sums: dict[int, Tensor], count: int, index: int) -> None:
+    data = {str(layer): total for layer, total in sums.items()}
+    meta = {"count": str(count), "chunk": str(index)}
+    write_atomically(path, lambda p: save_file(data, p, metadata=meta))
+
+
+def _load_partial(path: Path, sums: dict[int, Tensor]) -> tuple[int, int]:
+    """Fill ``sums`` from an interrupted count; return its tokens and its next chunk."""
+    if not path.is_file():
+        return 0, 0
+    try:
+        with safe_open(path, "pt") as file:
+            meta = file.metadata()
+            loaded = {layer: file.get_tensor(str(layer)) for layer in sums}
+            count, index = int(meta["count"]), int(meta["chunk"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        log.warning("an interrupted count of key statistics is damaged; it starts again: %s", path)
+        return 0, 0
+    for layer, total in loaded.items():
+        sums[layer].copy_(total)
+    return count, index

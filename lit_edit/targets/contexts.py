@@ -1,0 +1,94 @@
+"""Context templates: the texts before a prompt that make keys and targets robust against what precedes it.
+
+Two groups, as in MEMIT: the plain prompt, and prompts behind short texts that the unedited model wrote itself. A key is
+the mean of the group means, so the plain prompt weighs as much as all prefixed ones together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lit_edit.models.adapter import ModelAdapter
+from lit_edit.tokens import encode, pad_token
+
+Templates: TypeAlias = tuple[tuple[str, ...], ...]
+"""Groups of templates, each with one ``{}`` for the filled prompt."""
+
+STARTS = ("The", "Therefore", "Because", "I", "You")
+"""The words from which MEMIT's code lets the model go on."""
+
+PLAIN: Templates = (("{}",),)
+
+
+def check_templates(templates: Sequence[Sequence[str]]) -> Templates:
+    """Return the groups as tuples.
+
+    Raises:
+        ValueError: If a group is empty, a template has not exactly one ``{}``, or the first is not ``"{}"``.
+
+    Example:
+        >>> check_templates([["{}"], ["Well. {}"]])
+        (('{}',), ('Well. {}',))
+    """
+    groups = tuple(tuple(group) for group in templates)
+    if not groups or not all(groups):
+        raise ValueError(f"contexts must be groups of at least one template each, got {templates!r}")
+    for template in (t for group in groups for t in group):
+        if template.count("{}") != 1:
+            raise ValueError(f"a context template needs exactly one {{}} for the prompt, got {template!r}")
+    if groups[0][0] != "{}":
+        raise ValueError(f"the first context template must be the plain prompt '{{}}', got {groups[0][0]!r}")
+    return groups
+
+
+def group_weights(templates: Templates) -> list[float]:
+    """Return the weight of each template, in order: equal over groups, equal within a group.
+
+    Example:
+        >>> group_weights((("{}",), ("A. {}", "B. {}")))
+        [0.5, 0.25, 0.25]
+    """
+    return [1.0 / len(templates) / len(group) for group in templates for _ in group]
+
+
+@torch.no_grad()
+def sample_templates(
+    adapter: ModelAdapter,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    starts: Sequence[str] = STARTS,
+    length: int = 10,
+    top_k: int = 5,
+) -> Templates:
+    """Let the model write one short text per start word (MEMIT: top-k 5, ten tokens in all).
+
+    Args:
+        adapter: The unedited model.
+        tokenizer: Its tokenizer.
+        seed: Seeds the sampling; the global random state is left as it was.
+        starts: First words.
+        length: Tokens of each text, the start included.
+        top_k: Sample among this many most probable tokens.
+    """
+    texts = []
+    devices = [adapter.device] if adapter.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for start in starts:
+            ids = torch.tensor([encode(tokenizer, start)], device=adapter.device)
+            out = adapter.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=top_k,
+                max_length=max(length, ids.shape[1] + 1),
+                max_new_tokens=None,
+                pad_token_id=pad_token(tokenizer),
+            )
+            text = tokenizer.decode(out[0], skip_special_tokens=True)
+            texts.append(" ".join(text.replace("{", " ").replace("}", " ").split()))
+    return (("{}",), tuple(f"{text}. {{}}" for text in texts))
