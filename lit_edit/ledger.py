@@ -75,6 +75,13 @@ class EditLedger:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def align(self) -> None:
+        """Bring the original weights to the device and type that the model has by now."""
+        for layer, name in self.names.items():
+            self.base[name] = self.base[name].to(self.adapter.down_proj(layer).weight)
+            if name in self.deltas:
+                self.deltas[name] = self.deltas[name].to(self.base[name].device)
+
     def original(self) -> ModelAdapter:
         """Return a view of the model with its original weights."""
         return self.adapter.with_weights(self.base)

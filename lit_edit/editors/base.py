@@ -93,7 +93,7 @@ class Editor(ABC):
 
 
 class Stopwatch:
-    """Adds up seconds by phase.
+    """Adds up seconds by phase, in a dictionary of its own or a given one.
 
     Example:
         >>> watch = Stopwatch()
@@ -103,8 +103,8 @@ class Stopwatch:
         ['solve']
     """
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds: dict[str, float] = {} if seconds is None else seconds
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

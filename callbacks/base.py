@@ -1,0 +1,39 @@
+"""What all callbacks of an edit stream share."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_edit.stream import EditStream
+
+
+def as_stream(module: LightningModule, callback: object) -> EditStream:
+    """Return the module as an edit stream.
+
+    Raises:
+        MisconfigurationException: If it is something else.
+    """
+    if not isinstance(module, EditStream):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} follows an EditStream, got a {type(module).__name__}: remove the callback or "
+            "fit an EditStream"
+        )
+    return module
+
+
+def check_every(value: int, name: str) -> int:
+    """Return a number of edits, checked to be at least one."""
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def is_due(before: int, now: int, every: int) -> bool:
+    """Tell whether a multiple of ``every`` lies in ``(before, now]``: steps may commit several edits at once.
+
+    Example:
+        >>> is_due(3, 5, 5), is_due(5, 7, 5)
+        (True, False)
+    """
+    return now // every > before // every

@@ -1,0 +1,65 @@
+"""The table at the end: before and after, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from .base import as_stream
+
+_ROWS = (
+    ("efficacy", "success"),
+    ("efficacy", "accuracy"),
+    ("generalization", "success"),
+    ("generalization", "accuracy"),
+    ("locality", "success"),
+    ("locality", "accuracy"),
+    ("locality", "agreement"),
+)
+
+
+class ClosingTable(Callback):
+    """Prints the summary of a finished stream."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print it."""
+        summary = as_stream(pl_module, self).finish()
+        if trainer.is_global_zero:
+            Console().print(summary_table(summary), layers_table(summary))
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """Return the metrics before, right after each edit, and at the end."""
+    table = Table(title=f"{summary['edits']} edits", title_justify="left")
+    for column in ("", "before", "after each edit", "after all edits"):
+        table.add_column(column, justify="left" if not column else "right")
+    stages = [summary[stage] for stage in ("base", "immediate", "final")]
+    for kind, name in _ROWS:
+        table.add_row(f"{kind} {name}", *(_number(stage[kind].get(name)) for stage in stages))
+    table.add_row("score (harmonic mean of success)", *(_number(stage["score"]) for stage in stages), end_section=True)
+    before, after = summary["base"]["perplexity"], summary["final"]["perplexity"]
+    change = f" ({after / before - 1:+.1%})" if before and after else ""
+    table.add_row("perplexity", _number(before, 1), "", _number(after, 1) + change)
+    table.add_row("seconds per edit", "", "", _number(summary["seconds"]["per_edit"], 2))
+    return table
+
+
+def layers_table(summary: Mapping[str, Any]) -> Table:
+    """Return mean |W| of the edited layers before and after."""
+    table = Table(title="mean |W| of the edited layers", title_justify="left")
+    for column in ("", "before", "after", "change", "mean |ΔW|"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
+    for name, norms in summary["layers"].items():
+        before, after = norms["mean_abs_before"], norms["mean_abs_after"]
+        table.add_row(
+            name, f"{before:.5f}", f"{after:.5f}", f"{after / before - 1:+.2%}", f"{norms['mean_abs_delta']:.5f}"
+        )
+    return table
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

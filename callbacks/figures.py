@@ -1,0 +1,134 @@
+"""Pictures of a run: metrics over edits, L1 norms over edits, forgetting by age."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_edit.stream import EditStream
+
+from .base import as_stream
+from .layer_norms import LayerNorms
+from .retention import Retention
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class RunFigures(Callback):
+    """Writes ``figures/*.png`` when a stream ends, and sends them to wandb if that is among the loggers.
+
+    Args:
+        folder: The run folder; by default the Trainer's ``default_root_dir``.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw what the run has recorded."""
+        stream = as_stream(pl_module, self)
+        stream.finish()
+        if not trainer.is_global_zero or not len(stream.ledger):
+            return
+        target = Path(self.folder or trainer.default_root_dir) / "figures"
+        target.mkdir(parents=True, exist_ok=True)
+        for name, figure in draw_all(stream, _history(trainer, Retention), _history(trainer, LayerNorms)).items():
+            figure.savefig(target / f"{name}.png", dpi=120)
+
+
+def _history(trainer: Trainer, kind: type[Retention] | type[LayerNorms]) -> list[dict[str, Any]]:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, kind):
+            return callback.history
+    return []
+
+
+def draw_all(
+    stream: EditStream, retention: Sequence[dict[str, Any]], norms: Sequence[dict[str, Any]]
+) -> dict[str, Figure]:
+    """Return the figures that the recorded data allow, by name."""
+    figures = {"metrics": _draw_metrics(stream, retention), "forgetting": _draw_forgetting(stream)}
+    if norms:
+        figures["l1_norms"] = _draw_norms(norms)
+    return figures
+
+
+def _new_figure(columns: int = 1) -> tuple[Figure, list[Axes]]:
+    # Not pyplot: no global state, no display needed.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * columns, 3.8), layout="constrained")
+    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+_LINES = (
+    ("efficacy", "accuracy", "tab:blue"),
+    ("generalization", "success", "tab:green"),
+    ("locality", "agreement", "tab:orange"),
+)
+
+
+def _draw_metrics(stream: EditStream, retention: Sequence[dict[str, Any]]) -> Figure:
+    figure, (left, right) = _new_figure(2)
+    done = stream.committed_requests()
+    base, final = stream.summary_of("base", done), stream.summary_of("final", done)
+    points = [{"edits": 0, "summary": base}, *retention]
+    if not retention or retention[-1]["edits"] != len(done):
+        points.append({"edits": len(done), "summary": final})
+    for kind, name, colour in _LINES:
+        series = [(p["edits"], p["summary"][kind][name]) for p in points if p["summary"][kind].get(name) is not None]
+        if series:
+            left.plot(*zip(*series, strict=True), marker="o", markersize=3.5, color=colour, label=f"{kind} {name}")
+    left.set(xlabel="edits", ylim=(-0.03, 1.03), title="All edits so far")
+    left.legend(fontsize=8, loc="lower right")
+    texts = [(p["edits"], p["summary"]["perplexity"]) for p in points if p["summary"].get("perplexity")]
+    if texts:
+        right.plot(*zip(*texts, strict=True), marker="o", markersize=3.5, color="tab:red")
+        right.set_ylim(0, 1.15 * max(y for _, y in texts))
+    right.set(xlabel="edits", title="Perplexity of ordinary text")
+    return figure
+
+
+def _draw_norms(norms: Sequence[dict[str, Any]]) -> Figure:
+    figure, (left, right) = _new_figure(2)
+    edits = [point["edits"] for point in norms]
+    for name in norms[0]["layers"]:
+        before = norms[0]["layers"][name]["mean_abs_before"]
+        label = name.removesuffix(".weight")
+        growth = [100 * (p["layers"][name]["mean_abs_after"] / before - 1) for p in norms]
+        left.plot(edits, growth, label=label)
+        right.plot(edits, [p["layers"][name]["mean_abs_delta"] for p in norms], label=label)
+    left.set(xlabel="edits", ylabel="%", title="Growth of mean |W|")
+    right.set(xlabel="edits", title="Mean |ΔW|")
+    left.legend(fontsize=6)
+    return figure
+
+
+def _draw_forgetting(stream: EditStream) -> Figure:
+    import math
+
+    figure, (axis,) = _new_figure()
+    total = len(stream.ledger)
+    for stage, colour, label in (("immediate", "tab:gray", "right after the edit"), ("final", "tab:blue", "at the end")):
+        results = stream.results[stage]
+        series = [
+            (total - number, math.exp(-results[entry.id].efficacy[0].preferred))
+            for number, entry in enumerate(stream.ledger.entries, 1)
+            if entry.id in results
+        ]
+        if series:
+            axis.scatter(*zip(*series, strict=True), s=12, color=colour, label=label, alpha=0.8)
+    axis.set(
+        xlabel="age: edits made since", ylabel="probability of the new object", ylim=(-0.03, 1.03), title="Forgetting by age"
+    )
+    axis.legend(fontsize=8)
+    return figure

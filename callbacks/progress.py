@@ -1,0 +1,74 @@
+"""A progress bar that says which edit is being made and how sure the model is of it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from .base import as_stream
+
+
+class EditProgressBar(TQDMProgressBar):
+    """Shows the current edit, the probability of its target, and what is being worked on.
+
+    Args:
+        refresh_rate: Redraw after every so many steps.
+    """
+
+    def __init__(self, refresh_rate: int = 1) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+        self._last = ""
+
+    def init_train_tqdm(self) -> Tqdm:
+        """Return the bar, with room for text behind it."""
+        bar = super().init_train_tqdm()
+        bar.bar_format = "{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining} {postfix}"
+        return bar
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar and listen to the stream."""
+        super().on_train_start(trainer, pl_module)
+        self.train_progress_bar.set_description_str("edits")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Listen to the stream from the start: statistics come before the first edit."""
+        super().setup(trainer, pl_module, stage)
+        stream = as_stream(pl_module, self)
+        if self.is_enabled and trainer.is_global_zero:
+            stream.status, stream.progress = self._show, self._count_tokens
+
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Start the bar at the edits already made."""
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description_str("edits")
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float]:
+        """Return what stands behind the bar: the last edit and the probability of its target."""
+        entries = as_stream(pl_module, self).ledger.entries
+        if not entries:
+            return {}
+        entry = entries[-1]
+        self._last = f"{entry.subject} → {entry.target_new} (p {entry.facts.get('target_probability', float('nan')):.2f})"
+        return {"last": self._last}
+
+    def _show(self, message: str) -> None:
+        bar = self._train_progress_bar
+        if bar is not None and not bar.disable:
+            bar.set_postfix_str(f"{self._last} {message}" if self._last else message, refresh=sys.stderr.isatty())
+
+    def _count_tokens(self, done: int, total: int) -> None:
+        self.print_statistics(done, total)
+
+    def print_statistics(self, done: int, total: int) -> None:
+        """Show how far the key statistics are."""
+        if not hasattr(self, "_statistics_bar"):
+            self._statistics_bar = Tqdm(desc="key statistics (once)", total=total, unit="token", leave=True)
+        self._statistics_bar.n = done
+        self._statistics_bar.refresh()
+        if done >= total:
+            self._statistics_bar.close()
+            del self._statistics_bar

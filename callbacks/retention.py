@@ -1,0 +1,59 @@
+"""Retention: are earlier edits still there?"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_edit.metrics.evaluation import flatten, summarise
+
+from .base import as_stream, check_every, is_due
+
+
+class Retention(Callback):
+    """Measures the edits made so far after every ``every`` edits, all of them or a sample.
+
+    Args:
+        every: Measure after every so many edits.
+        sample: Measure at most this many of them, chosen at random; 0 measures all.
+        perplexity: Measure perplexity as well.
+        seed: Seeds the choice.
+    """
+
+    def __init__(self, every: int = 10, sample: int = 50, perplexity: bool = True, seed: int = 0) -> None:
+        self.every = check_every(every, "every")
+        if sample < 0:
+            raise ValueError(f"sample must not be negative, got {sample}")
+        self.sample, self.perplexity, self.seed = sample, perplexity, seed
+        self.history: list[dict[str, Any]] = []
+        self._seen = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where the stream starts."""
+        self._seen = len(as_stream(pl_module, self).ledger)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Measure when it is time."""
+        stream = as_stream(pl_module, self)
+        now = len(stream.ledger)
+        if is_due(self._seen, now, self.every):
+            stream.status("measuring earlier edits")
+            requests = stream.committed_requests()
+            if self.sample and len(requests) > self.sample:
+                chosen = set(random.Random(f"{self.seed}-{now}").sample(range(now), self.sample))
+                requests = [request for index, request in enumerate(requests) if index in chosen]
+            results, perplexity = stream.measure(requests, stream.adapter, self.perplexity)
+            summary = summarise(results.values(), stream.results["base"], perplexity.get("mean"))
+            self.history.append({"edits": now, "summary": summary})
+            stream.log_at_edit(flatten(summary, "retention"))
+        self._seen = now
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the history."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the history."""
+        self.history = list(state_dict["history"])

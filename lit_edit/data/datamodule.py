@@ -1,0 +1,166 @@
+"""The stream as Lightning sees it: batches of edits in a fixed order, with a cursor that survives a restart."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lit_edit.data.request import DataError, EditRequest
+from lit_edit.data.sources import OnError, Source, builtin_text, load_requests
+from lit_edit.stats.corpus import read_documents
+
+
+@dataclass(frozen=True)
+class EditBatch:
+    """The edits of one step.
+
+    Attributes:
+        requests: To be committed together (one, unless ``batch_size`` is larger).
+        window: The edits whose targets may be prepared together, these included. Windows lie at fixed places of the
+            stream, so a resumed run sees the same ones.
+    """
+
+    requests: tuple[EditRequest, ...]
+    window: tuple[EditRequest, ...]
+
+
+class StreamLoader:
+    """Iterates over a stream from its cursor on; the length stays that of the whole stream.
+
+    Lightning stores :meth:`state_dict` in checkpoints and restores it before iterating, so a resumed run goes on with
+    the first edit that was not committed.
+    """
+
+    def __init__(self, requests: Sequence[EditRequest], batch_size: int = 1, window: int = 1) -> None:
+        self.requests, self.batch_size, self.window = tuple(requests), batch_size, max(window, batch_size)
+        self.cursor = 0
+        self._resume_at = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.requests) // self.batch_size)
+
+    def __iter__(self) -> Iterator[EditBatch]:
+        start, self._resume_at = self._resume_at, 0
+        window = self.window - self.window % self.batch_size
+        for index in range(start, len(self)):
+            first = index * self.batch_size
+            base = first - first % window
+            self.cursor = index + 1
+            yield EditBatch(self.requests[first : first + self.batch_size], self.requests[base : base + window])
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the cursor: steps handed out so far."""
+        return {"cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved cursor at the next iteration."""
+        self.cursor = self._resume_at = int(state["cursor"])
+
+
+class EditDataModule(LightningDataModule):
+    """The edits to make, in order.
+
+    Args:
+        source: Where the edits come from: ``builtin`` (facts written for this project), ``file`` (the format is seen
+            from the fields), a format by name (``counterfact``, ``counterfact_flat``, ``zsre``, ``facts``), or ``hub``.
+        path: File (JSON list, JSONL or CSV) or hub data set id. Your own file needs the columns
+            ``prompt, subject, target_new``.
+        limit: Take at most this many edits.
+        offset: Leave out this many edits at the beginning.
+        batch_size: Edits committed together in one step.
+        target_window: Edits whose targets are fitted together, ahead of their commits. Changes speed and memory only.
+        shuffle_seed: Shuffle the stream with this seed; by default the order of the file.
+        on_error: What to do about a broken record: ``raise`` or ``skip`` (it is counted and named).
+        split: Split of a hub data set.
+        perplexity_path: Texts whose perplexity is measured before and after (a line each, or records with a ``text``
+            field); by default sentences written for this project.
+    """
+
+    def __init__(
+        self,
+        source: Source = "builtin",
+        path: str | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+        batch_size: int = 1,
+        target_window: int = 8,
+        shuffle_seed: int | None = None,
+        on_error: OnError = "raise",
+        split: str = "train",
+        perplexity_path: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, low in (
+            ("limit", limit, 1),
+            ("offset", offset, 0),
+            ("batch_size", batch_size, 1),
+            ("target_window", target_window, 1),
+        ):
+            if value is not None and value < low:
+                raise ValueError(f"data.{name} must be at least {low}, got {value}")
+        self.source, self.path, self.limit, self.offset = source, path, limit, offset
+        self.batch_size, self.target_window, self.shuffle_seed = batch_size, target_window, shuffle_seed
+        self.on_error, self.split, self.perplexity_path = on_error, split, perplexity_path
+        self.requests: list[EditRequest] = []
+        self.skipped: list[str] = []
+        self.perplexity_texts: list[str] = []
+
+    @classmethod
+    def from_requests(cls, requests: Sequence[EditRequest], **options: Any) -> EditDataModule:
+        """Make a data module of requests that are at hand.
+
+        Raises:
+            DataError: If there are none, or two have the same id.
+        """
+        module = cls(**options)
+        ids = [request.id for request in requests]
+        if not ids:
+            raise DataError("no edits to make")
+        if len(set(ids)) < len(ids):
+            raise DataError(f"duplicate id {next(i for i in ids if ids.count(i) > 1)!r}")
+        module.requests = list(requests)
+        return module
+
+    def read(self) -> EditDataModule:
+        """Read edits and texts, once; returns itself.
+
+        Raises:
+            DataError: If a record is broken (names file and line) or nothing is left.
+        """
+        if not self.requests:
+            self.requests, self.skipped = load_requests(
+                self.source, self.path, self.limit, self.offset, self.on_error, self.split
+            )
+            if self.shuffle_seed is not None:
+                random.Random(self.shuffle_seed).shuffle(self.requests)
+        if not self.perplexity_texts:
+            self.perplexity_texts = (
+                builtin_text("plain_sentences.txt").splitlines()
+                if self.perplexity_path is None
+                else read_documents(Path(self.perplexity_path).expanduser())
+            )
+        return self
+
+    def setup(self, stage: str) -> None:
+        """Read the data; called by Lightning."""
+        self.read()
+
+    def train_dataloader(self) -> StreamLoader:
+        """Return the stream of edits."""
+        return StreamLoader(self.requests, self.batch_size, self.target_window)
+
+    def val_dataloader(self) -> StreamLoader | list[Any]:
+        """Return all edits for measurement; nothing during ``fit``, which measures them itself at its end."""
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            return []
+        return StreamLoader(self.requests, batch_size=64)
+
+    def test_dataloader(self) -> StreamLoader:
+        """Return all edits for measurement."""
+        return StreamLoader(self.requests, batch_size=64)

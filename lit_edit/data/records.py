@@ -1,0 +1,197 @@
+"""From raw records to requests: one function per published format, chosen by the fields that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lit_edit.data.request import DataError, EditRequest, Probe
+
+FORMATS = ("auto", "counterfact", "counterfact_flat", "zsre", "facts")
+
+_FACT_FIELDS = {"prompt", "subject", "target_new"}
+
+
+def parse_record(record: object, number: int, form: str = "auto") -> EditRequest:
+    """Turn one raw record into a request.
+
+    Args:
+        record: A mapping, as read from JSON, CSV or a hub data set.
+        number: Its place in the file, which serves as id where the record has none.
+        form: One of :data:`FORMATS`; ``auto`` looks at the fields.
+
+    Raises:
+        DataError: If a field is missing, of the wrong kind, empty, or does not fit the others.
+
+    Example:
+        >>> parse_record({"prompt": "The capital of Italy is", "subject": "Italy", "target_new": "Vienna"}, 7).id
+        '7'
+    """
+    if not isinstance(record, Mapping):
+        raise DataError(f"expected a record with fields, got {type(record).__name__}")
+    if form == "auto":
+        form = _guess(record)
+    try:
+        parse = {"counterfact": _counterfact, "counterfact_flat": _flat, "zsre": _zsre, "facts": _facts}[form]
+    except KeyError:
+        raise DataError(f"unknown format {form!r}; expected one of {', '.join(FORMATS)}") from None
+    return parse(record, number)
+
+
+def _guess(record: Mapping[str, Any]) -> str:
+    if "requested_rewrite" in record:
+        return "counterfact"
+    if "src" in record:
+        return "zsre"
+    if "rephrase_prompt" in record or "locality_prompt" in record:
+        return "counterfact_flat"
+    return "facts"
+
+
+def _counterfact(record: Mapping[str, Any], number: int) -> EditRequest:
+    """CounterFact as published with ROME: ``requested_rewrite`` and lists of prompts."""
+    rewrite = record["requested_rewrite"]
+    if not isinstance(rewrite, Mapping):
+        raise DataError(f"requested_rewrite must be an object, got {type(rewrite).__name__}")
+    true = _object(rewrite, "target_true")
+    return EditRequest.from_text(
+        id=_id(record.get("case_id", number)),
+        prompt=_text(rewrite, "prompt"),
+        subject=_text(rewrite, "subject"),
+        target_new=_object(rewrite, "target_new"),
+        target_true=true,
+        paraphrases=_texts(record.get("paraphrase_prompts"), "paraphrase_prompts"),
+        neighborhood=tuple(
+            Probe(prompt, true) for prompt in _texts(record.get("neighborhood_prompts"), "neighborhood_prompts")
+        ),
+        generation=_texts(record.get("generation_prompts"), "generation_prompts"),
+        relation=str(rewrite.get("relation_id") or ""),
+    )
+
+
+def _flat(record: Mapping[str, Any], number: int) -> EditRequest:
+    """CounterFact in the flat form of EasyEdit."""
+    neighbour = _optional(record, "locality_prompt")
+    answer = _optional(record, "locality_ground_truth")
+    if neighbour and not answer:
+        raise DataError("locality_prompt has no locality_ground_truth")
+    return EditRequest.from_text(
+        id=_id(record.get("case_id", number)),
+        prompt=_text(record, "prompt"),
+        subject=_text(record, "subject"),
+        target_new=_text(record, "target_new"),
+        target_true=_optional(record, "ground_truth"),
+        paraphrases=tuple(p for p in [_optional(record, "rephrase_prompt")] if p),
+        neighborhood=(Probe(neighbour, answer),) if neighbour and answer else (),
+    )
+
+
+def _zsre(record: Mapping[str, Any], number: int) -> EditRequest:
+    """ZsRE as prepared for MEND: the question is the prompt, ``alt`` the new answer."""
+    answers = _texts(record.get("answers"), "answers")
+    location, answer = _optional(record, "loc"), _optional(record, "loc_ans")
+    # The questions of Natural Questions come without a question mark; published evaluations add it.
+    probe = f"{location.rstrip('?')}?" if location else ""
+    true = answers[0] if answers else None
+    target = _text(record, "alt")
+    return EditRequest.from_text(
+        id=_id(record.get("case_id", record.get("id", number))),
+        prompt=_text(record, "src"),
+        subject=_text(record, "subject"),
+        target_new=target,
+        target_true=None if true is None or true.strip() == target.strip() else true,
+        paraphrases=tuple(p for p in [_optional(record, "rephrase")] if p),
+        neighborhood=(Probe(probe, answer),) if probe and answer else (),
+    )
+
+
+def _facts(record: Mapping[str, Any], number: int) -> EditRequest:
+    """lit-edit's own form, and the user's: ``prompt, subject, target_new``, the rest optional."""
+    missing = sorted(_FACT_FIELDS - {name for name, value in record.items() if value is not None})
+    if missing:
+        fields = ", ".join(sorted(str(name) for name in record)) or "none"
+        raise DataError(f"missing field {', '.join(missing)} (the record has: {fields})")
+    return EditRequest.from_text(
+        id=_id(record.get("id", record.get("case_id", number))),
+        prompt=_text(record, "prompt"),
+        subject=_text(record, "subject"),
+        target_new=_text(record, "target_new"),
+        target_true=_optional(record, "target_true") or _optional(record, "ground_truth"),
+        paraphrases=_texts(record.get("paraphrases"), "paraphrases"),
+        neighborhood=_probes(record.get("neighborhood"), "neighborhood"),
+        portability={
+            str(kind): _probes(probes, f"portability.{kind}")
+            for kind, probes in _mapping(record.get("portability"), "portability").items()
+        },
+        generation=_texts(record.get("generation"), "generation"),
+        relation=_optional(record, "relation") or "",
+    )
+
+
+def _id(value: object) -> str:
+    text = str(value).strip()
+    if not text:
+        raise DataError("id is empty; leave it out to have the records numbered")
+    return text
+
+
+def _text(record: Mapping[str, Any], name: str) -> str:
+    value = record.get(name)
+    if value is None:
+        raise DataError(f"missing field {name}")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)  # years and numbers are written without quotes now and then
+    if not isinstance(value, str):
+        raise DataError(f"{name} must be text, got {type(value).__name__}")
+    if not value.strip():
+        raise DataError(f"{name} is empty")
+    return value.strip()
+
+
+def _optional(record: Mapping[str, Any], name: str) -> str | None:
+    value = record.get(name)
+    return None if value is None or (isinstance(value, str) and not value.strip()) else _text(record, name)
+
+
+def _object(record: Mapping[str, Any], name: str) -> str:
+    value = record.get(name)
+    return _text(value, "str") if isinstance(value, Mapping) else _text(record, name)
+
+
+def _texts(value: object, name: str) -> tuple[str, ...]:
+    if value is None or value == "":
+        return ()
+    if isinstance(value, str):  # one text, or several in a CSV cell
+        value = value.split("|")
+    if not isinstance(value, Iterable) or isinstance(value, Mapping):
+        raise DataError(f"{name} must be a list of texts, got {type(value).__name__}")
+    texts = tuple(value)
+    if any(not isinstance(text, str) for text in texts):
+        raise DataError(f"{name} must be a list of texts")
+    return tuple(text.strip() for text in texts if text.strip())
+
+
+def _probes(value: object, name: str) -> tuple[Probe, ...]:
+    if value is None or value == "":
+        return ()
+    if isinstance(value, str):  # CSV: "prompt => answer | prompt => answer"
+        value = [dict(zip(("prompt", "answer"), part.split("=>"), strict=False)) for part in value.split("|")]
+    if not isinstance(value, Iterable):
+        raise DataError(f"{name} must be a list of {{prompt, answer}}")
+    probes = []
+    for probe in value:
+        if not isinstance(probe, Mapping):
+            raise DataError(f"{name} must be a list of {{prompt, answer}}; in CSV write 'prompt => answer | ...'")
+        try:
+            probes.append(Probe(_text(probe, "prompt"), _text(probe, "answer")))
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
+    return tuple(probes)
+
+
+def _mapping(value: object, name: str) -> Mapping[Any, Any]:
+    if value is None or value == "":
+        return {}
+    if not isinstance(value, Mapping):
+        raise DataError(f"{name} must be an object of lists, got {type(value).__name__}")
+    return value

@@ -1,0 +1,105 @@
+"""Where a stream's requests come from: the built-in facts, a file, or a hub data set."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_edit.data.files import read_file
+from lit_edit.data.records import FORMATS, parse_record
+from lit_edit.data.request import DataError, EditRequest
+
+log = logging.getLogger(__name__)
+
+Source = Literal["builtin", "file", "hub", "counterfact", "counterfact_flat", "zsre", "facts"]
+OnError = Literal["raise", "skip"]
+
+
+def load_requests(
+    source: Source = "builtin",
+    path: str | None = None,
+    limit: int | None = None,
+    offset: int = 0,
+    on_error: OnError = "raise",
+    split: str = "train",
+) -> tuple[list[EditRequest], list[str]]:
+    """Read the requests of a stream.
+
+    Args:
+        source: ``builtin``; ``file`` (format seen from its fields) or the name of a format; ``hub``.
+        path: The file, or the id of the hub data set.
+        limit: Take at most this many.
+        offset: Leave out this many valid records first.
+        on_error: ``raise`` on the first broken record, or ``skip`` it and go on.
+        split: Split of the hub data set.
+
+    Returns:
+        The requests, and a line for each record that was left out.
+
+    Raises:
+        DataError: On a broken record (names file and line), or if nothing is left to edit.
+    """
+    records: Iterable[tuple[str, Any | DataError]]
+    if source == "builtin":
+        if path is not None:
+            raise DataError(f"data.path={path!r} needs data.source=file (or counterfact, zsre, facts, hub)")
+        records = _builtin()
+    elif path is None:
+        raise DataError(f"data.source={source} needs data.path, the {'data set id' if source == 'hub' else 'file'}")
+    elif source == "hub":
+        records = _hub(path, split)
+    else:
+        records = ((f"{path}:{line}", record) for line, record in read_file(Path(path).expanduser()))
+    form = source if source in FORMATS else "auto"
+    requests: list[EditRequest] = []
+    skipped: list[str] = []
+    seen: dict[str, str] = {}
+    wanted = None if limit is None else offset + limit
+    for number, (place, record) in enumerate(records):
+        if wanted is not None and len(requests) >= wanted:
+            break
+        try:
+            if isinstance(record, DataError):
+                raise record
+            request = parse_record(record, number, form)
+            if request.id in seen:
+                raise DataError(f"duplicate id {request.id!r}, first used at {seen[request.id]}")
+        except DataError as error:
+            if on_error == "raise":
+                raise DataError(f"{place}: {error} (leave such records out with --data.on_error skip)") from None
+            skipped.append(f"{place}: {error}")
+            continue
+        seen[request.id] = place
+        requests.append(request)
+    requests = requests[offset:]
+    if not requests:
+        left_out = f"; {len(skipped)} broken records were left out, the first: {skipped[0]}" if skipped else ""
+        raise DataError(f"{path or source}: no edits to make{left_out}")
+    if skipped:
+        log.warning("%d broken records were left out:\n  %s", len(skipped), "\n  ".join(skipped[:20]))
+    return requests, skipped
+
+
+def builtin_text(name: str) -> str:
+    """Return a text file that ships with the package."""
+    return files("lit_edit.data").joinpath(name).read_text(encoding="utf-8")
+
+
+def _builtin() -> Iterator[tuple[str, Any]]:
+    for number, record in enumerate(json.loads(builtin_text("builtin_facts.json")), 1):
+        yield f"builtin_facts.json, record {number}", record
+
+
+def _hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split=split)
+    except Exception as error:  # the hub client raises many kinds; all mean the same to the user
+        raise DataError(f"hub data set {name!r} (split {split!r}) cannot be loaded: {error}") from error
+    for number, row in enumerate(rows):
+        yield f"{name}, row {number}", row

@@ -1,0 +1,128 @@
+"""Taking the edited model away: a Hugging Face folder with a card that says what was edited."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lit_edit.ledger import EditLedger, LayerUpdate, LedgerEntry
+from lit_edit.paths import write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ExportError(ValueError):
+    """The export cannot be made; the message says why."""
+
+
+def export_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ledger: EditLedger, folder: Path, base_name: str
+) -> Path:
+    """Write model, tokenizer and card into ``folder``, completely or not at all.
+
+    Args:
+        model: The edited model.
+        tokenizer: Its tokenizer.
+        ledger: What was edited.
+        folder: Where to; must be empty or not exist.
+        base_name: Name of the model that was edited, for the card.
+
+    Raises:
+        ExportError: If the folder holds files, or is one.
+    """
+    folder = folder.expanduser()
+    check_export_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        ready = Path(scratch) / "model"
+        model.save_pretrained(ready)
+        tokenizer.save_pretrained(ready)
+        (ready / "README.md").write_text(model_card(ledger.entries, base_name, ledger.layer_norms()), encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        shutil.move(ready, folder)
+    return folder
+
+
+def check_export_folder(folder: Path) -> None:
+    """Raise :class:`ExportError` unless ``folder`` does not exist or is an empty folder."""
+    if folder.is_file():
+        raise ExportError(f"{folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ExportError(f"{folder} is not empty; name a new folder")
+
+
+def model_card(entries: Sequence[LedgerEntry], base_name: str, norms: dict[str, dict[str, float]]) -> str:
+    """Return the model card. What users wrote is escaped: it cannot become markup.
+
+    Example:
+        >>> card = model_card([LedgerEntry("1", "Italy", "The capital of Italy is", "<b>Vienna</b>")], "some/model", {})
+        >>> "<b>" in card, "&lt;b&gt;Vienna" in card
+        (False, True)
+    """
+    rows = "\n".join(
+        f"| {i} | {escape(e.subject)} | {escape(e.prompt)} | {escape(e.target_new)} |" for i, e in enumerate(entries, 1)
+    )
+    layers = "\n".join(f"| `{name}` | {v['relative_change']:.4f} |" for name, v in norms.items())
+    return f"""---
+library_name: transformers
+tags: [knowledge-editing, lit-edit]
+---
+
+# {escape(base_name)}, edited
+
+This is {escape(base_name)} with {len(entries)} facts changed by [lit-edit](https://arxiv.org/abs/2410.23843) (D4S family: closed-form
+updates of MLP down projections). The statements below are what the model was **made to say**; they need not be true.
+
+| # | subject | prompt | new object |
+|---|---|---|---|
+{rows}
+
+## Changed weights
+
+| parameter | relative change (Frobenius) |
+|---|---|
+{layers}
+"""
+
+
+def escape(text: str) -> str:
+    """Make any text safe inside a Markdown table cell."""
+    text = " ".join(text.split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", text)
+
+
+def save_deltas(ledger: EditLedger, path: Path, base_hash: str) -> None:
+    """Write the updates of a ledger as safetensors, float64, with the hash of the weights they belong to."""
+    tensors = {name: delta.contiguous().cpu() for name, delta in ledger.deltas.items()}
+    meta = {"format": "lit-edit-deltas", "version": "1", "base_hash": base_hash, "edits": str(len(ledger))}
+    write_atomically(path, lambda target: save_file(tensors, target, metadata=meta))
+
+
+@torch.no_grad()
+def apply_deltas(ledger: EditLedger, path: Path, base_hash: str) -> None:
+    """Write saved updates into an unedited model.
+
+    Raises:
+        ExportError: If the file is damaged or belongs to other weights.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            meta = file.metadata() or {}
+            deltas = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise ExportError(f"{path} cannot be read: {error}") from error
+    if meta.get("base_hash") != base_hash:
+        raise ExportError(f"{path} belongs to other base weights (hash {meta.get('base_hash')} against {base_hash})")
+    by_name = {name: layer for layer, name in ledger.names.items()}
+    ledger.commit([LayerUpdate(by_name[name], name, delta) for name, delta in deltas.items()], [])

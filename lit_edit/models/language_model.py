@@ -1,0 +1,104 @@
+"""Which model to edit, and loading it."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from lit_edit.models.packaged import PACKAGED, ModelUnavailableError, fetch
+from lit_edit.models.spec import ArchSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """The language model to edit.
+
+    Args:
+        name: A packaged model (see ``lit-edit models``), a local folder, or a hub id (owner/name).
+        revision: Revision of a hub model.
+        dtype: Floating type of the weights; ``auto`` takes the one they are stored in.
+        attn_implementation: ``sdpa`` or ``eager``; by default what the model supports.
+        trust_remote_code: Allow a hub model to bring code of its own. Off unless you ask for it.
+        arch: Where an architecture that lit-edit does not know keeps its parts.
+    """
+
+    name: str = "smollm2-135m"
+    revision: str | None = None
+    dtype: DType = "float32"
+    attn_implementation: Literal["sdpa", "eager"] | None = None
+    trust_remote_code: bool = False
+    arch: ArchSpec | None = None
+    _loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arch: ArchSpec | None = None) -> LanguageModel:
+        """Wrap a model that is in memory already; it will be edited in place."""
+        wrapped = cls(name=getattr(model, "name_or_path", "") or type(model).__name__, arch=arch)
+        object.__setattr__(wrapped, "_loaded", (model, tokenizer))
+        return wrapped
+
+    def with_name(self, name: str) -> LanguageModel:
+        """Return the same settings for another model."""
+        return replace(self, name=name)
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load model and tokenizer, the model in evaluation mode and frozen.
+
+        Raises:
+            ModelUnavailableError: If there is no such model, or it cannot be fetched or read.
+        """
+        if self._loaded is not None:
+            model, tokenizer = self._loaded
+            return model.eval().requires_grad_(False), tokenizer
+        source = str(fetch(PACKAGED[self.name])) if self.name in PACKAGED else self._resolve()
+        common = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
+        extra = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+        try:
+            with _quiet_loading():
+                tokenizer = AutoTokenizer.from_pretrained(source, **common)
+                model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **extra)
+        except (OSError, ValueError) as error:
+            raise ModelUnavailableError(
+                f"the model {self.name!r} cannot be loaded: {error}\nUse a packaged model "
+                f"({', '.join(PACKAGED)}), a local model folder, or a hub id that this machine can reach."
+            ) from error
+        return model.eval().requires_grad_(False), tokenizer
+
+    def _resolve(self) -> str:
+        path = Path(self.name).expanduser()
+        if path.is_dir():
+            return str(path)
+        if path.exists() or self.name.startswith((".", "/", "~")) or "/" not in self.name:
+            raise ModelUnavailableError(
+                f"there is no model {self.name!r}: not a packaged model ({', '.join(PACKAGED)}), not a folder, and not "
+                "a hub id (owner/name)"
+            )
+        return self.name
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Hide transformers' bar over the weights: it takes two seconds and says nothing."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()

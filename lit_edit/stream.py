@@ -1,0 +1,361 @@
+"""EditStream: a stream of edits as a LightningModule. It decides the order of calls; formulas live elsewhere."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_edit.data.datamodule import EditBatch, StreamLoader
+from lit_edit.data.request import EditRequest
+from lit_edit.editors.base import Editor, Proposal, Stopwatch
+from lit_edit.editors.d4s import D4S
+from lit_edit.ledger import EditLedger, EditRefusedError
+from lit_edit.metrics.evaluation import (
+    EditMetrics,
+    EditResult,
+    Summary,
+    evaluate_edits,
+    flatten,
+    measure_perplexity,
+    summarise,
+)
+from lit_edit.models.adapter import ModelAdapter
+from lit_edit.models.language_model import LanguageModel
+from lit_edit.stats.second_moment import KeyStatistics, weights_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_FORMAT = 1  # of what a checkpoint holds
+
+
+class EditStream(LightningModule):
+    """Edits a language model, one step after another, without an optimizer.
+
+    A training step reads targets and keys, the editor's closed form gives the updates, and :meth:`apply_edit` commits
+    them through the ledger and counts one step: ``trainer.global_step`` is the number of commits. Override or wrap
+    :meth:`apply_edit` to look at, change or refuse updates.
+
+    Args:
+        language_model: The model to edit: its settings, or just its name.
+        editor: The method; :class:`lit_edit.editors.D4S` by default.
+        statistics: Where the second moments of the keys come from.
+        measure_each: Measure each edit right after it was made (``immediate`` in the summary).
+
+    Example:
+        >>> stream = EditStream("smollm2-135m")  # loads nothing yet
+        >>> type(stream.editor).__name__
+        'D4S'
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel = LanguageModel(),  # noqa: B008 - frozen
+        editor: Editor | None = None,
+        statistics: KeyStatistics = KeyStatistics(),  # noqa: B008 - frozen
+        measure_each: bool = True,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints hold updates, not the model
+        self.language_model = LanguageModel(language_model) if isinstance(language_model, str) else language_model
+        self.editor = D4S() if editor is None else editor
+        self.statistics = statistics
+        self.measure_each = measure_each
+        self.model: PreTrainedModel | None = None
+        self.results: dict[str, dict[str, EditResult]] = {"base": {}, "immediate": {}, "final": {}}
+        self.perplexities: dict[str, dict[str, float]] = {}
+        self.seconds: dict[str, float] = {}
+        self.status: Callable[[str], None] = lambda message: None
+        self.progress: Callable[[int, int], None] | None = None
+        self._restored: dict[str, Any] | None = None
+        self._measured: EditMetrics | None = None
+
+    # ---- model --------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the model and note its original weights, before anything can change them."""
+        if self.model is not None:
+            return
+        with self._time("load"):
+            self.model, self.tokenizer = self.language_model.load()
+            self.adapter = ModelAdapter(self.model, self.language_model.arch)
+            self.ledger = EditLedger(self.adapter, self.editor.resolve_layers(self.adapter))
+            self.base_hash = weights_hash(self.model)
+
+    def configure_optimizers(self) -> None:
+        """Return nothing: there is no optimizer. Lightning's stand-in counts the commits."""
+        return
+
+    def setup(self, stage: str) -> None:
+        """Refuse Trainer settings under which a stream would go wrong."""
+        trainer = self.trainer
+        if trainer.world_size > 1 and stage == "fit":
+            raise MisconfigurationException(
+                f"an edit stream runs on one device for now, got {trainer.world_size}: set trainer.devices=1 and "
+                "trainer.num_nodes=1"
+            )
+        if trainer.precision == "16-mixed":
+            raise MisconfigurationException(
+                "trainer.precision=16-mixed scales gradients of an optimizer, and there is none; use 32-true, bf16-true "
+                "or bf16-mixed"
+            )
+        if stage == "fit" and trainer.max_epochs != 1:
+            trainer.fit_loop.max_epochs = 1  # a run is one pass over the stream
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Return the batch as it is: it holds text."""
+        return batch
+
+    # ---- the stream ---------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Bring the ledger to the model's device and type, and hide Lightning's advice that does not apply."""
+        self.ledger.align()
+        for message in (".*does not have many workers.*", ".*is in eval mode.*", ".*module.s. in eval mode.*"):
+            warnings.filterwarnings("ignore", message)
+
+    def on_train_start(self) -> None:
+        """Prepare the editor and measure the unedited model, or take both up from the checkpoint."""
+        requests = self.stream_requests()
+        self._check_continues(requests)
+        with self._time("statistics"):
+            self.editor.prepare(self.ledger, self.tokenizer, self.statistics, self.status, self.progress)
+        if self._restored is not None:
+            self.editor.load_state_dict(self._restored["editor"])
+            self._restored = None
+        missing = [r for r in requests if r.id not in self.results["base"]]
+        if missing:
+            self.status("measuring the unedited model")
+            results, _ = self.measure(missing, self.ledger.original(), with_perplexity=False)
+            self.results["base"] |= results
+        if "base" not in self.perplexities:
+            self.perplexities["base"] = self._perplexity(self.ledger.original())
+        if not len(self.ledger):
+            self.log_at_edit(flatten(self.summary_of("base", requests), "base"))
+
+    def training_step(self, batch: EditBatch, batch_idx: int) -> None:
+        """Make the edits of one step."""
+        start = perf_counter()
+        proposal = self.editor.propose(batch.requests, batch.window, self.status)
+        self.apply_edit(proposal)
+        spent = perf_counter() - start
+        for phase, seconds in (proposal.seconds | {"edits": spent}).items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        metrics = {f"edit/{name}": sum(e.facts[name] for e in proposal.entries) / len(proposal.entries)
+                   for name in proposal.entries[0].facts}  # fmt: skip
+        metrics["time/edit"] = spent / len(batch.requests)
+        if self.measure_each:
+            self.status("measuring the edit")
+            results, _ = self.measure(batch.requests, self.adapter, with_perplexity=False)
+            self.results["immediate"] |= results
+            summary = summarise(results.values(), self.results["base"])
+            metrics |= flatten(summary, "immediate")
+        self.log_dict(metrics, logger=False, batch_size=len(batch.requests))
+        self.log_at_edit(metrics)
+
+    def apply_edit(self, proposal: Proposal) -> None:
+        """Commit one step's updates: the hook where weights change, in place of an optimizer.
+
+        The ledger writes all layers or none; only then the editor takes the facts into its state and the step counts.
+
+        Args:
+            proposal: What the editor wants written.
+
+        Raises:
+            EditRefusedError: If the updates are not finite or do not fit; nothing has changed then.
+        """
+        self.ledger.commit(proposal.updates, proposal.entries)
+        self.editor.accept(proposal)
+        self.optimizers().step()  # type: ignore[union-attr]
+
+    def finish(self) -> Summary:
+        """Measure all committed edits once more, at the end; does it once and returns the whole summary."""
+        done = self.committed_requests()
+        if len(self.results["final"]) != len(done):
+            self.status("measuring all edits")
+            self.results["final"], self.perplexities["final"] = self.measure(done, self.adapter)
+            self.log_at_edit(flatten(self.summary_of("final", done), "final"))
+        return self.summary()
+
+    def on_fit_end(self) -> None:
+        """Measure the finished stream, if no callback has asked for it before."""
+        self.finish()
+
+    def stream_requests(self) -> tuple[EditRequest, ...]:
+        """Return all edits of the stream, in order.
+
+        Raises:
+            MisconfigurationException: If the training data is not an edit stream.
+        """
+        loader = self.trainer.train_dataloader
+        if not isinstance(loader, StreamLoader):
+            raise MisconfigurationException(
+                f"EditStream needs the loader of an EditDataModule, got {type(loader).__name__}: an ordinary DataLoader "
+                "cannot resume, it would make the first edits twice and the last ones never"
+            )
+        return loader.requests
+
+    def committed_requests(self) -> list[EditRequest]:
+        """Return the edits made so far, in order."""
+        by_id = {r.id: r for r in self.stream_requests()}
+        return [by_id[entry.id] for entry in self.ledger.entries]
+
+    def _check_continues(self, requests: Sequence[EditRequest]) -> None:
+        committed = [entry.id for entry in self.ledger.entries]
+        begins = [r.id for r in requests[: len(committed)]]
+        if committed != begins:
+            at = next(i for i, pair in enumerate(zip(committed, [*begins, *committed], strict=False)) if pair[0] != pair[1])
+            raise MisconfigurationException(
+                f"the checkpoint's edit {at + 1} is {committed[at]!r}, the stream's is "
+                f"{begins[at] if at < len(begins) else 'missing'!r}: resume with the data it was made with"
+            )
+
+    # ---- measuring ----------------------------------------------------------------------------------------------
+
+    def measure(
+        self, requests: Sequence[EditRequest], adapter: ModelAdapter, with_perplexity: bool = True
+    ) -> tuple[dict[str, EditResult], dict[str, float]]:
+        """Return results by id, and perplexity, of a model as it is now."""
+        with self._time("metrics"), torch.no_grad():
+            results = {r.id: r for r in evaluate_edits(adapter, self.tokenizer, requests)}
+        return results, self._perplexity(adapter) if with_perplexity else {}
+
+    def _perplexity(self, adapter: ModelAdapter) -> dict[str, float]:
+        texts = getattr(getattr(self.trainer, "datamodule", None), "perplexity_texts", [])
+        if not texts:
+            return {}
+        with self._time("metrics"), torch.no_grad():
+            return measure_perplexity(adapter, self.tokenizer, texts)
+
+    def summary_of(self, stage: str, requests: Sequence[EditRequest]) -> Summary:
+        """Return the metrics of one stage (``base``, ``immediate`` or ``final``) over some edits."""
+        results = [self.results[stage][r.id] for r in requests if r.id in self.results[stage]]
+        return summarise(results, self.results["base"], self.perplexities.get(stage, {}).get("mean"))
+
+    def summary(self) -> Summary:
+        """Return what ``summary.json`` holds."""
+        done = self.committed_requests()
+        seconds = {name: self.seconds.get(name, 0.0) for name in ("statistics", "targets", "keys", "solve", "metrics")}
+        seconds["per_edit"] = self.seconds.get("edits", 0.0) / max(1, len(done))
+        return {
+            "edits": len(done),
+            **{stage: self.summary_of(stage, done) for stage in ("base", "immediate", "final")},
+            "perplexity": self.perplexities,
+            "seconds": seconds,
+            "layers": self.ledger.layer_norms(),
+        }
+
+    def log_at_edit(self, metrics: Mapping[str, float]) -> None:
+        """Send metrics to every logger, with the number of committed edits as step."""
+        for logger in self.loggers:
+            logger.log_metrics(dict(metrics), step=len(self.ledger))
+
+    def _time(self, phase: str) -> Any:
+        return Stopwatch(self.seconds)(phase)
+
+    # ---- validate and test: measure, never edit -----------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin a measurement of the model as it is."""
+        self.ledger.align()
+        self._measured = EditMetrics()
+        self._measured_perplexity = self._perplexity(self.adapter)
+
+    def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
+        """Measure some edits."""
+        results, _ = self.measure(batch.requests, self.adapter, with_perplexity=False)
+        missing = [r for r in batch.requests if r.id not in self.results["base"]]
+        if missing:
+            base, _ = self.measure(missing, self.ledger.original(), with_perplexity=False)
+            self.results["base"] |= base
+        assert self._measured is not None  # noqa: S101 - for the type checker: set at the start of the epoch
+        for result in results.values():
+            self._measured.update(result, self.results["base"][result.id])
+
+    def on_validation_epoch_end(self) -> None:
+        """Report the measurement."""
+        self._report_measured("validate")
+
+    def on_test_epoch_start(self) -> None:
+        """Begin a measurement of the model as it is."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: EditBatch, batch_idx: int) -> None:
+        """Measure some edits."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Report the measurement."""
+        self._report_measured("test")
+
+    def _report_measured(self, stage: str) -> None:
+        assert self._measured is not None  # noqa: S101
+        summary = {**self._measured.compute(), "perplexity": self._measured_perplexity.get("mean")}
+        self.log_dict(flatten(summary, stage), logger=False)
+        self.log_at_edit(flatten(summary, stage))
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put updates and state into the checkpoint, in place of the model's weights."""
+        checkpoint["state_dict"] = {}
+        checkpoint["lit_edit"] = {
+            "format": _FORMAT,
+            "base_hash": self.base_hash,
+            "ledger": self.ledger.state_dict(),
+            "editor": self.editor.state_dict(),
+            "results": {
+                stage: [result.as_state() for result in results.values()] for stage, results in self.results.items()
+            },
+            "perplexities": self.perplexities,
+            "seconds": dict(self.seconds),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write the saved updates into the freshly loaded model.
+
+        Raises:
+            EditRefusedError: If the checkpoint is not one of lit-edit, or belongs to another model.
+        """
+        saved = checkpoint.get("lit_edit")
+        if not isinstance(saved, Mapping) or saved.get("format") != _FORMAT:
+            raise EditRefusedError("this checkpoint was not written by this version of lit-edit")
+        self.configure_model()
+        if saved["base_hash"] != self.base_hash:
+            raise EditRefusedError(
+                f"the checkpoint edits other base weights than those of {self.language_model.name!r} "
+                f"(hash {saved['base_hash']} against {self.base_hash}); load the model it was made with"
+            )
+        self.ledger.load_state_dict(saved["ledger"])
+        self.results = {
+            stage: {state["id"]: EditResult.from_state(state) for state in states}
+            for stage, states in saved["results"].items()
+        }
+        self.perplexities = dict(saved["perplexities"])
+        self.seconds = {**saved["seconds"], "load": self.seconds.get("load", 0.0)}
+        self._restored = {"editor": saved["editor"]}
+
+    # ---- taking the model away ----------------------------------------------------------------------------------
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the edited model as a folder that ``AutoModelForCausalLM.from_pretrained`` loads, with a model card.
+
+        Args:
+            folder: Where to; must be empty or not exist.
+
+        Returns:
+            The folder.
+        """
+        from lit_edit.export import export_model
+
+        if self.model is None:
+            raise MisconfigurationException("there is nothing to export yet: call Trainer.fit(stream, data) first")
+        return export_model(self.model, self.tokenizer, self.ledger, Path(folder), self.language_model.name)
