@@ -1,1 +1,58 @@
-"""lit-edit."""
+"""Edit facts in language models, one after another, without wearing the model out.
+
+Names are loaded when they are first used: ``import lit_edit`` alone is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_edit.api import Outcome, edit
+    from lit_edit.data.datamodule import EditDataModule
+    from lit_edit.data.request import EditRequest, Probe
+    from lit_edit.editors import D4S, MEMIT, TargetSettings
+    from lit_edit.models import ArchSpec, LanguageModel
+    from lit_edit.stats.second_moment import KeyStatistics
+    from lit_edit.stream import EditStream
+
+_HOMES = {
+    "ArchSpec": "lit_edit.models",
+    "D4S": "lit_edit.editors",
+    "EditDataModule": "lit_edit.data.datamodule",
+    "EditRequest": "lit_edit.data.request",
+    "EditStream": "lit_edit.stream",
+    "KeyStatistics": "lit_edit.stats.second_moment",
+    "LanguageModel": "lit_edit.models",
+    "MEMIT": "lit_edit.editors",
+    "Outcome": "lit_edit.api",
+    "Probe": "lit_edit.data.request",
+    "TargetSettings": "lit_edit.editors",
+    "edit": "lit_edit.api",
+}
+
+__all__ = [
+    "D4S",
+    "MEMIT",
+    "ArchSpec",
+    "EditDataModule",
+    "EditRequest",
+    "EditStream",
+    "KeyStatistics",
+    "LanguageModel",
+    "Outcome",
+    "Probe",
+    "TargetSettings",
+    "edit",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lit_edit.errors import UserError
 from lit_edit.ledger import EditLedger, LayerUpdate, LedgerEntry
 from lit_edit.paths import write_atomically
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class ExportError(ValueError):
+class ExportError(UserError):
     """The export cannot be made; the message says why."""
 
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lit_edit.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """A record or file that cannot be used; the message names the place and what is wrong."""
 
 

@@ -15,13 +15,14 @@ from torch.func import functional_call
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_edit.errors import ArgumentError, UserError
 from lit_edit.models.families import SPECS
 from lit_edit.models.spec import ArchSpec
 
 _CACHE_NAMES = ("past_key_values", "layer_past")
 
 
-class UnknownArchitectureError(ValueError):
+class UnknownArchitectureError(UserError):
     """The model's family is not described, or its description does not fit the model."""
 
 
@@ -88,10 +89,10 @@ def _describe(model: nn.Module) -> str:
     return (
         f"The modules of this model ({{}} stands for the layer number):\n{listing}\n"
         "Describe it in YAML and pass the file with --config:\n"
-        "  model:\n    language_model:\n      init_args:\n        arch:\n"
-        "          family: my-family\n          layers: <path to the list of decoder layers>\n"
-        "          down_proj: <path from one layer to the MLP down projection>\n"
-        "          norm: <path to the final norm, or null>\n          head: <path to the language-model head>"
+        "  model:\n    language_model:\n      arch:\n"
+        "        family: my-family\n        layers: <path to the list of decoder layers>\n"
+        "        down_proj: <path from one layer to the MLP down projection>\n"
+        "        norm: <path to the final norm, or null>"
     )
 
 
@@ -121,7 +122,7 @@ class ModelAdapter:
             raise UnknownArchitectureError(f"{self.spec.layers!r} holds no layers.\n{_describe(model)}")
         self.norm = self._optional(self.spec.norm)
         self.post_norm = self._optional(self.spec.post_norm)
-        self.head = self._module(self.spec.head)
+        self.head = self._module(self.spec.head) if self.spec.head else model.get_output_embeddings()
         self.down_proj(0)
         self._backbone: nn.Module = model.base_model
         self._backbone_prefix = next(f"{n}." if n else "" for n, m in model.named_modules() if m is self._backbone)
@@ -167,9 +168,9 @@ class ModelAdapter:
         return module
 
     def check_layer(self, layer: int) -> None:
-        """Raise ``ValueError`` unless ``layer`` counts one of the model's layers."""
+        """Raise :class:`ArgumentError` unless ``layer`` counts one of the model's layers."""
         if not 0 <= layer < self.n_layers:
-            raise ValueError(
+            raise ArgumentError(
                 f"layer {layer} does not exist: this model has layers 0 to {self.n_layers - 1}; "
                 "choose others with --model.editor.init_args.layers"
             )

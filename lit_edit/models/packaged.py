@@ -14,6 +14,7 @@ import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lit_edit.errors import UserError
 from lit_edit.paths import cache_dir, write_json
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 _MARK = "lit-edit.json"
 
 
-class ModelUnavailableError(RuntimeError):
+class ModelUnavailableError(UserError):
     """A model could not be fetched or read; the message says what to do."""
 
 

@@ -18,7 +18,7 @@ class ArchSpec:
         down_proj: Path from one decoder layer to the MLP down projection, the matrix that is edited, for example
             ``"mlp.down_proj"``. Its input at the lookup token is the key of a fact.
         norm: Path from the model to the final norm, or ``None`` when the model has none.
-        head: Path from the model to the language-model head.
+        head: Path from the model to the language-model head; by default what ``get_output_embeddings()`` returns.
         post_norm: Path to a module that stands between final norm and head (OPT-350m projects out there), or ``None``.
         logit_softcap: Name of the config attribute that caps the logits (Gemma 2), or ``None``.
         model_types: Values of ``config.model_type`` that this description covers.
@@ -28,7 +28,7 @@ class ArchSpec:
     layers: str
     down_proj: str
     norm: str | None
-    head: str = "lm_head"
+    head: str | None = None
     post_norm: str | None = None
     logit_softcap: str | None = None
     model_types: tuple[str, ...] = ()

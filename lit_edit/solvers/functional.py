@@ -87,6 +87,6 @@ def inverse_spd(matrix: Tensor) -> Tensor:
 
 _NOT_POSITIVE = (
     "the second moment of the keys is not positive definite: it was computed from too few tokens or holds NaN. "
-    "Use more tokens (model.statistics.init_args.tokens, at least 10 x d_in) or a larger ridge "
+    "Use more tokens (model.statistics.tokens, at least 10 x d_in) or a larger ridge "
     "(model.editor.init_args.ridge)"
 )

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.data.request import DataError
+from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.tokens import encode, pad_token
 
@@ -38,7 +39,7 @@ class SampledText:
     """
 
     def __init__(
-        self, seed: int = 0, rows: int = 64, length: int = 64, top_k: int = 50, starts: tuple[str, ...] = STARTS
+        self, seed: int = 0, rows: int = 96, length: int = 64, top_k: int = 50, starts: tuple[str, ...] = STARTS
     ) -> None:
         self.seed, self.rows, self.length, self.top_k, self.starts = seed, rows, length, top_k, starts
 
@@ -51,28 +52,32 @@ class SampledText:
     def chunk(self, index: int, adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """Sample chunk ``index``; never ends. All rows have ``length`` tokens."""
         devices = [adapter.device] if adapter.device.type == "cuda" else []
-        openings = [self.starts[(index * self.rows + i) % len(self.starts)] for i in range(self.rows)]
-        rows: list[list[int]] = []
-        by_length: dict[int, list[tuple[int, ...]]] = {}
-        for opening in openings:
-            ids = encode(tokenizer, opening)
-            by_length.setdefault(len(ids), []).append(ids)
+        openings = self._openings(tokenizer)
+        prompts = [openings[(index * self.rows + i) % len(openings)] for i in range(self.rows)]
+        ids = torch.tensor(prompts, device=adapter.device)
+        new = max(1, self.length - ids.shape[1])
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(hash_seed(self.seed, index))
-            for prompts in by_length.values():
-                ids = torch.tensor(prompts, device=adapter.device)
-                out = adapter.model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=True,
-                    top_k=self.top_k,
-                    max_length=None,
-                    max_new_tokens=max(1, self.length - ids.shape[1]),
-                    min_new_tokens=max(1, self.length - ids.shape[1]),
-                    pad_token_id=pad_token(tokenizer),
-                )
-                rows += out.tolist()
+            out = adapter.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=self.top_k,
+                max_length=None,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                pad_token_id=pad_token(tokenizer),
+            )
+        rows: list[list[int]] = out.tolist()
         return rows
+
+    def _openings(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+        """Return the openings of the commonest length in tokens: they can be sampled in one batch, without padding."""
+        by_length: dict[int, list[tuple[int, ...]]] = {}
+        for start in self.starts:
+            ids = encode(tokenizer, start)
+            by_length.setdefault(len(ids), []).append(ids)
+        return max(by_length.values(), key=len)
 
 
 class DocumentText:
@@ -114,7 +119,7 @@ def open_corpus(corpus: str, seed: int, hub_split: str = "train", hub_column: st
 
     Raises:
         DataError: If the file holds no text.
-        ValueError: If the name is neither ``sampled``, nor a file, nor a hub id.
+        ArgumentError: If the name is neither ``sampled``, nor a file, nor a hub id.
     """
     if corpus == "sampled":
         return SampledText(seed=seed)
@@ -123,7 +128,7 @@ def open_corpus(corpus: str, seed: int, hub_split: str = "train", hub_column: st
         return DocumentText(read_documents(path), name=path.stem)
     if "/" in corpus and not corpus.startswith((".", "/", "~")) and not path.suffix:
         return DocumentText(_hub_documents(corpus, hub_split, hub_column), name=corpus.replace("/", "--"))
-    raise ValueError(
+    raise ArgumentError(
         f"model.statistics.corpus={corpus!r} is neither 'sampled', nor an existing file, nor a hub id (owner/name)"
     )
 

@@ -126,7 +126,7 @@ def accumulate(
         if not rows:
             raise DataError(
                 f"the corpus has {count} tokens; key statistics need {budget} (ten per key dimension at least). "
-                "Use more text, or model.statistics.init_args.corpus=sampled"
+                "Use more text, or model.statistics.corpus=sampled"
             )
         for members in partition_by_length([len(row) for row in rows], overhead=64):
             ids, mask = pad_right([rows[m] for m in members], pad, adapter.device)

@@ -221,9 +221,9 @@ def _bucket_loss(
 
     if picked.any():
         states = hidden[row[picked], bucket.positions[picked]]  # (tokens, d)
-        logp = torch.log_softmax(adapter.logits(adapter.finish(states)), -1)
+        logits = adapter.logits(adapter.finish(states))
         wanted = bucket.targets[picked]
-        token_nll = -logp.gather(1, wanted[:, None])[:, 0]
+        token_nll = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
         lengths = bucket.real.sum(1)
         row_of_token = row[picked]
         row_nll = token_nll.new_zeros(len(bucket.edits)).index_add(0, row_of_token, token_nll / lengths[row_of_token])
@@ -233,8 +233,10 @@ def _bucket_loss(
             owner = bucket.edits[rows]
             terms.nll.index_add_(0, owner, row_nll[rows].to(terms.nll))
             terms.probability.index_add_(0, owner, torch.exp(-row_nll[rows]).to(terms.nll))
-            miss = torch.zeros_like(row_nll).index_add(0, row_of_token, (logp.argmax(1) != wanted).to(row_nll))
-            terms.hits.index_add_(0, owner, (miss[rows] == 0).to(terms.nll))
+            if settings.probability > 0:
+                wrong = (logits.argmax(1) != wanted).to(row_nll)
+                miss = torch.zeros_like(row_nll).index_add(0, row_of_token, wrong)
+                terms.hits.index_add_(0, owner, (miss[rows] == 0).to(terms.nll))
 
     if essence.any():
         owner = bucket.edits[essence]

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia. The head is called ``embed_out``."""
+"""GPT-NeoX and Pythia. Attention and MLP run in parallel, each on a norm of its own."""
 
 from lit_edit.models.spec import ArchSpec
 
@@ -7,6 +7,5 @@ SPEC = ArchSpec(
     layers="gpt_neox.layers",
     down_proj="mlp.dense_4h_to_h",
     norm="gpt_neox.final_layer_norm",
-    head="embed_out",
     model_types=("gpt_neox",),
 )

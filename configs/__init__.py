@@ -1,0 +1,1 @@
+"""The configs that ship; `--config NAME` finds them."""

@@ -1,0 +1,88 @@
+"""Editing in one call, without a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lit_edit.data.records import parse_record
+from lit_edit.data.request import DataError, EditRequest
+from lit_edit.editors.base import Editor
+from lit_edit.editors.d4s import D4S
+from lit_edit.ledger import EditLedger
+from lit_edit.metrics.evaluation import Summary, evaluate_edits, summarise
+from lit_edit.models.adapter import ModelAdapter
+from lit_edit.stats.second_moment import KeyStatistics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call of :func:`edit` did.
+
+    Attributes:
+        ledger: Original weights and committed edits; ``ledger.restore_base()`` takes everything back.
+        base: Metrics before.
+        final: Metrics after all edits.
+    """
+
+    ledger: EditLedger
+    base: Summary
+    final: Summary
+
+    @property
+    def success(self) -> bool:
+        """Whether the model says every new object."""
+        return self.final["efficacy"]["accuracy"] == 1.0
+
+
+def edit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest | Mapping[str, Any]],
+    editor: Editor | None = None,
+    statistics: KeyStatistics | None = None,
+    window: int = 8,
+) -> tuple[PreTrainedModel, Outcome]:
+    """Edit facts in a model, in place, one after another.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its (fast) tokenizer.
+        requests: The facts: requests, or mappings with ``prompt``, ``subject`` and ``target_new``.
+        editor: The method; D4S by default.
+        statistics: Where the second moments of the keys come from; by default text that the model samples, kept in the
+            cache.
+        window: Facts whose targets are fitted together.
+
+    Returns:
+        The same model, edited, and what was done.
+
+    Raises:
+        DataError: If a request is broken; names its number.
+    """
+    parsed: list[EditRequest] = []
+    for number, request in enumerate(requests, 1):
+        try:
+            parsed.append(request if isinstance(request, EditRequest) else parse_record(request, number))
+        except DataError as error:
+            raise DataError(f"request {number}: {error}") from None
+    ids = [request.id for request in parsed]
+    if not parsed or len(set(ids)) < len(ids):
+        raise DataError("there are no requests" if not parsed else "two requests have the same id")
+    editor = D4S() if editor is None else editor
+    model.eval()
+    adapter = ModelAdapter(model)
+    ledger = EditLedger(adapter, editor.resolve_layers(adapter))
+    editor.prepare(ledger, tokenizer, statistics or KeyStatistics())
+    before = {result.id: result for result in evaluate_edits(adapter, tokenizer, parsed)}
+    for index, request in enumerate(parsed):
+        first = index - index % window
+        proposal = editor.propose([request], parsed[first : first + window])
+        ledger.commit(proposal.updates, proposal.entries)
+        editor.accept(proposal)
+    after = evaluate_edits(adapter, tokenizer, parsed)
+    return model, Outcome(ledger, summarise(before.values(), before), summarise(after, before))

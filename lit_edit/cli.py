@@ -1,0 +1,82 @@
+"""The command line: ``lit-edit COMMAND``.
+
+Nothing heavy is imported before it is known what is wanted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+HELP = """\
+lit-edit: change facts in a language model, one after another, without wearing it out
+
+usage: lit-edit COMMAND [options]
+
+commands:
+  fit        edit a model:             lit-edit fit --config quickstart
+  validate   measure without editing:  lit-edit validate --config quickstart [--ckpt_path runs/x/checkpoints/last.ckpt]
+  test       the same, under Lightning's test loop
+  ask        compare answers:          lit-edit ask --run runs/x "The capital of Italy is"
+  export     take the model away:      lit-edit export --run runs/x --to my-model
+  stats      compute key statistics ahead of a run
+  models     list known models, what is cached, and the configs that ship
+  version    print the version
+
+lit-edit COMMAND --help explains each. A run leaves everything in runs/<name>/; --run_name names it.
+--config takes a YAML file or the name of one that ships (lit-edit models lists them), several times if you like.
+"""
+
+LIGHTNING_COMMANDS = ("fit", "validate", "test")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0 done, 2 bad arguments or data, 1 anything else."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        sys.stdout.write(HELP)
+        return 0 if args else 2
+    command, rest = args[0], args[1:]
+    if command in ("version", "--version", "-V"):
+        from importlib.metadata import version
+
+        sys.stdout.write(f"lit-edit {version('lit-edit')}\n")
+        return 0
+    if command not in (*LIGHTNING_COMMANDS, "ask", "export", "stats", "models"):
+        sys.stderr.write(f"lit-edit: error: unknown command {command!r}\n\n{HELP}")
+        return 2
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from lit_edit.errors import UserError
+
+    try:
+        if command in LIGHTNING_COMMANDS:
+            from lit_edit.commands.training import run_training
+
+            run_training(command, rest)
+        else:
+            from lit_edit.commands.tools import run_tool
+
+            run_tool(command, rest)
+    except UserError as error:
+        return _fail(error, 2)
+    except Exception as error:
+        if type(error).__name__ == "MisconfigurationException":
+            return _fail(error, 2)
+        if type(error).__name__ == "EditRefusedError" or isinstance(error, FloatingPointError):
+            return _fail(error, 1)
+        raise
+    except KeyboardInterrupt:
+        sys.stderr.write("lit-edit: interrupted\n")
+        return 130
+    return 0
+
+
+def _fail(error: Exception, status: int) -> int:
+    sys.stderr.write(f"lit-edit: error: {error}\n")
+    return status
+
+
+def entry() -> None:
+    """Entry point of the ``lit-edit`` script."""
+    sys.exit(main())

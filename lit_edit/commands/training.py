@@ -1,0 +1,217 @@
+"""``fit``, ``validate`` and ``test``: LightningCLI, a run folder, and names instead of paths."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import sys
+import warnings
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from lit_edit.commands.configs import expand_arguments
+from lit_edit.data.datamodule import EditDataModule
+from lit_edit.errors import ArgumentError, UserError
+from lit_edit.stream import EditStream
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "accelerator": "auto",
+    "devices": 1,
+    "max_epochs": 1,  # a run is one pass over the stream
+    "logger": {"class_path": "lit_edit.loggers.RunCSVLogger"},
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # a sampler would split the stream
+}
+
+
+def run_training(command: str, args: list[str]) -> None:
+    """Parse arguments, set the run folder up, and run one of Lightning's commands."""
+    asks = any(a in ("-h", "--help") or a.startswith(("--help=", "--print_config")) for a in args)
+    named = any(a in ("-c", "--config") or a.startswith(("--config=", "-c=")) for a in args)
+    if command == "fit" and not named and not asks:
+        args = ["--config", "quickstart", *args]
+    _quieten()
+
+    class CLI(EditCLI):
+        """Builds the parser of the wanted command only: the others take as long and are not looked at."""
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {command: LightningCLI.subcommands()[command]}
+
+    words = [command, *expand_arguments(args)]
+    argv, sys.argv = sys.argv, [sys.argv[0]]  # LightningCLI warns when both carry arguments
+    try:
+        CLI(
+            EditStream,
+            EditDataModule,
+            args=words,
+            parser_kwargs={"parser_mode": "omegaconf"},
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveRunConfig if command == "fit" else None,
+            save_config_kwargs={"overwrite": True},
+        )
+    finally:
+        sys.argv = argv
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Keeps ``config.yaml`` in the run folder and shows the config to the loggers."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Send the config to every logger."""
+        text = self.parser.dump(self.config, skip_none=False)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(yaml.safe_load(text))
+
+
+class EditCLI(LightningCLI):
+    """LightningCLI with run folders."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options that say where a run is kept."""
+        parser.add_argument("--run_name", type=str | None, default=None, help="Name of the run; by default the time.")
+        parser.add_argument("--runs_dir", type=str, default="runs", help="Folder in which run folders are made.")
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="Delete an earlier run of the same name instead of refusing."
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Point everything that writes at the run folder."""
+        config = self.config[self.subcommand]
+        folder = self._run_folder(config)
+        self.run_folder = folder
+        trainer = config.trainer
+        trainer.default_root_dir = str(folder)
+        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        for logger in loggers:
+            if hasattr(logger, "class_path"):
+                _point_logger(logger.class_path, logger.init_args, folder)
+        for callback in trainer.callbacks or []:
+            if callback.class_path.endswith("ModelCheckpoint") and callback.init_args.get("dirpath") is None:
+                callback.init_args["dirpath"] = str(folder / "checkpoints")
+
+    def instantiate_classes(self) -> None:
+        """Instantiate, and turn what constructors say of bad values into an error for the user."""
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise ArgumentError(str(error)) from error
+
+    def before_fit(self) -> None:
+        """Read the data before the model is loaded: a broken line should not cost a minute."""
+        self.datamodule.read()
+        self._begin_run()
+
+    def before_validate(self) -> None:
+        """Read the data before the model is loaded."""
+        self.datamodule.read()
+
+    def before_test(self) -> None:
+        """Read the data before the model is loaded."""
+        self.datamodule.read()
+
+    def after_fit(self) -> None:
+        """Say where the results are."""
+        where = os.path.relpath(self.run_folder) if self.run_folder.is_relative_to(Path.cwd()) else self.run_folder
+        sys.stdout.write(
+            f"\nEverything is in {where}/. Try:\n"
+            f'  lit-edit ask --run {where} "{self.datamodule.requests[0].text}"\n'
+            f"  lit-edit export --run {where} --to my-edited-model\n"
+        )
+
+    def after_validate(self) -> None:
+        """Print what was measured."""
+        self._print_measured()
+
+    def after_test(self) -> None:
+        """Print what was measured."""
+        self._print_measured()
+
+    def _print_measured(self) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        edits = len(self.model.ledger)
+        table = Table(title=f"{len(self.datamodule.requests)} facts on a model with {edits} edits", title_justify="left")
+        table.add_column("metric")
+        table.add_column("value", justify="right")
+        for name, value in self.trainer.callback_metrics.items():
+            table.add_row(name.partition("/")[2].replace("/", " "), f"{float(value):.3f}")
+        Console().print(table)
+
+    def _run_folder(self, config: Any) -> Path:
+        name, checkpoint = config.run_name, config.get("ckpt_path")
+        if checkpoint and not Path(checkpoint).exists():
+            raise ArgumentError(f"--ckpt_path {checkpoint}: no such file")
+        if name is None and checkpoint and self.subcommand == "fit" and Path(checkpoint).parent.name == "checkpoints":
+            return Path(checkpoint).resolve().parent.parent  # resumed where it was
+        if name is None:
+            stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+            name = stamp if self.subcommand == "fit" else f"{stamp}_{self.subcommand}"
+        if not re.fullmatch(r"[\w.+=@-]+", name) or name.strip(".") == "":
+            raise ArgumentError(f"--run_name {name!r} must be a plain folder name (letters, digits, and . _ + = @ -)")
+        return Path(config.runs_dir).expanduser().resolve() / name
+
+    def _begin_run(self) -> None:
+        config, folder = self.config[self.subcommand], self.run_folder
+        if folder.exists() and any(folder.iterdir()) and not config.get("ckpt_path"):
+            if not config.overwrite:
+                raise ArgumentError(
+                    f"the run folder {folder} exists; choose another --run_name, go on with --ckpt_path "
+                    f"{folder}/checkpoints/last.ckpt, or delete the old run with --overwrite true"
+                )
+            if not (folder / "config.yaml").is_file():
+                raise ArgumentError(f"{folder} is not a run folder (it has no config.yaml); it is not deleted")
+            shutil.rmtree(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArgumentError(f"the run folder {folder} cannot be made: {error.strerror}") from error
+
+
+def _point_logger(class_path: str, init_args: Any, folder: Path) -> None:
+    kind = class_path.rpartition(".")[2]
+    if kind in ("RunCSVLogger", "WandbLogger"):
+        init_args["save_dir"] = str(folder)
+    elif kind in ("TensorBoardLogger", "CSVLogger"):
+        init_args.update({"save_dir": str(folder.parent), "name": folder.name, "version": ""})
+    if kind == "WandbLogger":
+        init_args["name"] = init_args.get("name") or folder.name
+        # Nothing leaves the machine unless the user says so.
+        os.environ.setdefault("WANDB_MODE", "offline")
+        os.environ.setdefault("WANDB_SILENT", "true")
+
+
+def _quieten() -> None:
+    """Show our own notes; keep Lightning's tips, which are about other kinds of training, to themselves."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("lit_edit").setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*configure_optimizers. returned .None.*",
+        ".*will run with no optimizer.*",
+        ".*manual optimization.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*is in eval mode.*",
+        ".*in eval mode at the start.*",
+        ".*val_dataloader.*",
+        ".*validation_step.*",
+        ".*resum.*mid-epoch.*",
+        ".*GPU available but not used.*",
+    ):
+        warnings.filterwarnings("ignore", message)
