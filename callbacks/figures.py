@@ -118,7 +118,10 @@ def _draw_forgetting(stream: EditStream) -> Figure:
 
     figure, (axis,) = _new_figure()
     total = len(stream.ledger)
-    for stage, colour, label in (("immediate", "tab:gray", "right after the edit"), ("final", "tab:blue", "at the end")):
+    for stage, colour, label in (
+        ("immediate", "tab:gray", "right after the edit"),
+        ("final", "tab:blue", "at the end"),
+    ):
         results = stream.results[stage]
         series = [
             (total - number, math.exp(-results[entry.id].efficacy[0].preferred))
@@ -128,7 +131,10 @@ def _draw_forgetting(stream: EditStream) -> Figure:
         if series:
             axis.scatter(*zip(*series, strict=True), s=12, color=colour, label=label, alpha=0.8)
     axis.set(
-        xlabel="age: edits made since", ylabel="probability of the new object", ylim=(-0.03, 1.03), title="Forgetting by age"
+        xlabel="age: edits made since",
+        ylabel="probability of the new object",
+        ylim=(-0.03, 1.03),
+        title="Forgetting by age",
     )
     axis.legend(fontsize=8)
     return figure

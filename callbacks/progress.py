@@ -52,7 +52,9 @@ class EditProgressBar(TQDMProgressBar):
         if not entries:
             return {}
         entry = entries[-1]
-        self._last = f"{entry.subject} → {entry.target_new} (p {entry.facts.get('target_probability', float('nan')):.2f})"
+        self._last = (
+            f"{entry.subject} → {entry.target_new} (p {entry.facts.get('target_probability', float('nan')):.2f})"
+        )
         return {"last": self._last}
 
     def _show(self, message: str) -> None:

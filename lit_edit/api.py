@@ -10,6 +10,7 @@ from lit_edit.data.records import parse_record
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.editors.base import Editor
 from lit_edit.editors.d4s import D4S
+from lit_edit.errors import ArgumentError
 from lit_edit.ledger import EditLedger
 from lit_edit.metrics.evaluation import Summary, evaluate_edits, summarise
 from lit_edit.models.adapter import ModelAdapter
@@ -63,7 +64,10 @@ def edit(
 
     Raises:
         DataError: If a request is broken; names its number.
+        ArgumentError: If ``window`` is below 1.
     """
+    if window < 1:
+        raise ArgumentError(f"window must be at least 1, got {window}")
     parsed: list[EditRequest] = []
     for number, request in enumerate(requests, 1):
         try:

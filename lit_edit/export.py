@@ -126,4 +126,6 @@ def apply_deltas(ledger: EditLedger, path: Path, base_hash: str) -> None:
     if meta.get("base_hash") != base_hash:
         raise ExportError(f"{path} belongs to other base weights (hash {meta.get('base_hash')} against {base_hash})")
     by_name = {name: layer for layer, name in ledger.names.items()}
+    if unknown := sorted(set(deltas) - set(by_name)):
+        raise ExportError(f"{path} edits {', '.join(unknown)}, which are not among the weights to be edited")
     ledger.commit([LayerUpdate(by_name[name], name, delta) for name, delta in deltas.items()], [])

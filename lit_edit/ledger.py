@@ -68,7 +68,7 @@ class EditLedger:
         self.adapter = adapter
         self.layers = tuple(layers)
         self.names = {layer: adapter.weight_name(layer) for layer in layers}
-        self.base = {self.names[layer]: adapter.down_proj(layer).weight.detach().clone() for layer in layers}
+        self.base = {self.names[layer]: adapter.own_weight(layer).detach().clone() for layer in layers}
         self.deltas: dict[str, Tensor] = {}
         self.entries: list[LedgerEntry] = []
 
@@ -78,7 +78,7 @@ class EditLedger:
     def align(self) -> None:
         """Bring the original weights to the device and type that the model has by now."""
         for layer, name in self.names.items():
-            self.base[name] = self.base[name].to(self.adapter.down_proj(layer).weight)
+            self.base[name] = self.base[name].to(self.adapter.own_weight(layer))
             if name in self.deltas:
                 self.deltas[name] = self.deltas[name].to(self.base[name].device)
 
@@ -103,6 +103,15 @@ class EditLedger:
             EditRefusedError: If a layer is not in this ledger, occurs twice, has another shape, or would hold a value
                 that is not finite.
         """
+        new = self._checked(updates, entries)
+        for update in updates:  # nothing below can fail
+            self.adapter.own_weight(update.layer).copy_(new[update.name])
+            self.deltas[update.name] = update.delta
+        self.entries.extend(entries)
+
+    @torch.no_grad()
+    def _checked(self, updates: Sequence[LayerUpdate], entries: Sequence[LedgerEntry]) -> dict[str, Tensor]:
+        """Return the weights that the updates would write; raise ``EditRefusedError`` if one of them must not be."""
         new: dict[str, Tensor] = {}
         for update in updates:
             if update.layer not in self.names or update.name != self.names[update.layer]:
@@ -119,16 +128,13 @@ class EditLedger:
                 edits = ", ".join(repr(entry.id) for entry in entries)
                 raise EditRefusedError(f"edit {edits} would write NaN or infinite values into {update.name}; refused")
             new[update.name] = weight
-        for update in updates:  # nothing below can fail
-            self.adapter.down_proj(update.layer).weight.copy_(new[update.name])
-            self.deltas[update.name] = update.delta
-        self.entries.extend(entries)
+        return new
 
     @torch.no_grad()
     def restore_base(self) -> None:
         """Put the original weights back and forget all edits."""
         for layer in self.layers:
-            self.adapter.down_proj(layer).weight.copy_(self.base[self.names[layer]])
+            self.adapter.own_weight(layer).copy_(self.base[self.names[layer]])
         self.deltas.clear()
         self.entries.clear()
 
@@ -138,7 +144,7 @@ class EditLedger:
         for layer, name in self.names.items():
             base = self.base[name].double()
             delta = self.deltas.get(name)
-            weight = self.adapter.down_proj(layer).weight.detach().double()
+            weight = self.adapter.own_weight(layer).detach().double()
             norms[name] = {
                 "mean_abs_before": base.abs().mean().item(),
                 "mean_abs_after": weight.abs().mean().item(),
@@ -155,7 +161,7 @@ class EditLedger:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Write the saved updates and restore the entries.
+        """Write the saved updates and restore the entries, or change nothing.
 
         Raises:
             EditRefusedError: If the saved updates do not fit this model or these layers.
@@ -167,13 +173,15 @@ class EditLedger:
                 f"the checkpoint edits {', '.join(unknown)}, this stream edits layers {list(self.layers)}; "
                 "use the config that the checkpoint was made with"
             )
-        self.restore_base()
         entries = []
         for saved in state["entries"]:
             facts = dict(saved)
             text = {key: str(facts.pop(key)) for key in ("id", "subject", "prompt", "target_new")}
             entries.append(LedgerEntry(**text, facts=facts))
         updates = [
-            LayerUpdate(by_name[name], name, delta.to(self.base[name].device)) for name, delta in state["deltas"].items()
+            LayerUpdate(by_name[name], name, delta.to(self.base[name].device))
+            for name, delta in state["deltas"].items()
         ]
+        self._checked(updates, entries)
+        self.restore_base()
         self.commit(updates, entries)

@@ -31,6 +31,7 @@ class RunCSVLogger(Logger):
         self._dir = Path(save_dir)
         self._columns: list[str] = ["step"]
         self._row: dict[str, Any] = {}
+        self._written: dict[str, Any] = {}
         self._started = False
 
     @property
@@ -83,6 +84,9 @@ class RunCSVLogger(Logger):
             return
         row, self._row = self._row, {}
         kept = None if self._started else self._earlier_rows(row["step"])
+        if self._written.get("step") == row["step"]:  # more about the same step, after a save
+            row, kept = {**self._written, **row}, self._read()[:-1]
+        self._written = row
         self._started = True
         new = [name for name in row if name not in self._columns]
         if kept is not None or new or not self.path.is_file():

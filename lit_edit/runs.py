@@ -63,7 +63,8 @@ def open_run(folder: Path) -> OpenRun:
         language_model = LanguageModel(**settings)
         with safe_open(deltas, "pt") as file:
             names = set(file.keys())
-        entries = [_entry(json.loads(row)) for row in (folder / "ledger" / "edits.jsonl").read_text("utf-8").splitlines()]
+        rows = (folder / "ledger" / "edits.jsonl").read_text("utf-8").split("\n")  # texts may hold other line breaks
+        entries = [_entry(json.loads(row)) for row in rows if row]
     except (yaml.YAMLError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise RunError(f"{folder} cannot be opened: {error}") from error
     model, tokenizer = language_model.load()

@@ -31,7 +31,7 @@ from lit_edit.models.language_model import LanguageModel
 from lit_edit.stats.second_moment import KeyStatistics, weights_hash
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 _FORMAT = 1  # of what a checkpoint holds
 
@@ -212,7 +212,9 @@ class EditStream(LightningModule):
         committed = [entry.id for entry in self.ledger.entries]
         begins = [r.id for r in requests[: len(committed)]]
         if committed != begins:
-            at = next(i for i, pair in enumerate(zip(committed, [*begins, *committed], strict=False)) if pair[0] != pair[1])
+            at = next(
+                i for i, pair in enumerate(zip(committed, [*begins, *committed], strict=False)) if pair[0] != pair[1]
+            )
             raise MisconfigurationException(
                 f"the checkpoint's edit {at + 1} is {committed[at]!r}, the stream's is "
                 f"{begins[at] if at < len(begins) else 'missing'!r}: resume with the data it was made with"
@@ -299,8 +301,7 @@ class EditStream(LightningModule):
     def _report_measured(self, stage: str) -> None:
         assert self._measured is not None  # noqa: S101
         summary = {**self._measured.compute(), "perplexity": self._measured_perplexity.get("mean")}
-        self.log_dict(flatten(summary, stage), logger=False)
-        self.log_at_edit(flatten(summary, stage))
+        self.log_dict(flatten(summary, stage))
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 

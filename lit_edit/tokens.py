@@ -69,7 +69,9 @@ def locate(tokenizer: PreTrainedTokenizerBase, text: str, span: tuple[int, int])
     return LocatedPrompt(lead + tuple(encoding["input_ids"]), len(lead) + covering[-1])
 
 
-def continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def continuation(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, target: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the ids of a prompt and those of ``target`` as they follow it.
 
     Prompt and target, joined by a space, are tokenised together and cut where the target begins. Where a token spans

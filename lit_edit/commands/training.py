@@ -146,7 +146,9 @@ class EditCLI(LightningCLI):
         from rich.table import Table
 
         edits = len(self.model.ledger)
-        table = Table(title=f"{len(self.datamodule.requests)} facts on a model with {edits} edits", title_justify="left")
+        table = Table(
+            title=f"{len(self.datamodule.requests)} facts on a model with {edits} edits", title_justify="left"
+        )
         table.add_column("metric")
         table.add_column("value", justify="right")
         for name, value in self.trainer.callback_metrics.items():
@@ -188,7 +190,8 @@ def _point_logger(class_path: str, init_args: Any, folder: Path) -> None:
     if kind in ("RunCSVLogger", "WandbLogger"):
         init_args["save_dir"] = str(folder)
     elif kind in ("TensorBoardLogger", "CSVLogger"):
-        init_args.update({"save_dir": str(folder.parent), "name": folder.name, "version": ""})
+        for name, value in (("save_dir", str(folder.parent)), ("name", folder.name), ("version", "")):
+            init_args[name] = value
     if kind == "WandbLogger":
         init_args["name"] = init_args.get("name") or folder.name
         # Nothing leaves the machine unless the user says so.
@@ -198,6 +201,9 @@ def _point_logger(class_path: str, init_args: Any, folder: Path) -> None:
 
 def _quieten() -> None:
     """Show our own notes; keep Lightning's tips, which are about other kinds of training, to themselves."""
+    os.environ.setdefault(
+        "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
+    )  # they are about Lightning's calls, not the user's
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lit_edit").setLevel(logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -213,5 +219,10 @@ def _quieten() -> None:
         ".*validation_step.*",
         ".*resum.*mid-epoch.*",
         ".*GPU available but not used.*",
+        ".*The dirpath has changed from.*",
+        ".*LeafSpec.*",
+        ".*Total length of .list. across ranks is zero.*",
+        ".*You have overridden .transfer_batch_to_device.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,19 @@ from lit_edit.data.sources import OnError, Source, builtin_text, load_requests
 from lit_edit.stats.corpus import read_documents
 
 
-@dataclass(frozen=True)
 class EditBatch:
-    """The edits of one step.
+    """The edits of one step. Not a dataclass: Lightning would take it apart to convert the numbers in it.
 
-    Attributes:
+    Args:
         requests: To be committed together (one, unless ``batch_size`` is larger).
         window: The edits whose targets may be prepared together, these included. Windows lie at fixed places of the
             stream, so a resumed run sees the same ones.
     """
 
-    requests: tuple[EditRequest, ...]
-    window: tuple[EditRequest, ...]
+    __slots__ = ("requests", "window")
+
+    def __init__(self, requests: tuple[EditRequest, ...], window: tuple[EditRequest, ...]) -> None:
+        self.requests, self.window = requests, window
 
 
 class StreamLoader:

@@ -85,20 +85,19 @@ def _jsonl(path: Path, text: str) -> Iterator[tuple[int, Any | DataError]]:
 
 
 def _csv(path: Path, text: str) -> Iterator[tuple[int, Any | DataError]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        names = [name.strip() for name in reader.fieldnames or []]
+        names = [name.strip() for name in next(reader, [])]
         if not names:
             raise DataError(f"{path}:1: the file is empty; expected a header (prompt,subject,target_new)")
         if len(set(names)) < len(names):
             raise DataError(f"{path}:1: a column name occurs twice")
-        reader.fieldnames = names
         line = reader.line_num + 1
-        for row in reader:
-            if None in row:
+        for cells in reader:
+            if len(cells) > len(names):
                 yield line, DataError(f"more cells than the header has columns ({len(names)})")
-            else:
-                yield line, {name: value for name, value in row.items() if value not in (None, "")}
+            elif cells:
+                yield line, {name: value for name, value in zip(names, cells, strict=False) if value}
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: bad CSV: {error}") from None

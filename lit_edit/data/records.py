@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -55,7 +56,7 @@ def _counterfact(record: Mapping[str, Any], number: int) -> EditRequest:
         raise DataError(f"requested_rewrite must be an object, got {type(rewrite).__name__}")
     true = _object(rewrite, "target_true")
     return EditRequest.from_text(
-        id=_id(record.get("case_id", number)),
+        id=_id(record, number, "case_id"),
         prompt=_text(rewrite, "prompt"),
         subject=_text(rewrite, "subject"),
         target_new=_object(rewrite, "target_new"),
@@ -76,7 +77,7 @@ def _flat(record: Mapping[str, Any], number: int) -> EditRequest:
     if neighbour and not answer:
         raise DataError("locality_prompt has no locality_ground_truth")
     return EditRequest.from_text(
-        id=_id(record.get("case_id", number)),
+        id=_id(record, number, "case_id"),
         prompt=_text(record, "prompt"),
         subject=_text(record, "subject"),
         target_new=_text(record, "target_new"),
@@ -95,7 +96,7 @@ def _zsre(record: Mapping[str, Any], number: int) -> EditRequest:
     true = answers[0] if answers else None
     target = _text(record, "alt")
     return EditRequest.from_text(
-        id=_id(record.get("case_id", record.get("id", number))),
+        id=_id(record, number, "case_id", "id"),
         prompt=_text(record, "src"),
         subject=_text(record, "subject"),
         target_new=target,
@@ -112,7 +113,7 @@ def _facts(record: Mapping[str, Any], number: int) -> EditRequest:
         fields = ", ".join(sorted(str(name) for name in record)) or "none"
         raise DataError(f"missing field {', '.join(missing)} (the record has: {fields})")
     return EditRequest.from_text(
-        id=_id(record.get("id", record.get("case_id", number))),
+        id=_id(record, number, "id", "case_id"),
         prompt=_text(record, "prompt"),
         subject=_text(record, "subject"),
         target_new=_text(record, "target_new"),
@@ -128,7 +129,10 @@ def _facts(record: Mapping[str, Any], number: int) -> EditRequest:
     )
 
 
-def _id(value: object) -> str:
+def _id(record: Mapping[str, Any], number: int, *names: str) -> str:
+    value = next((record[name] for name in names if record.get(name) is not None), number)
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        raise DataError(f"id must be text or a number, got {type(value).__name__}")
     text = str(value).strip()
     if not text:
         raise DataError("id is empty; leave it out to have the records numbered")
@@ -139,7 +143,7 @@ def _text(record: Mapping[str, Any], name: str) -> str:
     value = record.get(name)
     if value is None:
         raise DataError(f"missing field {name}")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         value = str(value)  # years and numbers are written without quotes now and then
     if not isinstance(value, str):
         raise DataError(f"{name} must be text, got {type(value).__name__}")
@@ -155,7 +159,12 @@ def _optional(record: Mapping[str, Any], name: str) -> str | None:
 
 def _object(record: Mapping[str, Any], name: str) -> str:
     value = record.get(name)
-    return _text(value, "str") if isinstance(value, Mapping) else _text(record, name)
+    if not isinstance(value, Mapping):
+        return _text(record, name)
+    try:
+        return _text(value, "str")
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
 
 
 def _texts(value: object, name: str) -> tuple[str, ...]:

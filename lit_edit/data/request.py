@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,9 @@ class EditRequest:
                 raise DataError(f"{name} is empty")
             if "\x00" in value:
                 raise DataError(f"{name} holds a NUL character")
+        for name, value in vars(self).items():
+            if any("\ud800" <= letter <= "\udfff" for text in _texts_in(value) for letter in text):
+                raise DataError(f"{name} holds half a character (a lone surrogate such as \\ud800)")
         if self.prompt.count("{}") != 1:
             raise DataError(
                 f"prompt must have exactly one {{}} where the subject stands, got {self.prompt!r}; "
@@ -120,6 +123,16 @@ class EditRequest:
         """Start and end of the subject in :attr:`text`."""
         start = self.prompt.index("{}")
         return start, start + len(self.subject)
+
+
+def _texts_in(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Probe):
+        yield from (value.prompt, value.answer)
+    elif isinstance(value, (Mapping, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(part)
 
 
 def find_subject(text: str, subject: str) -> int | None:

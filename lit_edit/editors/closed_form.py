@@ -78,8 +78,10 @@ class ClosedFormEditor(Editor):
             raise ValueError(f"covariance_weight (lambda) must be positive, got {covariance_weight}")
         if residual not in ("shared", "remeasured", "uniform"):
             raise ValueError(f"residual must be 'shared', 'remeasured' or 'uniform', got {residual!r}")
-        if ridge < 0:
+        if not ridge >= 0:
             raise ValueError(f"ridge must not be negative, got {ridge}")
+        if isinstance(contexts, str) and contexts not in ("sampled", "plain"):
+            raise ValueError(f"contexts must be 'sampled', 'plain' or groups of templates, got {contexts!r}")
         self.layers = None if layers is None else tuple(layers)
         self.covariance_weight = covariance_weight
         self.residual = residual
@@ -89,7 +91,7 @@ class ClosedFormEditor(Editor):
         self.ridge = ridge
         self.solvers: dict[int, RidgeSolver] = {}
         self.templates: Templates = ()
-        self._targets: dict[str, Target] = {}
+        self._targets: dict[str, tuple[EditRequest, Target]] = {}
 
     # ---- before the stream --------------------------------------------------------------------------------------
 
@@ -155,7 +157,8 @@ class ClosedFormEditor(Editor):
         steps = self._walk([problems[r.id] for r in requests], targets, watch)
         updates = tuple(LayerUpdate(l, self.ledger.names[l], step.delta) for l, step in steps.items())
         entries = tuple(
-            LedgerEntry(r.id, r.subject, r.text, r.target_new, _facts(t)) for r, t in zip(requests, targets, strict=True)
+            LedgerEntry(r.id, r.subject, r.text, r.target_new, _facts(t))
+            for r, t in zip(requests, targets, strict=True)
         )
         return Proposal(tuple(requests), updates, entries, _Pending(steps), watch.seconds)
 
@@ -171,12 +174,12 @@ class ClosedFormEditor(Editor):
     ) -> list[Target]:
         if not self.on_original:
             return self._optimise(requests, self.ledger.adapter, status)
-        if any(r.id not in self._targets for r in requests):
+        if any(r.id not in self._targets or self._targets[r.id][0] != r for r in requests):
             # The whole window, also what is committed already: a resumed run then computes the very same batch.
-            group = window if {r.id for r in requests} <= {r.id for r in window} else requests
+            group = window if all(r in window for r in requests) else requests
             made = self._optimise(group, self.ledger.original(), status)
-            self._targets = {r.id: target for r, target in zip(group, made, strict=True)}
-        return [self._targets[r.id] for r in requests]
+            self._targets = {r.id: (r, target) for r, target in zip(group, made, strict=True)}
+        return [self._targets[r.id][1] for r in requests]
 
     def _optimise(self, requests: Sequence[EditRequest], adapter: ModelAdapter, status: Status) -> list[Target]:
         problems = [build_problem(self.tokenizer, r, self.templates) for r in requests]
@@ -191,7 +194,9 @@ class ClosedFormEditor(Editor):
         )
 
     @torch.no_grad()
-    def _walk(self, problems: Sequence[TargetProblem], targets: Sequence[Target], watch: Stopwatch) -> dict[int, RidgeStep]:
+    def _walk(
+        self, problems: Sequence[TargetProblem], targets: Sequence[Target], watch: Stopwatch
+    ) -> dict[int, RidgeStep]:
         """Walk up the edited layers: read keys, solve, go on with the new weight."""
         layers = self.ledger.layers
         reference = self.ledger.original() if self.on_original else self.ledger.adapter

@@ -5,17 +5,24 @@ As published, prompts are averaged within an edit first, then edits with each ot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lit_edit.metrics import functional as F  # noqa: N812 - the idiom of torchmetrics
 
 
-class _MeanOverEdits(Metric):
+class _ExactMetric(Metric):
+    """A metric whose sums keep their type: ``module.to(bfloat16)`` moves them and does not round them."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        return super()._apply(lambda state: state.to(fn(state.new_empty(0)).device), exclude_state)
+
+
+class _MeanOverEdits(_ExactMetric):
     """Mean of one value per edit."""
 
     is_differentiable = False
@@ -86,7 +93,7 @@ class Agreement(_MeanOverEdits):
         self._add(F.agreement(before, after))
 
 
-class TextPerplexity(Metric):
+class TextPerplexity(_ExactMetric):
     """Perplexity of texts; ``compute`` returns mean, median and corpus; twin of :func:`functional.perplexity`.
 
     Example:
@@ -122,7 +129,7 @@ class TextPerplexity(Metric):
         return F.perplexity(torch.cat([torch.as_tensor(n) for n in self.nll]).split(lengths))
 
 
-class HarmonicScore(Metric):
+class HarmonicScore(_ExactMetric):
     """Harmonic mean of the three success rates (S); twin of :func:`functional.harmonic_score`.
 
     Edits without a probe of some kind do not count for that kind.

@@ -124,7 +124,12 @@ class EditMetrics(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        families = {"success": Success, "magnitude": Magnitude, "accuracy": ExactAccuracy, "token_accuracy": TokenAccuracy}
+        families = {
+            "success": Success,
+            "magnitude": Magnitude,
+            "accuracy": ExactAccuracy,
+            "token_accuracy": TokenAccuracy,
+        }
         self.kinds = nn.ModuleDict(
             {kind: nn.ModuleDict({name: family() for name, family in families.items()}) for kind in KINDS}
         )

@@ -8,6 +8,7 @@ negative log-likelihood of the object's tokens.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -111,7 +112,7 @@ def perplexity(nlls: Iterable[Tensor]) -> dict[str, float]:
         raise ValueError("perplexity needs at least one text of two tokens or more")
     per_text = torch.stack([nll.mean() for nll in scored]).exp()
     total = torch.cat(scored).mean().exp()
-    return {"mean": per_text.mean().item(), "median": per_text.median().item(), "corpus": total.item()}
+    return {"mean": per_text.mean().item(), "median": statistics.median(per_text.tolist()), "corpus": total.item()}
 
 
 def harmonic_score(values: Sequence[float | None]) -> float | None:

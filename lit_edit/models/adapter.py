@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,12 +138,12 @@ class ModelAdapter:
     @property
     def device(self) -> torch.device:
         """Device of the first edited-layer weight; inputs go there."""
-        return self.down_proj(0).weight.device
+        return self.own_weight(0).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Floating type of the weights."""
-        return self.down_proj(0).weight.dtype
+        return self.own_weight(0).dtype
 
     def down_proj(self, layer: int) -> nn.Module:
         """Return the MLP down projection of a layer.
@@ -182,12 +182,18 @@ class ModelAdapter:
     def weight(self, layer: int) -> Tensor:
         """Return the edited weight of a layer in this view, in the layout the model stores it in."""
         name = self.weight_name(layer)
-        return self.weights.get(name, self.down_proj(layer).weight)
+        return self.weights.get(name, self.own_weight(layer))
+
+    def own_weight(self, layer: int) -> nn.Parameter:
+        """Return the edited parameter of a layer as the model itself holds it."""
+        weight = self.down_proj(layer).weight
+        assert isinstance(weight, nn.Parameter)  # noqa: S101 - Linear and Conv1D have no other
+        return weight
 
     def shape(self, layer: int) -> tuple[int, int]:
         """Return ``(d_out, d_in)`` of a layer's down projection, whatever its layout."""
         module = self.down_proj(layer)
-        rows, columns = module.weight.shape
+        rows, columns = self.own_weight(layer).shape
         return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
     def to_layout(self, layer: int, delta: Tensor) -> Tensor:
@@ -261,10 +267,8 @@ class ModelAdapter:
                 stack.callback(handle.remove)
             if at == self.n_layers:
                 stack.callback(self.layers[-1].register_forward_hook(after_last).remove)
-            try:
+            with suppress(_StopForward):
                 self._run_backbone(input_ids, attention_mask, cache)
-            except _StopForward:
-                pass
         return Trace(found["hidden"], at, calls, attention_mask, cache)
 
     def run_layers(self, hidden: Tensor, calls: Mapping[int, Mapping[str, Any]], start: int, stop: int) -> Tensor:
@@ -295,10 +299,8 @@ class ModelAdapter:
     def read_keys(self, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
         """Return ``{layer: (batch, time, d_in)}`` of one pass that stops at the highest layer asked for."""
         with self.record_keys(layers, stop_after_last=True) as keys:
-            try:
+            with suppress(_StopForward):
                 self._run_backbone(input_ids, attention_mask, None)
-            except _StopForward:
-                pass
         return {layer: key.reshape(*input_ids.shape, -1) for layer, key in keys.items()}
 
     def finish(self, hidden: Tensor) -> Tensor:

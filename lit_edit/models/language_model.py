@@ -46,7 +46,9 @@ class LanguageModel:
     )
 
     @classmethod
-    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arch: ArchSpec | None = None) -> LanguageModel:
+    def of(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arch: ArchSpec | None = None
+    ) -> LanguageModel:
         """Wrap a model that is in memory already; it will be edited in place."""
         wrapped = cls(name=getattr(model, "name_or_path", "") or type(model).__name__, arch=arch)
         object.__setattr__(wrapped, "_loaded", (model, tokenizer))

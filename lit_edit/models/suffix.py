@@ -46,7 +46,9 @@ class SuffixBatch:
     values: dict[int, Tensor]
 
     @classmethod
-    def from_trace(cls, adapter: ModelAdapter, trace: Trace, starts: Sequence[int], lengths: Sequence[int]) -> SuffixBatch:
+    def from_trace(
+        cls, adapter: ModelAdapter, trace: Trace, starts: Sequence[int], lengths: Sequence[int]
+    ) -> SuffixBatch:
         """Cut a right-padded trace.
 
         Args:

@@ -20,7 +20,9 @@ def check_facts(keys: Tensor, residuals: Tensor, d_in: int, d_out: int) -> None:
         raise ValueError(f"keys hold {keys.shape[1]} facts and residuals {residuals.shape[1]}; expected as many")
     for name, value in (("keys", keys), ("residuals", residuals)):
         if not torch.isfinite(value).all():
-            raise ValueError(f"{name} hold NaN or infinite values; the edit is refused and the weights stay as they are")
+            raise ValueError(
+                f"{name} hold NaN or infinite values; the edit is refused and the weights stay as they are"
+            )
 
 
 def ridge_update(keys: Tensor, residuals: Tensor, prior: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class RidgeSolver:
         self.check_every = check_every
         self.drift_bound = drift_bound
         self.d_in, self.d_out = prior.shape[0], d_out
-        self._prior = prior.to(torch.float64)
+        self._prior = prior.to(torch.float64, copy=True)
         self.inverse = inverse_spd(self._prior)
         self.gram = torch.zeros_like(self._prior) if memory else None
         self.cross = self._prior.new_zeros(d_out, self.d_in)
@@ -140,17 +140,20 @@ class RidgeSolver:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Restore :meth:`state_dict`, bit for bit.
+        """Restore :meth:`state_dict`, bit for bit; ``state`` is copied, and a state that does not fit changes nothing.
 
         Raises:
             ValueError: If the state belongs to a layer of another size or to the other kind of memory.
         """
         if ("gram" in state) != self.memory:
             raise ValueError("the checkpoint was made by an editor with another memory setting; use the same config")
+        loaded: dict[str, Tensor] = {}
         for name in ("cross", "delta", *(("gram", "inverse") if self.memory else ())):
             value, own = state[name], getattr(self, name)
             if not isinstance(value, Tensor) or value.shape != own.shape:
                 raise ValueError(f"the checkpoint's {name} does not fit a layer of {tuple(own.shape)}")
-            setattr(self, name, value.to(own))
+            loaded[name] = value.to(own, copy=True)
+        for name, value in loaded.items():
+            setattr(self, name, value)
         self.blocks = int(state["blocks"])
         self.refactorisations = int(state["refactorisations"])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_edit.data.request import DataError
 from lit_edit.errors import ArgumentError
@@ -17,14 +21,23 @@ from lit_edit.models.adapter import ModelAdapter
 from lit_edit.tokens import encode, pad_token
 
 STARTS = (
-    "The", "In", "A", "It", "He", "She", "They", "When", "After", "This", "There", "On", "At", "For", "If", "One",
-    "However,", "In the", "During", "Since", "As", "We", "I", "You", "Many", "Some", "According to", "According", "My",
-    "His", "Her", "Their", "By the", "From", "With", "While", "Although", "Because", "What", "How", "Where", "Who",
-    "First,", "Today", "Last year", "The first", "The city of", "The company", "The capital", "The book", "Scientists",
-    "People", "Children", "Most", "Each", "Every", "Two", "Three", "Once", "Before", "Between", "Under", "Over",
-    "University of", "Born in",
+    "The city of", "The capital of", "The history of", "The author of", "The founder of", "The president of",
+    "The river", "The mountain", "The language of", "The people of", "The company", "The novel", "The film", "The band",
+    "The painter", "The scientist", "The football player", "The singer", "The actor", "The king of", "The king",
+    "The university of", "The museum of", "The name of", "The headquarters of", "The mother tongue of", "The inventor of",
+    "The first man to", "Born in", "Located in", "Founded in", "Written by", "Named after", "Known for", "In the city of",
+    "In 1950,", "In 2010,", "In the north of", "In Europe,", "In Africa,", "In Asia,", "In America,", "In music,",
+    "According to", "Last year,", "Many people in", "People who live in", "My friend", "His wife", "Her brother",
+    "Their house in", "My name is", "She was born in", "He was born in", "He plays", "She lives in", "They moved to",
+    "It is made by", "It was developed by", "It is used to", "A famous", "A small town in", "A species of",
+    "When I was", "When the war", "After the", "During the", "At the end of", "On the island of", "For the first time",
+    "If you want to", "How to", "What is the", "Where is the", "Who was the", "Why do", "Scientists have", "Doctors",
+    "The report", "The weather in", "The recipe", "The game", "The church of", "The bridge", "The song", "The team",
+    "Two friends", "Once upon a time", "Dear", "However,", "There is", "There are", "We went to", "You can", "I think",
+    "Most of the", "One of the", "Some of the", "The official language of", "The religion of", "The currency of",
 )  # fmt: skip
-"""Openings from which the model writes: ordinary English, so that its text is ordinary English too."""
+"""Openings from which the model writes. Half of them ask for names of people, places and works: an edit is made at a
+name, and what the statistics have seen of names is what it spares."""
 
 
 class SampledText:
@@ -33,13 +46,13 @@ class SampledText:
     Args:
         seed: Seeds the sampling, chunk by chunk.
         rows: Sequences sampled at a time.
-        length: Tokens of each sequence.
+        length: Tokens of each sequence; short ones, since the prompts of edits are short as well.
         top_k: Sample among this many most probable tokens; keeps the text language-like.
         starts: Openings.
     """
 
     def __init__(
-        self, seed: int = 0, rows: int = 96, length: int = 64, top_k: int = 50, starts: tuple[str, ...] = STARTS
+        self, seed: int = 0, rows: int = 128, length: int = 32, top_k: int = 50, starts: tuple[str, ...] = STARTS
     ) -> None:
         self.seed, self.rows, self.length, self.top_k, self.starts = seed, rows, length, top_k, starts
 
@@ -52,32 +65,47 @@ class SampledText:
     def chunk(self, index: int, adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """Sample chunk ``index``; never ends. All rows have ``length`` tokens."""
         devices = [adapter.device] if adapter.device.type == "cuda" else []
-        openings = self._openings(tokenizer)
-        prompts = [openings[(index * self.rows + i) % len(openings)] for i in range(self.rows)]
+        groups = self._openings(tokenizer)
+        openings = groups[index % len(groups)]
+        prompts = [openings[i % len(openings)] for i in range(self.rows)]
         ids = torch.tensor(prompts, device=adapter.device)
         new = max(1, self.length - ids.shape[1])
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(hash_seed(self.seed, index))
-            out = adapter.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                top_k=self.top_k,
-                max_length=None,
-                max_new_tokens=new,
-                min_new_tokens=new,
-                pad_token_id=pad_token(tokenizer),
-            )
+            settings = {
+                "attention_mask": torch.ones_like(ids),
+                "do_sample": True,
+                "top_k": self.top_k,
+                "max_length": None,
+                "max_new_tokens": new,
+                "min_new_tokens": new,
+                "pad_token_id": pad_token(tokenizer),
+            }
+            # A view writes with its own weights: a resumed stream samples the unedited model's text.
+            weights = {f"model.{name}": weight for name, weight in adapter.weights.items()}
+            out = functional_call(_Generate(adapter.model), weights, (ids,), settings)
         rows: list[list[int]] = out.tolist()
         return rows
 
-    def _openings(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-        """Return the openings of the commonest length in tokens: they can be sampled in one batch, without padding."""
+    def _openings(self, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[int, ...]]]:
+        """Return the openings in groups of one length in tokens, for batches without padding; large groups only."""
         by_length: dict[int, list[tuple[int, ...]]] = {}
         for start in self.starts:
             ids = encode(tokenizer, start)
             by_length.setdefault(len(ids), []).append(ids)
-        return max(by_length.values(), key=len)
+        largest = max(len(group) for group in by_length.values())
+        return [group for _, group in sorted(by_length.items()) if 3 * len(group) >= largest]
+
+
+class _Generate(nn.Module):
+    """``generate`` as a forward pass, so that ``functional_call`` can lend it other weights."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, **settings: Any) -> Tensor:
+        return self.model.generate(ids, **settings)
 
 
 class DocumentText:
@@ -140,16 +168,16 @@ def read_documents(path: Path) -> list[str]:
         DataError: If it cannot be read or holds no text; names the file.
     """
     try:
-        raw = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
+        raw, suffix = path.read_text(encoding="utf-8-sig"), path.suffix.lower()
+        if suffix == ".json":
             records = json.loads(raw)
-        elif path.suffix == ".jsonl":
-            records = [json.loads(line) for line in raw.splitlines() if line.strip()]
-        elif path.suffix == ".csv":
-            records = list(csv.DictReader(raw.splitlines()))
+        elif suffix == ".jsonl":
+            records = [json.loads(line) for line in raw.split("\n") if line.strip()]
+        elif suffix == ".csv":
+            records = list(csv.DictReader(io.StringIO(raw, newline="")))
         else:
             records = raw.splitlines()
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:  # decoding errors are ValueErrors
         raise DataError(f"{path}: cannot be read as text: {error}") from error
     texts = [_text_of(record) for record in records] if isinstance(records, list) else []
     texts = [text for text in texts if text.strip()]

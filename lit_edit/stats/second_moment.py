@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +94,7 @@ class KeyStatistics:
     def _folder(self, adapter: ModelAdapter, corpus: Corpus, budget: int) -> Path:
         base = Path(self.cache).expanduser() if self.cache else cache_dir() / "stats"
         name = f"{corpus.fingerprint()}-{budget}" + ("-skipfirst" if self.skip_first else "")
-        return base / weights_hash(adapter.model) / name
+        return base / weights_hash(adapter.model, adapter.weights) / name
 
 
 @torch.no_grad()
@@ -149,10 +149,17 @@ def accumulate(
     return moments
 
 
-def weights_hash(model: nn.Module) -> str:
-    """Return a hash of all parameters: statistics of one model are never taken for another's."""
+def weights_hash(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> str:
+    """Return a hash of all parameters: statistics of one model are never taken for another's.
+
+    Args:
+        model: The model.
+        weights: Parameters to take in place of the model's own, by full name (those of an adapter's view).
+    """
+    weights = weights or {}
     digest = hashlib.blake2b(digest_size=12)
     for name, parameter in sorted(model.named_parameters()):
+        parameter = weights.get(name, parameter)
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         digest.update(memoryview(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()

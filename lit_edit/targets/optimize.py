@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.suffix import SuffixBatch
 from lit_edit.targets.buckets import partition_by_length
@@ -51,7 +52,9 @@ class TargetSettings:
         for name, low in (("steps", 1), ("lr", 0), ("weight_decay", 0), ("clamp", 0), ("kl_factor", 0)):
             value = getattr(self, name)
             if not value >= low or (name in ("lr", "clamp") and value <= 0):
-                raise ValueError(f"{name} must be {'positive' if name in ('lr', 'clamp') else f'at least {low}'}, got {value}")
+                raise ValueError(
+                    f"{name} must be {'positive' if name in ('lr', 'clamp') else f'at least {low}'}, got {value}"
+                )
         if not 0.0 <= self.probability < 1.0:
             raise ValueError(f"probability must be in [0, 1), got {self.probability}")
 
@@ -119,12 +122,18 @@ def optimise_targets(
         The targets, in order.
 
     Raises:
-        FloatingPointError: If a loss is not finite; nothing is written then.
+        ArgumentError: If ``layer`` or ``settings.loss_layer`` does not exist.
+        FloatingPointError: If a loss or a step is not finite; nothing is written then.
     """
     if not problems:
         return []
     adapter.check_layer(layer)
-    stop = max(settings.loss_layer if settings.loss_layer is not None else adapter.n_layers - 1, layer) + 1
+    loss_layer = adapter.n_layers - 1 if settings.loss_layer is None else settings.loss_layer
+    if not 0 <= loss_layer < adapter.n_layers:
+        raise ArgumentError(
+            f"loss_layer {loss_layer} does not exist: this model has layers 0 to {adapter.n_layers - 1}"
+        )
+    stop = max(loss_layer, layer) + 1
     buckets, base = _prepare(adapter, problems, layer, pad)
     count, device = len(problems), base.device
     delta = torch.zeros_like(base)
@@ -154,9 +163,7 @@ def optimise_targets(
         nll = terms.nll / contexts
         loss_value = nll + terms.kl + decay
         probability = terms.probability / contexts
-        if not torch.isfinite(loss_value[active]).all():
-            bad = int((~torch.isfinite(loss_value) & active).nonzero()[0])
-            raise FloatingPointError(f"the target optimisation of edit {bad} of this window diverged at step {step}")
+        _refuse_divergence(loss_value, active, step)
         for index, row in enumerate(torch.stack([loss_value, nll, terms.kl, decay], 1).tolist()):
             if active[index]:
                 traces[index].append((row[0], row[1], row[2], row[3]))
@@ -175,15 +182,14 @@ def optimise_targets(
         moved = _adam_step(delta, gradient, mean, square, step + 1, settings.lr)
         radius = settings.clamp * base_norm
         length = torch.linalg.vector_norm(moved, dim=1)
+        _refuse_divergence(length, active, step)  # clamping an infinite step would make it zero
         scale = torch.where(length > radius, radius / length, torch.ones_like(length))
         delta = torch.where(active[:, None], moved * scale[:, None], delta)
         if finished.any():
             buckets = [b for b in (bucket.select(active) for bucket in buckets) if len(b.edits)]
 
     before, after = first.tolist(), last.tolist()
-    return [
-        Target(base[i].clone(), delta[i].clone(), before[i], after[i], tuple(traces[i])) for i in range(count)
-    ]
+    return [Target(base[i].clone(), delta[i].clone(), before[i], after[i], tuple(traces[i])) for i in range(count)]
 
 
 @dataclass
@@ -249,6 +255,15 @@ def _bucket_loss(
         total = total + settings.kl_factor * divergence.sum()
         terms.kl.index_add_(0, owner, (settings.kl_factor * divergence).detach().to(terms.kl))
     return total
+
+
+def _refuse_divergence(values: Tensor, active: Tensor, step: int) -> None:
+    """Raise ``FloatingPointError`` if the value of an active edit is not finite."""
+    bad = (~torch.isfinite(values) & active).nonzero()
+    if len(bad):
+        raise FloatingPointError(
+            f"the target optimisation of edit {int(bad[0])} of this window diverged at step {step}"
+        )
 
 
 def _adam_step(delta: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: int, lr: float) -> Tensor:

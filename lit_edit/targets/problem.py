@@ -32,11 +32,12 @@ class TargetProblem:
 def build_problem(tokenizer: PreTrainedTokenizerBase, request: EditRequest, templates: Templates) -> TargetProblem:
     """Tokenise one request in all contexts."""
     start, end = request.subject_span
+    text = request.prompt.rstrip().replace("{}", request.subject)  # white space at the end belongs to the continuation
     prompts = []
     for template in (t for group in templates for t in group):
         before = template.index("{}")
-        prompts.append(locate(tokenizer, template.replace("{}", request.text), (before + start, before + end)))
-    _, target = continuation(tokenizer, request.text, request.target_new)
+        prompts.append(locate(tokenizer, template.replace("{}", text), (before + start, before + end)))
+    _, target = continuation(tokenizer, text, request.target_new)
     essence = locate(tokenizer, KL_PROMPT.replace("{}", request.subject), (0, len(request.subject)))
     # Causal: nothing after the lookup token bears on its distribution.
     essence = LocatedPrompt(essence.ids[: essence.lookup + 1], essence.lookup)

@@ -16,8 +16,7 @@ from lit_edit.models.families import (
 from lit_edit.models.spec import ArchSpec
 
 SPECS: tuple[ArchSpec, ...] = tuple(
-    family.SPEC
-    for family in (gpt2, gptj, gpt_neox, opt, llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3)
+    family.SPEC for family in (gpt2, gptj, gpt_neox, opt, llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3)
 )
 
 __all__ = ["SPECS"]

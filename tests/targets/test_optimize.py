@@ -1,0 +1,341 @@
+"""The target optimisation against a textbook one: whole model, whole logits, torch's Adam, one edit at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_edit.data.request import EditRequest
+from lit_edit.models import ModelAdapter
+from lit_edit.targets.optimize import Target, TargetSettings, optimise_targets
+from lit_edit.targets.problem import TargetProblem, build_problem
+from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
+from lit_edit.tokens import continuation, locate
+
+TEMPLATES = (("{}",), ("I say. {}", "Then the man of the house went. {}"))
+LAYER = 1
+EASY = (2, 4)  # the edits that reach their targets within a test's steps
+# llama: RMSNorm and rotary tables round to float32, and Adam (which divides by the gradient's own size) magnifies it.
+CLOSE = {"gpt2": {"rtol": 0.0, "atol": 1e-9}, "llama": {"rtol": 0.0, "atol": 2e-5}}
+families = pytest.mark.parametrize("family", sorted(CLOSE))
+
+
+@cache
+def load(family: str) -> ModelAdapter:
+    """Weights large enough for a state to decide the next word."""
+    return ModelAdapter(tiny_model(family, torch.float64, attn_implementation="sdpa", initializer_range=0.3))
+
+
+@cache
+def requests() -> tuple[EditRequest, ...]:
+    """Targets of one to nine tokens; edits 2 and 4 end with the subject, where a random model is moved easily."""
+    changes = {
+        1: {"target_new": "Greek and Latin"},
+        2: {"prompt": "So did {}"},
+        4: {"prompt": "Look at {}", "target_new": "is"},
+    }
+    return tuple(replace(request, **changes.get(i, {})) for i, request in enumerate(tiny_requests()))
+
+
+@cache
+def problems() -> tuple[TargetProblem, ...]:
+    return tuple(build_problem(tiny_tokenizer(), request, TEMPLATES) for request in requests())
+
+
+def fit(family: str, which: Sequence[int], settings: TargetSettings) -> list[Target]:
+    return optimise_targets(load(family), [problems()[i] for i in which], LAYER, settings)
+
+
+# ---- the textbook ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Textbook:
+    """ROME's ``compute_z`` as one would write it down: nothing shared, nothing cut."""
+
+    family: str
+    number: int
+    settings: TargetSettings
+    steps_taken: int = 0
+
+    def __post_init__(self) -> None:
+        self.model = load(self.family).model
+        request, tokenizer = requests()[self.number], tiny_tokenizer()
+        _, self.target = continuation(tokenizer, request.text, request.target_new)
+        rows, self.lookups = [], []
+        for template in (t for group in TEMPLATES for t in group):
+            start = template.index("{}") + request.subject_span[0]
+            prompt = locate(tokenizer, template.replace("{}", request.text), (start, start + len(request.subject)))
+            rows.append([*prompt.ids, *self.target[:-1]])
+            self.lookups.append(prompt.lookup)
+        essence = locate(tokenizer, f"{request.subject} is a", (0, len(request.subject)))
+        rows.append(list(essence.ids))
+        self.lookups.append(essence.lookup)
+        self.lengths = [len(row) for row in rows]
+        self.ids = torch.tensor([row + [0] * (max(self.lengths) - len(row)) for row in rows])
+        self.mask = torch.tensor([[1] * n + [0] * (max(self.lengths) - n) for n in self.lengths])
+
+    def block(self) -> nn.Module:
+        return (self.model.transformer.h if self.family == "gpt2" else self.model.model.layers)[LAYER]
+
+    def forward(self, delta: Tensor) -> Tensor:
+        """Logits of the whole model with ``delta`` added to the block's output at each row's lookup token."""
+
+        def hook(module: nn.Module, args: object, output: object) -> object:
+            hidden = output[0] if isinstance(output, tuple) else output
+            self.h0 = hidden[0, self.lookups[0]].detach()
+            hidden = torch.stack(
+                [
+                    row.index_add(0, torch.tensor([at]), delta[None])
+                    for row, at in zip(hidden, self.lookups, strict=True)
+                ]
+            )
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        handle = self.block().register_forward_hook(hook)
+        extra = {} if self.settings.loss_layer is None else {"output_hidden_states": True}
+        try:
+            out = self.model(input_ids=self.ids, attention_mask=self.mask, **extra)
+        finally:
+            handle.remove()
+        if self.settings.loss_layer is None:
+            return out.logits
+        early = out.hidden_states[self.settings.loss_layer + 1]
+        norm = self.model.transformer.ln_f if self.family == "gpt2" else self.model.model.norm
+        return self.model.lm_head(norm(early))
+
+    def loss(self, delta: Tensor) -> tuple[Tensor, Tensor, bool]:
+        logp = torch.log_softmax(self.forward(delta), -1)
+        rows, hits = [], []
+        for row, length in enumerate(self.lengths[:-1]):
+            first = length - len(self.target)
+            tokens = logp[row, first:length]
+            rows.append(-tokens.gather(1, torch.tensor(self.target)[:, None]).mean())
+            hits.append(tokens.argmax(1).tolist() == list(self.target))
+        now = logp[-1, self.lookups[-1]]
+        self.before = now.detach() if not hasattr(self, "before") else self.before
+        kl = self.settings.kl_factor * (now.exp() * (now - self.before)).sum()
+        decay = self.settings.weight_decay * torch.linalg.vector_norm(delta) / torch.linalg.vector_norm(self.h0) ** 2
+        probability = torch.stack([torch.exp(-nll) for nll in rows]).mean().detach()
+        return torch.stack(rows).mean() + kl + decay, probability, all(hits)
+
+    def run(self) -> Textbook:
+        settings = self.settings
+        delta = torch.zeros(32, dtype=torch.float64, requires_grad=True)
+        adam = torch.optim.Adam([delta], lr=settings.lr)
+        for step in range(settings.steps):
+            loss, self.probability, hit = self.loss(delta)
+            self.first = self.probability if step == 0 else self.first
+            self.last_loss, self.steps_taken = loss.item(), step + 1
+            enough = settings.probability > 0 and hit and self.probability >= settings.probability
+            if loss < settings.loss_threshold or enough or step == settings.steps - 1:
+                break
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            radius = settings.clamp * torch.linalg.vector_norm(self.h0)
+            with torch.no_grad():
+                if torch.linalg.vector_norm(delta) > radius:
+                    delta.mul_(radius / torch.linalg.vector_norm(delta))
+        self.delta = delta.detach()
+        return self
+
+
+def agree(target: Target, book: Textbook) -> None:
+    close = CLOSE[book.family]
+    torch.testing.assert_close(target.delta, book.delta, **close)
+    torch.testing.assert_close(target.base, book.h0, **close)
+    torch.testing.assert_close(target.value, book.h0 + book.delta, **close)
+    assert len(target.trace) == book.steps_taken
+    assert target.trace[-1][0] == pytest.approx(book.last_loss, abs=close["atol"])
+    assert target.trace[-1][0] == pytest.approx(sum(target.trace[-1][1:]), abs=1e-12)  # round-off of three terms
+    assert target.probability == pytest.approx(book.probability.item(), abs=close["atol"])
+    assert target.probability_before == pytest.approx(book.first.item(), abs=close["atol"])
+
+
+SETTINGS = {
+    "defaults": TargetSettings(steps=8),
+    "clamped": TargetSettings(steps=8, clamp=0.2, weight_decay=0.5),
+    "one pass": TargetSettings(steps=1),
+    "early loss": TargetSettings(steps=5, loss_layer=2),
+    "strong kl": TargetSettings(steps=6, lr=0.1, kl_factor=2.0, weight_decay=0.0),
+    "no kl": TargetSettings(steps=5, kl_factor=0.0),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+@families
+def test_equals_the_textbook(family: str, name: str) -> None:
+    settings = SETTINGS[name]
+    which = range(6) if name == "defaults" else (1, 2, 4)
+    for target, number in zip(fit(family, which, settings), which, strict=True):
+        book = Textbook(family, number, settings).run()
+        agree(target, book)
+        radius = settings.clamp * book.h0.norm().item()
+        assert target.delta.norm().item() <= radius * (1 + 1e-12)  # round-off of the rescaling
+        if name == "clamped" and number in EASY:
+            assert target.delta.norm().item() == pytest.approx(radius, rel=1e-12)
+
+
+def test_textbook_targets_have_several_tokens_and_lengths() -> None:
+    """What the comparison above rests on."""
+    assert {len(p.target) for p in problems()} == {1, 2, 9}
+    assert len({p.ids for p in problems()[0].prompts}) == 3
+
+
+@families
+def test_windows_of_any_size_agree(family: str) -> None:
+    settings = TargetSettings(steps=8)
+    alone = [fit(family, [i], settings)[0] for i in range(6)]
+    for groups in ([[0, 1, 2], [3, 4, 5]], [[0, 1, 2, 3, 4, 5]], [[5, 0, 3]]):
+        for group in groups:
+            for target, number in zip(fit(family, group, settings), group, strict=True):
+                torch.testing.assert_close(target.delta, alone[number].delta, **CLOSE[family])
+                assert len(target.trace) == len(alone[number].trace)
+
+
+@families
+def test_edits_of_one_window_finish_at_their_own_time(family: str) -> None:
+    """Stop by the loss, at a threshold that some edits reach and others do not."""
+    settings = TargetSettings(steps=15, loss_threshold=3.0)
+    targets = fit(family, range(6), settings)
+    taken = [len(t.trace) for t in targets]
+    assert len(set(taken)) > 1
+    assert [i for i in range(6) if taken[i] < 15] == list(EASY)
+    for number, target in enumerate(targets):
+        if number in (1, *EASY):
+            agree(target, Textbook(family, number, settings).run())
+        assert (target.trace[-1][0] < 3.0) == (len(target.trace) < 15)
+        assert all(step[0] >= 3.0 for step in target.trace[:-1])
+
+
+@families
+def test_stop_by_probability(family: str) -> None:
+    """The target must lead in every context, and its mean probability must reach the bound."""
+    settings = TargetSettings(steps=20, probability=0.1)
+    targets = fit(family, range(6), settings)
+    assert any(len(target.trace) < 20 for target in targets)
+    for number, target in enumerate(targets):
+        if number in (1, *EASY):
+            agree(target, Textbook(family, number, settings).run())
+        assert len(target.trace) == 20 or (number in EASY and target.probability >= 0.1)
+
+
+@families
+def test_the_fitted_state_makes_the_model_say_the_target(family: str) -> None:
+    settings = TargetSettings(steps=30)
+    for number, target in zip(EASY, fit(family, EASY, settings), strict=True):
+        _, probability, hit = Textbook(family, number, settings).loss(target.delta)
+        assert hit
+        assert probability > 50 * target.probability_before
+
+
+def test_model_and_gradients_are_left_alone() -> None:
+    adapter = load("gpt2")
+    before = {name: value.clone() for name, value in adapter.model.state_dict().items()}
+    targets = fit("gpt2", [0, 1], TargetSettings(steps=4))
+    assert all(torch.equal(before[name], value) for name, value in adapter.model.state_dict().items())
+    assert not any(t.delta.requires_grad or t.base.requires_grad for t in targets)
+    assert torch.is_grad_enabled()
+
+
+def test_random_state_is_left_alone() -> None:
+    state = torch.get_rng_state()
+    fit("gpt2", [0], TargetSettings(steps=3))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_fitting_under_no_grad_is_the_same() -> None:
+    """Lightning may call with gradients off."""
+    plain = fit("gpt2", [0], TargetSettings(steps=4))[0]
+    with torch.no_grad():
+        quiet = fit("gpt2", [0], TargetSettings(steps=4))[0]
+    torch.testing.assert_close(quiet.delta, plain.delta, rtol=0, atol=0)
+
+
+def test_bfloat16_models_are_fitted_in_float32() -> None:
+    adapter = ModelAdapter(tiny_model("llama", torch.bfloat16, initializer_range=0.3))
+    target = optimise_targets(adapter, problems()[4:], LAYER, TargetSettings(steps=10))[0]
+    assert target.delta.dtype == target.base.dtype == torch.float32
+    assert target.probability > 10 * target.probability_before
+
+
+def test_last_layer_can_be_moved() -> None:
+    """Nothing is left to run above it: the norm and the head read the moved state."""
+    target = optimise_targets(load("gpt2"), problems()[4:5], 3, TargetSettings(steps=15))[0]
+    assert target.trace[-1][0] < 0.5 * target.trace[0][0]
+
+
+def test_nothing_to_do_and_progress() -> None:
+    assert optimise_targets(load("gpt2"), [], LAYER, TargetSettings()) == []
+    seen: list[tuple[int, int]] = []
+    optimise_targets(load("gpt2"), problems()[:1], LAYER, TargetSettings(steps=3), progress=lambda *s: seen.append(s))
+    assert seen == [(0, 3), (1, 3), (2, 3)]
+
+
+# ---- divergence ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [0, 3], ids=["below", "above"])
+def test_nan_weights_raise(layer: int) -> None:
+    model = tiny_model("gpt2")
+    model.transformer.h[layer].mlp.c_fc.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="diverged at step 0"):
+        optimise_targets(ModelAdapter(model), problems()[:2], LAYER, TargetSettings(steps=3))
+
+
+def test_absurd_learning_rate_raises() -> None:
+    """In float32 the norm of the step overflows; clamping it to the radius would yield zero, and a silent non-edit."""
+    adapter = ModelAdapter(tiny_model("gpt2"))
+    with pytest.raises(FloatingPointError, match="diverged at step"):
+        optimise_targets(adapter, problems()[:2], LAYER, TargetSettings(steps=4, lr=1e30))
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("lr", 0.0),
+        ("lr", -0.1),
+        ("lr", float("nan")),
+        ("weight_decay", -1e-9),
+        ("clamp", 0.0),
+        ("clamp", float("nan")),
+        ("kl_factor", -1.0),
+        ("probability", 1.0),
+        ("probability", -0.1),
+        ("probability", float("nan")),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        TargetSettings(**{name: value})
+
+
+def test_bounds_are_allowed() -> None:
+    TargetSettings(steps=1, weight_decay=0.0, kl_factor=0.0, probability=0.0)
+
+
+@pytest.mark.parametrize("layer", [-1, 4])
+def test_layer_out_of_range_is_refused(layer: int) -> None:
+    with pytest.raises(ValueError, match="0 to 3"):
+        optimise_targets(load("gpt2"), problems()[:1], layer, TargetSettings(steps=1))
+
+
+@pytest.mark.parametrize("loss_layer", [-1, 4, 40])
+def test_loss_layer_out_of_range_is_refused(loss_layer: int) -> None:
+    with pytest.raises(ValueError, match="0 to 3"):
+        optimise_targets(load("gpt2"), problems()[:1], LAYER, TargetSettings(steps=1, loss_layer=loss_layer))
+
+
+def test_loss_layer_below_the_edited_layer_reads_the_edited_one() -> None:
+    low, same = (fit("gpt2", [0], TargetSettings(steps=4, loss_layer=layer))[0] for layer in (0, LAYER))
+    torch.testing.assert_close(low.delta, same.delta, rtol=0, atol=0)

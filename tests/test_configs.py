@@ -1,0 +1,107 @@
+"""Every config that ships parses against the real signatures; interpolation and overrides work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_edit.cli import main
+from lit_edit.commands.configs import config_root, expand_arguments, find_config, shipped_configs
+from lit_edit.errors import ArgumentError
+
+PIECES = [name for name in shipped_configs() if "/" in name and not name.startswith("experiment/")]
+COMPLETE = [name for name in shipped_configs() if name not in PIECES]
+
+
+def parsed(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, object]:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *args, "--print_config"])
+    assert stop.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_the_tree_is_there() -> None:
+    folders = {name.partition("/")[0] for name in shipped_configs() if "/" in name}
+    assert folders == {"model", "method", "data", "trainer", "callbacks", "logger", "experiment"}
+    assert {"quickstart", "counterfact", "zsre"} <= set(COMPLETE)
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_complete_configs_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parsed(capsys, "--config", name)
+    assert config["model"]["language_model"]["name"] == "smollm2-135m"
+    assert len(config["trainer"]["callbacks"]) == 8
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_parse_on_top_of_the_quickstart_and_change_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parsed(capsys, "--config", "quickstart", "--config", name)
+    piece = yaml.safe_load((config_root() / f"{name}.yaml").read_text())
+    for section, values in piece.items():
+        for key, value in values.items():
+            if not isinstance(value, (dict, list)):
+                assert config[section][key] == value
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_config_says_how_to_run_it(name: str) -> None:
+    text = (config_root() / f"{name}.yaml").read_text()
+    header = text[: text.index("\n\n")] if name in COMPLETE else text
+    assert header.startswith("# ")
+    assert "--config" in header or "--trainer.logger" in header
+
+
+def test_interpolation_is_resolved_within_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (config_root() / "quickstart.yaml").read_text().replace("seed_everything: 0", "seed_everything: 41")
+    own = tmp_path / "own.yaml"
+    own.write_text(text)
+    config = parsed(capsys, "--config", str(own))
+    assert config["model"]["editor"]["init_args"]["seed"] == 41
+    assert config["model"]["statistics"]["seed"] == 41
+
+
+def test_values_are_overridden_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parsed(
+        capsys,
+        "--config=quickstart",
+        "--model.editor.init_args.covariance_weight=77",
+        "--model.editor.init_args.target.steps=3",
+        "--data.limit=5",
+        "--trainer.max_steps=4",
+    )
+    arguments = config["model"]["editor"]["init_args"]
+    assert (arguments["covariance_weight"], arguments["target"]["steps"], arguments["seed"]) == (77, 3, 0)
+    assert (config["data"]["limit"], config["trainer"]["max_steps"]) == (5, 4)
+
+
+def test_the_method_can_be_changed_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parsed(capsys, "--config", "quickstart", "--config", "method/d4s_paper")
+    assert config["model"]["editor"]["init_args"]["residual"] == "shared"
+    config = parsed(capsys, "--config", "quickstart", "--config", "method/memit")
+    assert config["model"]["editor"]["class_path"] == "lit_edit.editors.MEMIT"
+
+
+@pytest.mark.parametrize("arguments", [["--trainer.logger", "wandb"], ["--trainer.logger=wandb"]])
+def test_loggers_by_name(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    config = parsed(capsys, "--config", "quickstart", *arguments)
+    kinds = [logger["class_path"].rpartition(".")[2] for logger in config["trainer"]["logger"]]
+    assert kinds == ["RunCSVLogger", "WandbLogger"]
+
+
+def test_a_file_goes_before_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config("quickstart") == str(config_root() / "quickstart.yaml")
+    (tmp_path / "quickstart").write_text("{}")
+    assert find_config("quickstart") == "quickstart"
+
+
+def test_unknown_configs_are_named_with_what_there_is() -> None:
+    with pytest.raises(ArgumentError, match=r"--config nonsense: no such file.*quickstart"):
+        expand_arguments(["--config", "nonsense"])
+
+
+def test_names_cannot_leave_the_folder() -> None:
+    with pytest.raises(ArgumentError):
+        find_config("../pyproject")

@@ -1,0 +1,312 @@
+"""The shape of the library: imports run downward, one module writes weights, nothing is hidden in globals."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Low to high. A module may import those of its own layer and of the layers below.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("lit_edit.errors", "lit_edit.paths"),
+    ("lit_edit.data", "lit_edit.data.request", "lit_edit.data.files", "lit_edit.data.records", "lit_edit.data.sources"),
+    ("lit_edit.testing",),
+    ("lit_edit.models.*", "lit_edit.tokens"),
+    ("lit_edit.targets.*", "lit_edit.solvers.*"),
+    ("lit_edit.stats.*",),
+    ("lit_edit.ledger", "lit_edit.metrics.*", "lit_edit.generation"),
+    ("lit_edit.editors.*",),
+    ("lit_edit.data.datamodule", "lit_edit.export"),
+    ("lit_edit.stream", "lit_edit.runs", "lit_edit.api"),
+    ("lit_edit.loggers", "lit_edit.callbacks.*"),
+    ("lit_edit.commands.*",),
+    ("lit_edit.cli",),
+    ("lit_edit", "lit_edit.__main__"),
+)
+# May use none of these packages, neither themselves nor through what they import.
+FORBIDDEN = {
+    "lit_edit.solvers": {"transformers", "lightning", "torchmetrics", "datasets", "wandb"},
+    "lit_edit.data.request": {"torch", "transformers", "lightning", "tokenizers"},
+    "lit_edit.data.records": {"torch", "transformers", "lightning", "tokenizers"},
+    "lit_edit.models": {"lightning"},
+    "lit_edit.targets": {"lightning"},
+    "lit_edit.stats": {"lightning"},
+    "lit_edit.ledger": {"lightning", "datasets"},
+    "lit_edit.metrics": {"lightning", "wandb"},
+    "lit_edit.editors": {"lightning", "wandb", "torchmetrics"},
+    "lit_edit.api": {"lightning", "wandb"},
+    "lit_edit.errors": {"torch"},
+    "lit_edit.cli": set(),
+}
+
+
+def _sources() -> Iterator[tuple[str, Path]]:
+    for path in sorted(ROOT.glob("lit_edit/**/*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+    for path in sorted(ROOT.glob("callbacks/*.py")):
+        yield "lit_edit.callbacks" + ("" if path.stem == "__init__" else f".{path.stem}"), path
+
+
+MODULES = dict(_sources())
+every_module = pytest.mark.parametrize("module", MODULES)
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text("utf-8"))
+
+
+def layer_of(module: str) -> int:
+    """The layer whose pattern fits best: the longest one."""
+    fitting = [
+        (len(pattern), index)
+        for index, patterns in enumerate(LAYERS)
+        for pattern in patterns
+        if module == pattern or (pattern.endswith(".*") and f"{module}.".startswith(pattern[:-1]))
+    ]
+    assert fitting, f"{module} has no place in the table of layers; give it one"
+    return max(fitting)[1]
+
+
+def imports(module: str, eager: bool = False, typing: bool = True) -> set[str]:
+    """All modules that one imports: of ours by full name, of others the top-level package.
+
+    Args:
+        module: Which.
+        eager: Only what is imported when the module is, not inside functions.
+        typing: Also what stands under ``if TYPE_CHECKING``.
+    """
+    found: set[str] = set()
+    for node in _nodes(tree(module), eager, typing):
+        if isinstance(node, ast.Import):
+            found |= {_known(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = _absolute(module, node)
+            found |= {_known(f"{base}.{alias.name}", base) for alias in node.names}
+    return found - {module, "__future__"}
+
+
+def _nodes(node: ast.AST, eager: bool, typing: bool) -> Iterator[ast.AST]:
+    if eager and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return
+    if not typing and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+        return
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from _nodes(child, eager, typing)
+
+
+def _absolute(module: str, node: ast.ImportFrom) -> str:
+    if not node.level:
+        return node.module or ""
+    package = module if MODULES[module].stem == "__init__" else module.rpartition(".")[0]
+    for _ in range(node.level - 1):
+        package = package.rpartition(".")[0]
+    return f"{package}.{node.module}" if node.module else package
+
+
+def _known(name: str, otherwise: str = "") -> str:
+    if name in MODULES:
+        return name
+    name = otherwise or name
+    return name if name in MODULES else name.partition(".")[0]
+
+
+@cache
+def reached(module: str) -> frozenset[str]:
+    """Everything that importing and using a module can load, its packages' ``__init__`` included."""
+    seen: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if name in MODULES and name != "lit_edit":  # its names are loaded when they are asked for
+            waiting += imports(name, typing=False)
+            parent = name.rpartition(".")[0]
+            waiting += [parent] if parent in MODULES else []
+    return frozenset(seen)
+
+
+@every_module
+def test_imports_run_downward(module: str) -> None:
+    own = layer_of(module)
+    upward = sorted(n for n in imports(module) if n in MODULES and n != "lit_edit" and layer_of(n) > own)
+    assert not upward, f"{module} imports upward: {', '.join(upward)}"
+
+
+@every_module
+def test_nothing_imports_the_top_package_from_within(module: str) -> None:
+    """``from lit_edit import X`` would make every module depend on all."""
+    allowed = {"lit_edit", "lit_edit.configs"}
+    assert module in allowed or "lit_edit" not in imports(module)
+
+
+def test_modules_do_not_import_each_other_in_circles() -> None:
+    graph = {module: imports(module, eager=True, typing=False) & set(MODULES) for module in MODULES}
+    for package in list(graph):  # a package's __init__ gathers names from its modules, which is no circle
+        if MODULES[package].stem == "__init__":
+            del graph[package]
+    left = {module: names & set(graph) for module, names in graph.items()}
+    while left:
+        free = {module for module, names in left.items() if not names & set(left)}
+        assert free, f"a circle among {', '.join(sorted(left))}"
+        left = {module: names for module, names in left.items() if module not in free}
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_modules_do_without_what_they_must_not_know(package: str) -> None:
+    modules = [m for m in MODULES if m == package or m.startswith(f"{package}.")]
+    assert modules
+    for module in modules:
+        known = set(reached(module)) if module != "lit_edit.cli" else imports(module, eager=True)
+        forbidden = FORBIDDEN[package] or {"torch", "transformers", "lightning", "lit_edit.stream", "numpy", "rich"}
+        assert not known & forbidden, f"{module} reaches {sorted(known & forbidden)}"
+
+
+def test_the_request_knows_neither_tokenizer_nor_model() -> None:
+    ours = {name for name in reached("lit_edit.data.request") if name.startswith("lit_edit")}
+    assert ours == {"lit_edit.data.request", "lit_edit.data", "lit_edit.errors", "lit_edit"}
+
+
+def test_the_ledger_knows_neither_editors_nor_data() -> None:
+    assert not [n for n in reached("lit_edit.ledger") if n.startswith(("lit_edit.editors", "lit_edit.data"))]
+
+
+# ---- who writes weights -------------------------------------------------------------------------------------------
+
+WRITERS = {"lit_edit.ledger", "lit_edit.testing"}  # the second makes random models and edits none
+NOT_WRITES = {"requires_grad_", "manual_seed_"}
+
+
+def _text(node: ast.AST) -> str:
+    return ast.unparse(node)
+
+
+def _writes(module: str) -> Iterator[str]:
+    """Lines that could change a weight in place."""
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            name, owner = node.func.attr, _text(node.func.value)
+            in_place = name.endswith("_") and not name.endswith("__") and name not in NOT_WRITES
+            if name == "copy_" or (in_place and _is_parameter(owner)):
+                yield _text(node)
+            if name in ("load_state_dict", "set_submodule", "register_parameter") and "model" in owner.lower():
+                yield _text(node)
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+        )
+        for target in targets:
+            inner = target.value if isinstance(target, ast.Subscript) else target
+            if (
+                isinstance(inner, ast.Attribute) and (inner.attr in ("data", "weight") and _text(inner.value) != "self")
+            ) or (isinstance(target, ast.Subscript) and _is_parameter(_text(inner))):
+                yield _text(node)
+
+
+def _is_parameter(text: str) -> bool:
+    return text.endswith((".weight", ".data", "parameter", ".bias")) or "down_proj(" in text or "get_parameter(" in text
+
+
+@every_module
+def test_only_the_ledger_writes_weights(module: str) -> None:
+    writes = list(_writes(module))
+    if module == "lit_edit.stats.second_moment":  # plain sums of its own
+        writes = [line for line in writes if not line.startswith("sums[layer].copy_(")]
+    if module == "lit_edit.ledger":
+        assert len(writes) >= 2  # this test sees what it looks for
+    assert module in WRITERS or not writes, f"{module}: {writes}"
+
+
+# ---- state, output, safety ----------------------------------------------------------------------------------------
+
+MUTATORS = {"append", "extend", "insert", "update", "setdefault", "pop", "popitem", "clear", "add", "remove", "discard"}
+
+
+def _module_names(module: str) -> set[str]:
+    names: set[str] = set()
+    for node in tree(module).body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def _local_names(function: ast.AST) -> set[str]:
+    names = {node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return names | {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)}
+
+
+def _mutations(module: str) -> Iterator[str]:
+    shared = _module_names(module)
+    for function in ast.walk(tree(module)):
+        if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        names = shared - _local_names(function)
+        for node in ast.walk(function):
+            if isinstance(node, ast.Global):
+                yield _text(node)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATORS:
+                owner = node.func.value
+            elif isinstance(node, (ast.Subscript, ast.Attribute)) and not isinstance(node.ctx, ast.Load):
+                owner = node.value
+            else:
+                continue
+            if isinstance(owner, ast.Name) and owner.id in names:
+                yield _text(node)
+
+
+@every_module
+def test_module_level_names_are_constants(module: str) -> None:
+    assert not list(_mutations(module))
+    odd = [
+        n for n in _module_names(module) if not (n.isupper() or n.startswith("__") or n[0].isupper() or n[1:].isupper())
+    ]
+    assert odd in ([], ["log"]), f"{module}: module-level variables {odd}"
+
+
+def _calls(module: str) -> Iterator[ast.Call]:
+    yield from (node for node in ast.walk(tree(module)) if isinstance(node, ast.Call))
+
+
+@every_module
+def test_the_library_does_not_print(module: str) -> None:
+    assert not [
+        _text(c) for c in _calls(module) if isinstance(c.func, ast.Name) and c.func.id in ("print", "breakpoint")
+    ]
+
+
+@every_module
+def test_nothing_is_unpickled_or_evaluated(module: str) -> None:
+    names = {"eval", "exec", "compile", "__import__"}
+    called = [_text(c) for c in _calls(module) if isinstance(c.func, ast.Name) and c.func.id in names]
+    loads = [_text(c) for c in _calls(module) if _text(c.func) in ("torch.load", "yaml.load", "os.system")]
+    shell = [_text(c) for c in _calls(module) for k in c.keywords if k.arg == "shell"]
+    assert not called + loads + shell
+    assert not imports(module) & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+
+
+@every_module
+def test_cuda_is_named_in_checks_of_a_devices_type_only(module: str) -> None:
+    allowed = {
+        id(part)
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Compare) and ".type" in _text(node)
+        for part in ast.walk(node)
+    }
+    named = [
+        node.value
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("cuda")
+        if id(node) not in allowed
+    ]
+    assert not named
+    assert not [_text(c) for c in _calls(module) if _text(c.func).endswith(".cuda")]
