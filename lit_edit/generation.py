@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -9,19 +11,9 @@ from lit_edit.models.adapter import ModelAdapter
 from lit_edit.tokens import encode, pad_token
 
 
-@torch.no_grad()
 def continue_greedily(adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
     """Return the model's most probable continuation of a prompt, ``tokens`` tokens at most, without the prompt."""
     ids = torch.tensor([encode(tokenizer, prompt)], device=adapter.device)
-    out = adapter.model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        max_length=None,
-        max_new_tokens=tokens,
-        pad_token_id=pad_token(tokenizer),
-    )
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    rows = adapter.generate(ids, max_new_tokens=tokens, pad_token_id=pad_token(tokenizer), **greedy)
+    return str(tokenizer.decode(rows[0, ids.shape[1] :], skip_special_tokens=True)).strip()

@@ -52,7 +52,7 @@ def open_run(folder: Path) -> OpenRun:
         raise RunError(f"there is no run folder {folder}")
     if not deltas.is_file() or not config.is_file():
         raise RunError(
-            f"{folder} is no finished run (it has no {deltas.name if config.is_file() else config.name}); if the run was "
+            f"{folder} is no finished run (no {deltas.name if config.is_file() else config.name}); if the run was "
             f"interrupted, finish it: lit-edit fit --config {config} --ckpt_path {folder}/checkpoints/last.ckpt"
         )
     try:

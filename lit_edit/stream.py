@@ -104,8 +104,8 @@ class EditStream(LightningModule):
             )
         if trainer.precision == "16-mixed":
             raise MisconfigurationException(
-                "trainer.precision=16-mixed scales gradients of an optimizer, and there is none; use 32-true, bf16-true "
-                "or bf16-mixed"
+                "trainer.precision=16-mixed scales gradients of an optimizer, and there is none; use 32-true, "
+                "bf16-true or bf16-mixed"
             )
         if stage == "fit" and trainer.max_epochs != 1:
             trainer.fit_loop.max_epochs = 1  # a run is one pass over the stream
@@ -126,6 +126,10 @@ class EditStream(LightningModule):
         """Prepare the editor and measure the unedited model, or take both up from the checkpoint."""
         requests = self.stream_requests()
         self._check_continues(requests)
+        if len(self.ledger):
+            # By commits, not by batches handed out: a run may have been cut between the two.
+            loader = self._loader()
+            loader.seek(-(-len(self.ledger) // loader.batch_size))
         with self._time("statistics"):
             self.editor.prepare(self.ledger, self.tokenizer, self.statistics, self.status, self.progress)
         if self._restored is not None:
@@ -140,6 +144,11 @@ class EditStream(LightningModule):
             self.perplexities["base"] = self._perplexity(self.ledger.original())
         if not len(self.ledger):
             self.log_at_edit(flatten(self.summary_of("base", requests), "base"))
+        elif self.measure_each:
+            # The run may have been cut after the last commit and before its measurement.
+            last = self.committed_requests()[-self._loader().batch_size :]
+            if cut := [r for r in last if r.id not in self.results["immediate"]]:
+                self.log_at_edit(self._measure_immediate(cut))
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Make the edits of one step."""
@@ -147,19 +156,21 @@ class EditStream(LightningModule):
         proposal = self.editor.propose(batch.requests, batch.window, self.status)
         self.apply_edit(proposal)
         spent = perf_counter() - start
-        for phase, seconds in (proposal.seconds | {"edits": spent}).items():
+        for phase, seconds in {**proposal.seconds, "edits": spent}.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
         metrics = {f"edit/{name}": sum(e.facts[name] for e in proposal.entries) / len(proposal.entries)
                    for name in proposal.entries[0].facts}  # fmt: skip
         metrics["time/edit"] = spent / len(batch.requests)
         if self.measure_each:
-            self.status("measuring the edit")
-            results, _ = self.measure(batch.requests, self.adapter, with_perplexity=False)
-            self.results["immediate"] |= results
-            summary = summarise(results.values(), self.results["base"])
-            metrics |= flatten(summary, "immediate")
+            metrics |= self._measure_immediate(batch.requests)
         self.log_dict(metrics, logger=False, batch_size=len(batch.requests))
         self.log_at_edit(metrics)
+
+    def _measure_immediate(self, requests: Sequence[EditRequest]) -> dict[str, float]:
+        self.status("measuring the edit")
+        results, _ = self.measure(requests, self.adapter, with_perplexity=False)
+        self.results["immediate"] |= results
+        return flatten(summarise(results.values(), self.results["base"]), "immediate")
 
     def apply_edit(self, proposal: Proposal) -> None:
         """Commit one step's updates: the hook where weights change, in place of an optimizer.
@@ -195,13 +206,16 @@ class EditStream(LightningModule):
         Raises:
             MisconfigurationException: If the training data is not an edit stream.
         """
+        return self._loader().requests
+
+    def _loader(self) -> StreamLoader:
         loader = self.trainer.train_dataloader
         if not isinstance(loader, StreamLoader):
             raise MisconfigurationException(
-                f"EditStream needs the loader of an EditDataModule, got {type(loader).__name__}: an ordinary DataLoader "
-                "cannot resume, it would make the first edits twice and the last ones never"
+                f"EditStream needs the loader of an EditDataModule, got {type(loader).__name__}: an ordinary "
+                "DataLoader cannot resume, it would make the first edits twice and the last ones never"
             )
-        return loader.requests
+        return loader
 
     def committed_requests(self) -> list[EditRequest]:
         """Return the edits made so far, in order."""

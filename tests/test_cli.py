@@ -270,6 +270,9 @@ def test_fit_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_nothing_heavy_is_imported_for_the_help() -> None:
-    code = "import sys; from lit_edit.cli import main; main(['--help']); print(sorted({'torch', 'transformers', 'lightning'} & set(sys.modules)))"
+    code = (
+        "import sys; from lit_edit.cli import main; main(['--help']); "
+        "print(sorted({'torch', 'transformers', 'lightning'} & set(sys.modules)))"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -442,13 +443,7 @@ VISIT = EditRequest("visit", "So did {}", "Serena Williams", "chess")
 
 
 POST_NORM = ("gemma2", "gemma3_text")
-"""Families that normalise the MLP's output before it is added to the state. What the down projection gains is rescaled
-there, and the state misses its target: by 0.73 to 0.88 of the delta on tiny models, by 0.00 with that norm taken out."""
-
-missing = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the residual is not mapped through the MLP's norm"
-)
-FAMILIES = [pytest.param(family, marks=missing if family in POST_NORM else ()) for family in sorted(TINY_CONFIGS)]
+"""Families that normalise the MLP's output before it is added to the state: only its direction passes."""
 
 
 @torch.no_grad()
@@ -481,12 +476,13 @@ def edit_takes(model: PreTrainedModel, layers: tuple[int, ...]) -> None:
     assert next_token(model, VISIT.text) == wanted
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
 def test_edit_takes(family: str) -> None:
-    edit_takes(tiny(family), (1, 2))
+    # Through a norm one layer can add a vector of fixed length only; three reach the target, two fall short.
+    edit_takes(tiny(family), (1, 2, 3) if family in POST_NORM else (1, 2))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(set(TINY_CONFIGS) - set(POST_NORM)))
 @torch.no_grad()
 def test_state_reaches_its_target(family: str) -> None:
     run, value = one_edit(tiny(family), (1, 2))
@@ -497,12 +493,24 @@ def test_state_reaches_its_target(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", POST_NORM)
-def test_edit_helps_where_the_mlp_is_normalised(family: str) -> None:
-    """What holds of Gemma today: the target gains, by much less than elsewhere."""
-    model, [wanted] = tiny(family), tiny_tokenizer()(" chess")["input_ids"]
-    before = probability(model, VISIT.text, wanted)
-    one_edit(model, (1, 2))
-    assert probability(model, VISIT.text, wanted) > 10 * before
+@torch.no_grad()
+def test_residuals_are_aimed_through_the_norm(family: str) -> None:
+    adapter = ModelAdapter(tiny(family))
+    d_out, d_in = adapter.shape(1)
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(3, d_in, generator=generator, dtype=adapter.dtype)
+    wanted = torch.randn(d_out, 3, generator=generator, dtype=torch.float64)
+    output = adapter.down_proj(1)(keys)
+    norm = adapter.layers[1].post_feedforward_layernorm
+    lacking = adapter.to_weight_residual(1, keys, wanted)
+    reached = norm(output + lacking.T.to(output))
+    scale = norm(torch.ones(d_out, dtype=adapter.dtype))
+    cosine = torch.cosine_similarity(reached / scale, (norm(output) + wanted.T.to(output)) / scale)
+    torch.testing.assert_close(
+        cosine, torch.ones(3, dtype=cosine.dtype), rtol=1e-5, atol=1e-5
+    )  # float32 inside the norm
+    same_length = (output + lacking.T.to(output)).norm(dim=1)
+    torch.testing.assert_close(same_length, output.norm(dim=1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "settings"), [("gpt2", {"n_inner": 32}), ("llama", {"intermediate_size": 32})])

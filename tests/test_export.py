@@ -135,7 +135,8 @@ def test_saved_updates_bring_back_the_very_weights(tmp_path: Path, family: str, 
 
 
 def unchanged(ledger: EditLedger) -> bool:
-    return all(torch.equal(v, tiny_model().get_parameter(n)) for n, v in ledger.adapter.model.named_parameters())
+    base = tiny_model()
+    return all(torch.equal(value, base.get_parameter(name)) for name, value in ledger.adapter.model.named_parameters())
 
 
 def test_updates_of_other_base_weights_are_refused(tmp_path: Path) -> None:

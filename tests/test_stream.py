@@ -121,6 +121,35 @@ def test_a_cut_run_resumes_as_if_nothing_had_happened(tmp_path: Path, cut: int) 
     assert read_metrics(broken) == read_metrics(whole)
 
 
+@pytest.mark.parametrize("when", ["before the commit", "after the commit"])
+def test_a_run_cut_inside_a_step_resumes_as_if_nothing_had_happened(tmp_path: Path, when: str) -> None:
+    class Cut(EditStream):
+        def apply_edit(self, proposal: Proposal) -> None:
+            fourth = proposal.requests[0].id == "3"
+            if fourth and when == "before the commit":
+                raise RuntimeError("power cut")
+            super().apply_edit(proposal)
+            if fourth:
+                raise RuntimeError("power cut")
+
+    expected = fit(tmp_path / "whole")
+    base, folder = make_stream(), tmp_path / "broken"
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(
+            folder,
+            Cut(base.language_model, base.editor, base.statistics),
+            callbacks=[checkpoint(folder, every_n_train_steps=100, save_last=True, save_on_exception=True)],
+        )
+    resumed = make_stream()
+    trainer = make_trainer(folder)
+    trainer.fit(resumed, make_data(), ckpt_path=str(folder / "checkpoints" / "last.ckpt"), weights_only=True)
+    assert [entry.id for entry in resumed.ledger.entries] == list("012345")
+    assert trainer.global_step == 6
+    left, right = state_of(expected), state_of(resumed)
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert resumed.results == expected.results
+
+
 def test_resuming_a_finished_run_measures_and_edits_nothing(tmp_path: Path) -> None:
     expected = fit(tmp_path, callbacks=[checkpoint(tmp_path, every_n_train_steps=6)])
     (path,) = (tmp_path / "checkpoints").iterdir()

@@ -60,7 +60,11 @@ class StreamLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved cursor at the next iteration."""
-        self.cursor = self._resume_at = int(state["cursor"])
+        self.seek(int(state["cursor"]))
+
+    def seek(self, steps: int) -> None:
+        """Go on behind so many steps at the next iteration."""
+        self.cursor = self._resume_at = steps
 
 
 class EditDataModule(LightningDataModule):

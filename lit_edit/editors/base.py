@@ -108,6 +108,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        """Time the block as part of ``phase``."""
         start = perf_counter()
         try:
             yield

@@ -155,7 +155,7 @@ class ClosedFormEditor(Editor):
         with watch("targets"):
             targets = self._get_targets(requests, window, status)
         steps = self._walk([problems[r.id] for r in requests], targets, watch)
-        updates = tuple(LayerUpdate(l, self.ledger.names[l], step.delta) for l, step in steps.items())
+        updates = tuple(LayerUpdate(layer, self.ledger.names[layer], step.delta) for layer, step in steps.items())
         entries = tuple(
             LedgerEntry(r.id, r.subject, r.text, r.target_new, _facts(t))
             for r, t in zip(requests, targets, strict=True)
@@ -221,7 +221,8 @@ class ClosedFormEditor(Editor):
                     missing = wanted - reached[rows[: len(plain)], lookups[plain]].T.to(wanted)
             with watch("solve"):
                 share = len(layers) if self.residual == "uniform" else len(layers) - index
-                step = self.solvers[layer].preview(key, missing.double() / share)
+                residual = view.to_weight_residual(layer, keys[plain, lookups[plain]], missing.double() / share)
+                step = self.solvers[layer].preview(key, residual)
                 steps[layer] = step
                 written[self.ledger.names[layer]] = self.ledger.edited_weight(layer, step.delta)
             done = layer

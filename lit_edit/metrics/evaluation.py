@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +124,7 @@ class EditMetrics(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        families = {
+        families: dict[str, Callable[[], nn.Module]] = {
             "success": Success,
             "magnitude": Magnitude,
             "accuracy": ExactAccuracy,

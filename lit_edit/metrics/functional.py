@@ -133,14 +133,15 @@ def harmonic_score(values: Sequence[float | None]) -> float | None:
 
 def _same(before: Tensor, after: Tensor) -> Tensor:
     if before.shape != after.shape:
-        raise ValueError(f"expected as many tokens before as after, got {tuple(before.shape)} and {tuple(after.shape)}")
+        raise ValueError(f"expected as many tokens before as after, got {before.numel()} and {after.numel()}")
     return before == after
 
 
 def _check_pairs(preferred: Tensor, other: Tensor) -> None:
     if preferred.shape != other.shape or preferred.dim() != 1 or not preferred.numel():
         raise ValueError(
-            f"expected two equally long, non-empty vectors of nll, got {tuple(preferred.shape)} and {tuple(other.shape)}"
+            "expected two equally long, non-empty vectors of nll, "
+            f"got {tuple(preferred.shape)} and {tuple(other.shape)}"
         )
 
 

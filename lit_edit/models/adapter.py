@@ -203,6 +203,33 @@ class ModelAdapter:
         """
         return delta.T if isinstance(self.down_proj(layer), Conv1D) else delta
 
+    def to_weight_residual(self, layer: int, keys: Tensor, residuals: Tensor) -> Tensor:
+        r"""Turn what the residual stream lacks into what the down projection's output lacks.
+
+        The same thing for most families. Gemma normalises that output, :math:`N(x) = s \odot x / \mathrm{rms}(x)`,
+        before it is added: the output is then to point where :math:`N(x) + r` does, at its old length (only the
+        direction passes through the norm).
+
+        Args:
+            layer: The edited layer.
+            keys: ``(n, d_in)``, the inputs of the down projection.
+            residuals: ``(d_out, n)``, in the residual stream.
+
+        Returns:
+            ``(d_out, n)``, before the norm.
+        """
+        if self.spec.output_norm is None:
+            return residuals
+        norm = self.layers[layer].get_submodule(self.spec.output_norm)
+        weight = self.to_layout(layer, self.weight(layer))  # (d_out, d_in)
+        output = keys.to(weight) @ weight.T  # (n, d_out)
+        scale = norm(torch.ones_like(output[0])).double()  # the norm of ones is its scale
+        wanted = norm(output).double() + residuals.T.double()
+        direction = wanted / torch.where(scale.abs() < 1e-6, torch.full_like(scale, 1e-6), scale)
+        length = torch.linalg.vector_norm(output.double(), dim=1, keepdim=True)
+        aimed = direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True) * length
+        return (aimed - output.double()).T.to(residuals)
+
     def with_weights(self, weights: Mapping[str, Tensor]) -> ModelAdapter:
         """Return a view of the same model that computes with other parameters; the model itself is not touched."""
         view = object.__new__(ModelAdapter)
@@ -298,10 +325,30 @@ class ModelAdapter:
 
     def read_keys(self, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
         """Return ``{layer: (batch, time, d_in)}`` of one pass that stops at the highest layer asked for."""
-        with self.record_keys(layers, stop_after_last=True) as keys:
-            with suppress(_StopForward):
-                self._run_backbone(input_ids, attention_mask, None)
+        with self.record_keys(layers, stop_after_last=True) as keys, suppress(_StopForward):
+            self._run_backbone(input_ids, attention_mask, None)
         return {layer: key.reshape(*input_ids.shape, -1) for layer, key in keys.items()}
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, seed: int | None = None, **settings: Any) -> Tensor:
+        """Continue rows of equal length with transformers' ``generate``, with the weights of this view.
+
+        Args:
+            input_ids: ``(batch, time)``, without padding.
+            seed: Seeds sampling; the global random state is left as it was.
+            settings: Passed to ``generate``.
+
+        Returns:
+            ``(batch, longer time)``, the rows with their continuations.
+        """
+        settings |= {"attention_mask": torch.ones_like(input_ids), "max_length": None}
+        weights = {f"model.{name}": weight for name, weight in self.weights.items()}
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices, enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            rows: Tensor = functional_call(_Generate(self.model), weights, (input_ids,), settings)
+        return rows
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Apply final norm (and what follows it) to the output of the last layer."""
@@ -353,6 +400,19 @@ class ModelAdapter:
         if "use_cache" in arguments:
             arguments["use_cache"] = False
         return hidden, arguments
+
+
+class _Generate(nn.Module):
+    """``generate`` as a forward pass, so that ``functional_call`` can lend it other weights."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, ids: Tensor, **settings: Any) -> Tensor:
+        """Return the continued rows."""
+        rows: Tensor = self.model.generate(ids, **settings)
+        return rows
 
 
 class _KeyRecorder:

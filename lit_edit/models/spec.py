@@ -20,6 +20,8 @@ class ArchSpec:
         norm: Path from the model to the final norm, or ``None`` when the model has none.
         head: Path from the model to the language-model head; by default what ``get_output_embeddings()`` returns.
         post_norm: Path to a module that stands between final norm and head (OPT-350m projects out there), or ``None``.
+        output_norm: Path from one decoder layer to an RMS norm between the down projection and the residual stream
+            (Gemma 2 and 3), or ``None``.
         logit_softcap: Name of the config attribute that caps the logits (Gemma 2), or ``None``.
         model_types: Values of ``config.model_type`` that this description covers.
     """
@@ -30,5 +32,6 @@ class ArchSpec:
     norm: str | None
     head: str | None = None
     post_norm: str | None = None
+    output_norm: str | None = None
     logit_softcap: str | None = None
     model_types: tuple[str, ...] = ()

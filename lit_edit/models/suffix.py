@@ -90,11 +90,12 @@ class SuffixBatch:
                 for name, value in call.items()
             }
         layers = list(trace.calls)
+        cached: Any = trace.cache.layers
         return cls(
             hidden=_gather_time(trace.hidden, position),
             calls=calls,
-            keys={i: trace.cache.layers[i].keys[:, :, :prefix] for i in layers},
-            values={i: trace.cache.layers[i].values[:, :, :prefix] for i in layers},
+            keys={i: cached[i].keys[:, :, :prefix] for i in layers},
+            values={i: cached[i].values[:, :, :prefix] for i in layers},
         )
 
     def select(self, rows: Tensor) -> SuffixBatch:

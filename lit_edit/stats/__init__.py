@@ -1,0 +1,1 @@
+"""Second moments of the keys, and the text they come from."""

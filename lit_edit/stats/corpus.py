@@ -8,12 +8,9 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lit_edit.data.request import DataError
 from lit_edit.errors import ArgumentError
@@ -24,9 +21,11 @@ STARTS = (
     "The city of", "The capital of", "The history of", "The author of", "The founder of", "The president of",
     "The river", "The mountain", "The language of", "The people of", "The company", "The novel", "The film", "The band",
     "The painter", "The scientist", "The football player", "The singer", "The actor", "The king of", "The king",
-    "The university of", "The museum of", "The name of", "The headquarters of", "The mother tongue of", "The inventor of",
-    "The first man to", "Born in", "Located in", "Founded in", "Written by", "Named after", "Known for", "In the city of",
-    "In 1950,", "In 2010,", "In the north of", "In Europe,", "In Africa,", "In Asia,", "In America,", "In music,",
+    "The university of", "The museum of", "The name of", "The headquarters of", "The mother tongue of",
+    "The inventor of", "The first man to", "Born in", "Located in", "Founded in", "Written by", "Named after",
+    "Known for",
+    "In the city of", "In 1950,", "In 2010,", "In the north of", "In Europe,", "In Africa,", "In Asia,", "In America,",
+    "In music,",
     "According to", "Last year,", "Many people in", "People who live in", "My friend", "His wife", "Her brother",
     "Their house in", "My name is", "She was born in", "He was born in", "He plays", "She lives in", "They moved to",
     "It is made by", "It was developed by", "It is used to", "A famous", "A small town in", "A species of",
@@ -61,30 +60,21 @@ class SampledText:
         starts = hashlib.sha256("\n".join(self.starts).encode()).hexdigest()[:8]
         return f"sampled-seed{self.seed}-{self.rows}x{self.length}-top{self.top_k}-{starts}"
 
-    @torch.no_grad()
     def chunk(self, index: int, adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """Sample chunk ``index``; never ends. All rows have ``length`` tokens."""
-        devices = [adapter.device] if adapter.device.type == "cuda" else []
         groups = self._openings(tokenizer)
         openings = groups[index % len(groups)]
-        prompts = [openings[i % len(openings)] for i in range(self.rows)]
-        ids = torch.tensor(prompts, device=adapter.device)
-        new = max(1, self.length - ids.shape[1])
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(hash_seed(self.seed, index))
-            settings = {
-                "attention_mask": torch.ones_like(ids),
-                "do_sample": True,
-                "top_k": self.top_k,
-                "max_length": None,
-                "max_new_tokens": new,
-                "min_new_tokens": new,
-                "pad_token_id": pad_token(tokenizer),
-            }
-            # A view writes with its own weights: a resumed stream samples the unedited model's text.
-            weights = {f"model.{name}": weight for name, weight in adapter.weights.items()}
-            out = functional_call(_Generate(adapter.model), weights, (ids,), settings)
-        rows: list[list[int]] = out.tolist()
+        prompts = torch.tensor([openings[i % len(openings)] for i in range(self.rows)], device=adapter.device)
+        new = max(1, self.length - prompts.shape[1])
+        rows: list[list[int]] = adapter.generate(
+            prompts,
+            seed=hash_seed(self.seed, index),
+            do_sample=True,
+            top_k=self.top_k,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            pad_token_id=pad_token(tokenizer),
+        ).tolist()
         return rows
 
     def _openings(self, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[int, ...]]]:
@@ -95,17 +85,6 @@ class SampledText:
             by_length.setdefault(len(ids), []).append(ids)
         largest = max(len(group) for group in by_length.values())
         return [group for _, group in sorted(by_length.items()) if 3 * len(group) >= largest]
-
-
-class _Generate(nn.Module):
-    """``generate`` as a forward pass, so that ``functional_call`` can lend it other weights."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, **settings: Any) -> Tensor:
-        return self.model.generate(ids, **settings)
 
 
 class DocumentText:

@@ -143,8 +143,7 @@ def accumulate(
         progress(budget, budget)
     moments = {layer: (total + total.T) / (2 * count) for layer, total in sums.items()}
     for layer, moment in moments.items():
-        data, target = {"moment": moment.contiguous()}, folder / f"layer{layer}.safetensors"
-        write_atomically(target, lambda p, data=data: save_file(data, p, metadata={"tokens": str(count)}))
+        _save_moment(folder / f"layer{layer}.safetensors", moment, count)
     partial.unlink(missing_ok=True)
     return moments
 
@@ -159,9 +158,9 @@ def weights_hash(model: nn.Module, weights: Mapping[str, Tensor] | None = None) 
     weights = weights or {}
     digest = hashlib.blake2b(digest_size=12)
     for name, parameter in sorted(model.named_parameters()):
-        parameter = weights.get(name, parameter)
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(memoryview(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        value: Tensor = weights.get(name, parameter)
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -179,6 +178,11 @@ def _load_moment(path: Path, d_in: int) -> Tensor | None:
         log.warning("kept key statistics do not fit and will be computed anew: %s", path)
         return None
     return moment
+
+
+def _save_moment(path: Path, moment: Tensor, count: int) -> None:
+    meta = {"tokens": str(count)}
+    write_atomically(path, lambda target: save_file({"moment": moment.contiguous()}, target, metadata=meta))
 
 
 def _save_partial(path: Path, sums: dict[int, Tensor], count: int, index: int) -> None:

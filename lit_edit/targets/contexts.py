@@ -55,7 +55,6 @@ def group_weights(templates: Templates) -> list[float]:
     return [1.0 / len(templates) / len(group) for group in templates for _ in group]
 
 
-@torch.no_grad()
 def sample_templates(
     adapter: ModelAdapter,
     tokenizer: PreTrainedTokenizerBase,
@@ -75,20 +74,12 @@ def sample_templates(
         top_k: Sample among this many most probable tokens.
     """
     texts = []
-    devices = [adapter.device] if adapter.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        for start in starts:
-            ids = torch.tensor([encode(tokenizer, start)], device=adapter.device)
-            out = adapter.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                top_k=top_k,
-                max_length=max(length, ids.shape[1] + 1),
-                max_new_tokens=None,
-                pad_token_id=pad_token(tokenizer),
-            )
-            text = tokenizer.decode(out[0], skip_special_tokens=True)
-            texts.append(" ".join(text.replace("{", " ").replace("}", " ").split()))
+    for number, start in enumerate(starts):
+        ids = torch.tensor([encode(tokenizer, start)], device=adapter.device)
+        new = max(1, length - ids.shape[1])
+        rows = adapter.generate(
+            ids, seed=seed + number, do_sample=True, top_k=top_k, max_new_tokens=new, pad_token_id=pad_token(tokenizer)
+        )
+        text = str(tokenizer.decode(rows[0], skip_special_tokens=True))
+        texts.append(" ".join(text.replace("{", " ").replace("}", " ").split()))
     return (("{}",), tuple(f"{text}. {{}}" for text in texts))

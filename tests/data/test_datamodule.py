@@ -14,7 +14,7 @@ from lit_edit.data.datamodule import EditBatch, EditDataModule, StreamLoader
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.testing import tiny_requests
 
-FUZZ = settings(max_examples=60, deadline=None, database=None)
+FUZZ = settings(max_examples=40, deadline=None, database=None)
 
 
 def requests(count: int) -> list[EditRequest]:

@@ -14,7 +14,7 @@ from lit_edit.data.files import read_file
 from lit_edit.data.request import DataError
 
 FUZZ = settings(
-    max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 RECORDS = [
     {"prompt": f"The capital of {c} is", "subject": c, "target_new": "Vienna"} for c in ("Italy", "Peru", "Chad")

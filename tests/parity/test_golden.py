@@ -1,9 +1,9 @@
 """Parity with the published D4S code and the MEMIT it builds on.
 
 ``pytest tests/parity --golden DIR`` reads everything from a folder of reference results: requests, contexts,
-hyper-parameters, weights, second moments, targets, keys and deltas. Tolerances are those its README argues for: GPT-2 in
-float64 is exact but for round-off (1e-9); Hugging Face's Llama computes norms, rotary tables and softmax in float32 even
-in a float64 model, so that another batching moves targets by up to 2e-5.
+hyper-parameters, weights, second moments, targets, keys and deltas. Tolerances are those its README argues for: GPT-2
+in float64 is exact but for round-off (1e-9); Hugging Face's Llama computes norms, rotary tables and softmax in float32
+even in a float64 model, so that another batching moves targets by up to 2e-5.
 """
 
 from __future__ import annotations

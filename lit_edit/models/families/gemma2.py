@@ -7,6 +7,7 @@ SPEC = ArchSpec(
     layers="model.layers",
     down_proj="mlp.down_proj",
     norm="model.norm",
+    output_norm="post_feedforward_layernorm",
     logit_softcap="final_logit_softcapping",
     model_types=("gemma2",),
 )

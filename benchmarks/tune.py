@@ -1,0 +1,115 @@
+"""The front of efficacy against locality: one stream under several settings, everything measured at its end.
+
+    python benchmarks/tune.py --data counterfact.json --limit 100 --perplexity me_ppl_50.json --json front.json
+    python benchmarks/tune.py --limit 20 --set covariance_weight=100 covariance_weight=500   # the built-in facts
+
+Each --set is one run: comma-separated settings of the D4S editor (covariance_weight, residual, layers=6-10) and of its
+target optimisation (steps, lr, probability, kl_factor, clamp, weight_decay). Targets are shared between runs that agree
+in them. Prints a row per run; --json writes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from dataclasses import fields
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from lit_edit import D4S, KeyStatistics, LanguageModel, TargetSettings
+from lit_edit.data.datamodule import EditDataModule
+from lit_edit.ledger import EditLedger
+from lit_edit.metrics.evaluation import evaluate_edits, measure_perplexity, summarise
+from lit_edit.models import ModelAdapter
+
+TARGET = {field.name: field.type for field in fields(TargetSettings)}
+
+
+def parse_setting(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    editor: dict[str, Any] = {}
+    target: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        if name == "layers":
+            low, _, high = value.partition("-")
+            editor[name] = list(range(int(low), int(high or low) + 1))
+        elif name in TARGET:
+            target[name] = int(value) if name == "steps" else float(value)
+        else:
+            editor[name] = value if name in ("residual", "contexts") else float(value)
+    return editor, target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", default=None)
+    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--perplexity", default=None)
+    parser.add_argument("--corpus", default="sampled")
+    parser.add_argument("--tokens", type=int, default=0)
+    parser.add_argument("--window", type=int, default=20)
+    parser.add_argument("--set", nargs="+", default=[""], help="one run each; the empty string is the default")
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    source = "builtin" if options.data is None else "file"
+    data = EditDataModule(source, options.data, options.limit, perplexity_path=options.perplexity).read()
+    requests = data.requests
+    model, tokenizer = LanguageModel(options.model).load()
+    adapter = ModelAdapter(model)
+    statistics = KeyStatistics(options.corpus, options.tokens)
+    before = {r.id: r for r in evaluate_edits(adapter, tokenizer, requests)}
+    base = measure_perplexity(adapter, tokenizer, data.perplexity_texts)["mean"]
+    shared: dict[Any, Any] = {}
+    rows = []
+    print(f"{'settings':44s}  acc   suc   par   loc   agree  ppl      |W|    p     steps  s/edit", flush=True)
+    for text in options.set:
+        arguments, target = parse_setting(text)
+        editor = D4S(**arguments, target=TargetSettings(**target))
+        ledger = EditLedger(adapter, editor.resolve_layers(adapter))
+        editor.prepare(ledger, tokenizer, statistics)
+        start = perf_counter()
+        key = (ledger.layers[-1], editor.target, editor.templates)
+        for first in range(0, len(requests), options.window):
+            window = requests[first : first + options.window]
+            for request in window:
+                # One editor's targets serve the next with the same settings: they depend on the base model alone.
+                editor._targets |= {r.id: t for (k, _), (r, t) in shared.items() if k == key}
+                proposal = editor.propose([request], window)
+                shared |= {(key, i): t for i, t in editor._targets.items()}
+                ledger.commit(proposal.updates, proposal.entries)
+                editor.accept(proposal)
+        seconds = (perf_counter() - start) / len(requests)
+        final = summarise(evaluate_edits(adapter, tokenizer, requests), before)
+        perplexity = measure_perplexity(adapter, tokenizer, data.perplexity_texts)["mean"]
+        norms = ledger.layer_norms().values()
+        growth = max(n["mean_abs_after"] / n["mean_abs_before"] - 1 for n in norms)
+        facts = [entry.facts for entry in ledger.entries]
+        row = {
+            "settings": text or "default",
+            "accuracy": final["efficacy"]["accuracy"],
+            "success": final["efficacy"]["success"],
+            "paraphrase_success": final["generalization"]["success"],
+            "locality_success": final["locality"]["success"],
+            "agreement": final["locality"]["agreement"],
+            "perplexity_change": perplexity / base - 1,
+            "norm_growth": growth,
+            "target_probability": sum(f["target_probability"] for f in facts) / len(facts),
+            "target_steps": sum(f["target_steps"] for f in facts) / len(facts),
+            "seconds_per_edit": seconds,
+        }
+        rows.append(row)
+        values = [row[name] for name in list(row)[1:]]
+        layout = "{:5.2f} {:5.2f} {:5.2f} {:5.2f} {:6.3f}  {:+6.1%}  {:+6.1%}  {:5.2f} {:6.1f} {:7.2f}"
+        print(f"{row['settings'][:44]:44s} " + layout.format(*(v if v is not None else float("nan") for v in values)))
+        if options.json is not None:
+            options.json.write_text(json.dumps(rows, indent=1))
+        ledger.restore_base()
+
+
+if __name__ == "__main__":
+    main()
