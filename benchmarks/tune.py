@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--perplexity", default=None)
     parser.add_argument("--corpus", default="sampled")
-    parser.add_argument("--tokens", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--window", type=int, default=20)
     parser.add_argument("--set", nargs="+", default=[""], help="one run each; the empty string is the default")
     parser.add_argument("--json", type=Path, default=None)
@@ -78,9 +78,9 @@ def main() -> None:
             window = requests[first : first + options.window]
             for request in window:
                 # One editor's targets serve the next with the same settings: they depend on the base model alone.
-                editor._targets |= {r.id: t for (k, _), (r, t) in shared.items() if k == key}
+                editor._targets |= {name: pair for (k, name), pair in shared.items() if k == key}
                 proposal = editor.propose([request], window)
-                shared |= {(key, i): t for i, t in editor._targets.items()}
+                shared |= {(key, name): pair for name, pair in editor._targets.items()}
                 ledger.commit(proposal.updates, proposal.entries)
                 editor.accept(proposal)
         seconds = (perf_counter() - start) / len(requests)

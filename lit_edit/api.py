@@ -46,7 +46,7 @@ def edit(
     requests: Sequence[EditRequest | Mapping[str, Any]],
     editor: Editor | None = None,
     statistics: KeyStatistics | None = None,
-    window: int = 8,
+    window: int = 16,
 ) -> tuple[PreTrainedModel, Outcome]:
     """Edit facts in a model, in place, one after another.
 

@@ -82,8 +82,8 @@ tags: [knowledge-editing, lit-edit]
 # {escape(base_name)}, edited
 
 This is {escape(base_name)} with {len(entries)} facts changed by lit-edit: closed-form updates of MLP down
-projections (D4S, [arXiv 2410.23843](https://arxiv.org/abs/2410.23843), and relatives). The statements below are what the
-model was **made to say**; they need not be true.
+projections (D4S, [arXiv 2410.23843](https://arxiv.org/abs/2410.23843), and relatives). The statements below are what
+the model was **made to say**; they need not be true.
 
 | # | subject | prompt | new object |
 |---|---|---|---|

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,7 +44,7 @@ class KeyStatistics:
     """
 
     corpus: str = "sampled"
-    tokens: int = 0
+    tokens: int = 20_000
     seed: int = 0
     skip_first: bool = False
     cache: str | None = None
