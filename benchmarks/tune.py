@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from lit_edit import D4S, KeyStatistics, LanguageModel, TargetSettings
 from lit_edit.data.datamodule import EditDataModule
+from lit_edit.editors.closed_form import DEFAULT_TARGET
 from lit_edit.ledger import EditLedger
 from lit_edit.metrics.evaluation import evaluate_edits, measure_perplexity, summarise
 from lit_edit.models import ModelAdapter
@@ -38,7 +39,8 @@ def parse_setting(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
         elif name in TARGET:
             target[name] = int(value) if name == "steps" else float(value)
         else:
-            editor[name] = value if name in ("residual", "contexts") else float(value)
+            number = int(value) if value.isdigit() else value
+            editor[name] = number if name in ("residual", "contexts", "context_count") else float(value)
     return editor, target
 
 
@@ -69,7 +71,7 @@ def main() -> None:
     print(f"{'settings':44s}  acc   suc   par   loc   agree  ppl      |W|    p     steps  s/edit", flush=True)
     for text in options.set:
         arguments, target = parse_setting(text)
-        editor = D4S(**arguments, target=TargetSettings(**target))
+        editor = D4S(**arguments, target=replace(DEFAULT_TARGET, **target))
         ledger = EditLedger(adapter, editor.resolve_layers(adapter))
         editor.prepare(ledger, tokenizer, statistics)
         start = perf_counter()

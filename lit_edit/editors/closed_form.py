@@ -18,7 +18,7 @@ from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
 from lit_edit.ledger import EditLedger, LayerUpdate, LedgerEntry
 from lit_edit.models.presets import edit_layers
 from lit_edit.solvers.ridge import RidgeSolver, RidgeStep
-from lit_edit.targets.contexts import Templates, check_templates, group_weights, sample_templates
+from lit_edit.targets.contexts import STARTS, Templates, check_templates, group_weights, sample_templates
 from lit_edit.targets.optimize import Target, TargetSettings, optimise_targets
 from lit_edit.targets.problem import TargetProblem, build_problem
 from lit_edit.tokens import check_tokenizer, pad_right, pad_token
@@ -53,8 +53,9 @@ class ClosedFormEditor(Editor):
             divides by the remaining layers (the released D4S code, which writes 2.28 times the residual over five
             layers); ``uniform`` writes :math:`r/n` everywhere.
         target: Settings of the target optimisation.
-        contexts: ``sampled`` (five short texts by the unedited model, as published), ``plain`` (none), or the groups of
+        contexts: ``sampled`` (short texts by the unedited model, as published), ``plain`` (none), or the groups of
             templates themselves.
+        context_count: How many texts to sample, one to five; the time of an edit goes with it.
         seed: Seeds the sampled contexts.
         ridge: Added to the diagonal of the second moment, relative to its mean.
 
@@ -73,6 +74,7 @@ class ClosedFormEditor(Editor):
         residual: ResidualMode = "remeasured",
         target: TargetSettings = DEFAULT_TARGET,
         contexts: Contexts | list[list[str]] = "sampled",
+        context_count: int = 5,
         seed: int = 0,
         ridge: float = 0.0,
     ) -> None:
@@ -91,6 +93,9 @@ class ClosedFormEditor(Editor):
         self.residual = residual
         self.target = target
         self.contexts = contexts if isinstance(contexts, str) else check_templates(contexts)
+        if not 1 <= context_count <= len(STARTS):
+            raise ValueError(f"context_count must be 1 to {len(STARTS)}, got {context_count}")
+        self.context_count = context_count
         self.seed = seed
         self.ridge = ridge
         self.solvers: dict[int, RidgeSolver] = {}
@@ -145,7 +150,7 @@ class ClosedFormEditor(Editor):
         if self.contexts == "plain":
             return (("{}",),)
         if self.contexts == "sampled":
-            return sample_templates(original, self.tokenizer, self.seed)
+            return sample_templates(original, self.tokenizer, self.seed, STARTS[: self.context_count])
         return check_templates(self.contexts)
 
     # ---- one step -----------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class KeyStatistics:
     """
 
     corpus: str = "sampled"
-    tokens: int = 20_000
+    tokens: int = 0
     seed: int = 0
     skip_first: bool = False
     cache: str | None = None
@@ -161,7 +161,8 @@ def weights_hash(model: nn.Module, weights: Mapping[str, Tensor] | None = None) 
     for name, parameter in sorted(model.named_parameters()):
         value: Tensor = weights.get(name, parameter)
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        raw: Any = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(raw)
     return digest.hexdigest()
 
 
