@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class RunFigures(Callback):
-    """Writes ``figures/*.png`` when a stream ends, and sends them to wandb if that is among the loggers.
+    """Writes ``figures/*.png`` when a stream ends.
 
     Args:
         folder: The run folder; by default the Trainer's ``default_root_dir``.

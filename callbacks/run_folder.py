@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_edit.export import save_deltas
 from lit_edit.metrics.evaluation import EditResult
-from lit_edit.paths import write_atomically, write_json
+from lit_edit.paths import without_nan, write_atomically, write_json
 from lit_edit.stream import EditStream
 
 from .base import as_stream
@@ -34,10 +34,10 @@ class RunFolder(Callback):
             return
         folder = Path(self.folder or trainer.default_root_dir)
         save_deltas(stream.ledger, folder / "ledger" / "deltas.safetensors", stream.base_hash)
-        rows = edit_rows(stream)
+        rows = without_nan(edit_rows(stream))
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         write_atomically(folder / "ledger" / "edits.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
-        write_json(folder / "summary.json", summary)
+        write_json(folder / "summary.json", without_nan(summary))
 
 
 def edit_rows(stream: EditStream) -> list[dict[str, Any]]:

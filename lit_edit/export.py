@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -42,7 +43,6 @@ def export_model(
     """
     folder = folder.expanduser()
     check_export_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         ready = Path(scratch) / "model"
         model.save_pretrained(ready)
@@ -60,6 +60,12 @@ def check_export_folder(folder: Path) -> None:
         raise ExportError(f"{folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise ExportError(f"{folder} is not empty; name a new folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"{folder} cannot be made: {error.strerror or error}") from error
+    if not os.access(folder.parent, os.W_OK):
+        raise ExportError(f"{folder} cannot be made: {folder.parent} is not writable")
 
 
 def model_card(entries: Sequence[LedgerEntry], base_name: str, norms: dict[str, dict[str, float]]) -> str:

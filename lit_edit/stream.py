@@ -16,7 +16,8 @@ from lit_edit.data.datamodule import EditBatch, StreamLoader
 from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import Editor, Proposal, Stopwatch
 from lit_edit.editors.d4s import D4S
-from lit_edit.ledger import EditLedger, EditRefusedError
+from lit_edit.errors import ArgumentError
+from lit_edit.ledger import EditLedger
 from lit_edit.metrics.evaluation import (
     EditMetrics,
     EditResult,
@@ -338,17 +339,18 @@ class EditStream(LightningModule):
         """Write the saved updates into the freshly loaded model.
 
         Raises:
-            EditRefusedError: If the checkpoint is not one of lit-edit, or belongs to another model.
+            ArgumentError: If the checkpoint is not one of lit-edit, or was made with another model or config.
         """
         saved = checkpoint.get("lit_edit")
         if not isinstance(saved, Mapping) or saved.get("format") != _FORMAT:
-            raise EditRefusedError("this checkpoint was not written by this version of lit-edit")
+            raise ArgumentError("this checkpoint was not written by this version of lit-edit")
         self.configure_model()
         if saved["base_hash"] != self.base_hash:
-            raise EditRefusedError(
+            raise ArgumentError(
                 f"the checkpoint edits other base weights than those of {self.language_model.name!r} "
                 f"(hash {saved['base_hash']} against {self.base_hash}); load the model it was made with"
             )
+        self.editor.check_state(saved["editor"], self.ledger.layers)
         self.ledger.load_state_dict(saved["ledger"])
         self.results = {
             stage: {state["id"]: EditResult.from_state(state) for state in states}

@@ -17,12 +17,13 @@ os.environ["WANDB_SILENT"] = "true"
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+DEFAULT_GOLDEN = os.environ.get("LIT_EDIT_GOLDEN", str(SHARED / "golden"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--golden",
-        default=os.environ.get("LIT_EDIT_GOLDEN", str(SHARED / "golden")),
+        default=DEFAULT_GOLDEN,
         help="folder of reference results for tests/parity (layout: its README)",
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,67 @@ def test_export_gives_the_edited_model(finished: Path, tiny_folder: Path, tmp_pa
     assert "Vienna" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_cut_run_resumes_from_another_folder(
+    finished: Path, run_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_in("--run_name=cut", "--trainer.max_steps=2") == 0
+    cut, elsewhere = tmp_path / "runs" / "cut", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    args = ["--config", str(cut / "config.yaml"), f"--ckpt_path={cut}/checkpoints/last.ckpt", "--trainer.max_steps=-1"]
+    assert main(["fit", *args]) == 0
+    assert list(elsewhere.iterdir()) == []
+    one, other = (load_file(run / "ledger" / "deltas.safetensors") for run in (finished, cut))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert json.loads((cut / "summary.json").read_text())["edits"] == 3
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"", "half"])
+def test_damaged_checkpoints_are_refused(
+    finished: Path, run_in: Any, tmp_path: Path, content: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = (finished / "checkpoints" / "last.ckpt").read_bytes()
+    bad = tmp_path / "bad.ckpt"
+    bad.write_bytes(good[: len(good) // 2] if content == "half" else content)
+    assert run_in(f"--ckpt_path={bad}") == 2
+    assert "damaged, or not a checkpoint of lit-edit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change", [["--model.editor.init_args.layers=[1,2,3]"], ["--model.editor.class_path=lit_edit.editors.MEMIT"]]
+)
+def test_a_checkpoint_of_another_config_is_refused(
+    finished: Path, run_in: Any, change: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_in(f"--ckpt_path={finished}/checkpoints/last.ckpt", *change) == 2
+    assert "use the config that" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(
+    run_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lit_edit.stream import EditStream
+
+    apply_edit = EditStream.apply_edit
+
+    def interrupt(stream: EditStream, proposal: Any) -> None:
+        if len(stream.ledger) == 2:
+            raise KeyboardInterrupt
+        apply_edit(stream, proposal)
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(EditStream, "apply_edit", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        run_in("--run_name=cut")
+    monkeypatch.setattr(EditStream, "apply_edit", apply_edit)
+    signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    assert stop.value.code == 130
+    last = tmp_path / "runs" / "cut" / "checkpoints" / "last.ckpt"
+    assert f"--ckpt_path {last}" in capsys.readouterr().err
+    assert run_in(f"--ckpt_path={last}") == 0
+    assert json.loads((last.parents[1] / "summary.json").read_text())["edits"] == 3
+
+
 def test_resume_goes_on_in_the_same_folder(finished: Path, run_in: Any) -> None:
     before = load_file(finished / "ledger" / "deltas.safetensors")
     assert run_in(f"--ckpt_path={finished}/checkpoints/last.ckpt") == 0
@@ -173,6 +235,8 @@ def test_own_facts_with_three_columns(run_in: Any, tmp_path: Path) -> None:
         (["--config", "quickstart", "--model.editor.init_args.target.lr=-1"], "lr must be positive"),
         (["--config", "quickstart", "--model.language_model.name=no-such-model"], "there is no model 'no-such-model'"),
         (["--config", "quickstart", "--model.statistics.corpus=gone.txt"], "neither 'sampled'"),
+        (["--config", "quickstart", "--trainer.accelerator=cpu", "--trainer.devices=2"], "runs on one device for now"),
+        (["--config", "quickstart", "--model.editor.init_args.target.loss_threshold=.nan"], "loss_threshold"),
     ],
 )
 def test_bad_arguments_end_with_2(
@@ -225,6 +289,30 @@ def test_a_folder_that_is_no_run_is_not_deleted(run_in: Any, tmp_path: Path) -> 
 def test_ask_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ask", "--run", str(tmp_path / "gone"), "Hello"]) == 2
     assert "there is no run folder" in capsys.readouterr().err
+
+
+def test_ask_nothing(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["ask", "--run", str(finished), " "])
+    assert stop.value.code == 2
+    assert "must not be empty" in capsys.readouterr().err
+
+
+def test_export_to_where_nothing_can_be_made(finished: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["export", "--run", str(finished), "--to", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
+def test_statistics_of_too_uniform_text(run_in: Any, tmp_path: Path, capsys: Any) -> None:
+    corpus = tmp_path / "same.txt"
+    corpus.write_text("One line and no other.\n" * 400)
+    assert run_in(f"--model.statistics.corpus={corpus}") == 2
+    assert "not positive definite" in capsys.readouterr().err
+
+
+def test_a_run_without_progress_bar(run_in: Any) -> None:
+    assert run_in("--run_name=quiet", "--trainer.enable_progress_bar=false") == 0
 
 
 def test_models_lists_what_there_is(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

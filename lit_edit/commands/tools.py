@@ -26,7 +26,7 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
 
 def _ask(args: list[str]) -> None:
     parser = _parser("ask", "Show how the base model and the edited model of a run continue a prompt.")
-    parser.add_argument("prompt", nargs="+", help="one or more prompts, each in quotes")
+    parser.add_argument("prompt", nargs="+", type=_prompt, help="one or more prompts, each in quotes")
     parser.add_argument("--run", required=True, type=Path, help="the run folder, for example runs/x")
     parser.add_argument("--tokens", type=_positive, default=20, help="length of the continuation")
     options = parser.parse_args(args)
@@ -148,6 +148,12 @@ def _models(args: list[str]) -> None:
     console.print(table)
     console.print(f"cache: {cache_dir()}", highlight=False)
     console.print(f"configs: {', '.join(shipped_configs())}", highlight=False)
+
+
+def _prompt(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a prompt must not be empty")
+    return text
 
 
 def _positive(text: str) -> int:

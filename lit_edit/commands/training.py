@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -12,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -94,6 +96,9 @@ class EditCLI(LightningCLI):
         self.run_folder = folder
         trainer = config.trainer
         trainer.default_root_dir = str(folder)
+        _check_devices(trainer)
+        if trainer.enable_progress_bar is False:
+            trainer.callbacks = [c for c in trainer.callbacks or [] if not c.class_path.endswith("ProgressBar")]
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         for logger in loggers:
             if hasattr(logger, "class_path"):
@@ -101,6 +106,23 @@ class EditCLI(LightningCLI):
         for callback in trainer.callbacks or []:
             if callback.class_path.endswith("ModelCheckpoint") and callback.init_args.get("dirpath") is None:
                 callback.init_args["dirpath"] = str(folder / "checkpoints")
+
+    def _parse_ckpt_path(self) -> None:
+        """Check a checkpoint before anything is built on it (Lightning looks for hyper-parameters, we keep none)."""
+        checkpoint = self.config[self.config.subcommand].get("ckpt_path")
+        if checkpoint:
+            check_checkpoint(Path(checkpoint))
+
+    def fit(self, **kwargs: Any) -> None:
+        """Fit, and say how to go on when the user interrupts."""
+        try:
+            self.trainer.fit(**kwargs)
+        except (KeyboardInterrupt, SystemExit):
+            folder = self.run_folder
+            last = folder / "checkpoints" / "last.ckpt"
+            hint = f"go on with\n  lit-edit fit --config {folder}/config.yaml --ckpt_path {last}\n"
+            sys.stderr.write(f"\nlit-edit: interrupted; {hint if last.is_file() else 'nothing was saved yet'}\n")
+            raise SystemExit(130) from None
 
     def instantiate_classes(self) -> None:
         """Instantiate, and turn what constructors say of bad values into an error for the user."""
@@ -157,10 +179,10 @@ class EditCLI(LightningCLI):
 
     def _run_folder(self, config: Any) -> Path:
         name, checkpoint = config.run_name, config.get("ckpt_path")
-        if checkpoint and not Path(checkpoint).exists():
-            raise ArgumentError(f"--ckpt_path {checkpoint}: no such file")
-        if name is None and checkpoint and self.subcommand == "fit" and Path(checkpoint).parent.name == "checkpoints":
-            return Path(checkpoint).resolve().parent.parent  # resumed where it was
+        if checkpoint and self.subcommand == "fit" and Path(checkpoint).resolve().parent.name == "checkpoints":
+            folder = Path(checkpoint).resolve().parent.parent
+            if name in (None, folder.name):
+                return folder  # resumed where it was, from whatever folder
         if name is None:
             stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
             name = stamp if self.subcommand == "fit" else f"{stamp}_{self.subcommand}"
@@ -179,10 +201,37 @@ class EditCLI(LightningCLI):
             if not (folder / "config.yaml").is_file():
                 raise ArgumentError(f"{folder} is not a run folder (it has no config.yaml); it is not deleted")
             shutil.rmtree(folder)
+        config.overwrite = False  # not for whoever starts again from the run's config.yaml
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ArgumentError(f"the run folder {folder} cannot be made: {error.strerror}") from error
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raise :class:`ArgumentError` unless ``path`` is a checkpoint of an edit stream."""
+    if not path.is_file():
+        raise ArgumentError(f"--ckpt_path {path}: no such file")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0][:100]
+        raise ArgumentError(f"--ckpt_path {path}: damaged, or not a checkpoint of lit-edit ({reason})") from None
+    if not isinstance(saved, dict) or "lit_edit" not in saved:
+        raise ArgumentError(f"--ckpt_path {path}: not a checkpoint of lit-edit")
+
+
+def _check_devices(trainer: Any) -> None:
+    """Refuse several devices before any process is started."""
+    devices = trainer.devices
+    if devices == "auto":
+        trainer.devices = devices = 1
+    several = len(devices) > 1 if isinstance(devices, list) else str(devices) not in ("1", "0,")
+    if several or trainer.num_nodes != 1:
+        raise ArgumentError(
+            f"an edit stream runs on one device for now, got trainer.devices={devices} and "
+            f"trainer.num_nodes={trainer.num_nodes}: set both to 1"
+        )
 
 
 def _point_logger(class_path: str, init_args: Any, folder: Path) -> None:

@@ -149,6 +149,8 @@ class EditDataModule(LightningDataModule):
                 if self.perplexity_path is None
                 else read_documents(Path(self.perplexity_path).expanduser())
             )
+            if not any(len(text.split()) > 1 for text in self.perplexity_texts):
+                raise DataError(f"{self.perplexity_path}: perplexity needs texts of two words or more")
         return self
 
     def setup(self, stage: str) -> None:

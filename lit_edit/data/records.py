@@ -26,7 +26,7 @@ def parse_record(record: object, number: int, form: str = "auto") -> EditRequest
 
     Example:
         >>> parse_record({"prompt": "The capital of Italy is", "subject": "Italy", "target_new": "Vienna"}, 7).id
-        '7'
+        '#7'
     """
     if not isinstance(record, Mapping):
         raise DataError(f"expected a record with fields, got {type(record).__name__}")
@@ -130,7 +130,7 @@ def _facts(record: Mapping[str, Any], number: int) -> EditRequest:
 
 
 def _id(record: Mapping[str, Any], number: int, *names: str) -> str:
-    value = next((record[name] for name in names if record.get(name) is not None), number)
+    value = next((record[name] for name in names if record.get(name) is not None), f"#{number}")
     if not isinstance(value, (str, int, float)) or isinstance(value, bool):
         raise DataError(f"id must be text or a number, got {type(value).__name__}")
     text = str(value).strip()

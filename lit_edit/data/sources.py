@@ -59,7 +59,7 @@ def load_requests(
     skipped: list[str] = []
     seen: dict[str, str] = {}
     wanted = None if limit is None else offset + limit
-    for number, (place, record) in enumerate(records):
+    for number, (place, record) in enumerate(records, 1):
         if wanted is not None and len(requests) >= wanted:
             break
         try:

@@ -84,6 +84,10 @@ class Editor(ABC):
         """Take a committed proposal into the editor's state; must not fail."""
 
     @abstractmethod
+    def check_state(self, state: Mapping[str, Any], layers: Sequence[int]) -> None:
+        """Raise :class:`lit_edit.errors.ArgumentError` if a saved state is not one of this editor on these layers."""
+
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on: tensors and primitives."""
 

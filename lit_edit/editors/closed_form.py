@@ -15,11 +15,12 @@ from torch import Tensor
 
 from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
+from lit_edit.errors import ArgumentError
 from lit_edit.ledger import EditLedger, LayerUpdate, LedgerEntry
 from lit_edit.models.presets import edit_layers
 from lit_edit.solvers.ridge import RidgeSolver, RidgeStep
 from lit_edit.targets.contexts import STARTS, Templates, check_templates, group_weights, sample_templates
-from lit_edit.targets.optimize import Target, TargetSettings, optimise_targets
+from lit_edit.targets.optimize import DivergedError, Target, TargetSettings, optimise_targets
 from lit_edit.targets.problem import TargetProblem, build_problem
 from lit_edit.tokens import check_tokenizer, pad_right, pad_token
 
@@ -80,8 +81,8 @@ class ClosedFormEditor(Editor):
     ) -> None:
         if layers is not None and (len(layers) == 0 or list(layers) != sorted(set(layers)) or min(layers) < 0):
             raise ValueError(f"layers must be ascending, different and not negative, got {list(layers)}")
-        if not covariance_weight > 0:
-            raise ValueError(f"covariance_weight (lambda) must be positive, got {covariance_weight}")
+        if not 0 < covariance_weight < float("inf"):
+            raise ValueError(f"covariance_weight (lambda) must be positive and finite, got {covariance_weight}")
         if residual not in ("shared", "remeasured", "uniform"):
             raise ValueError(f"residual must be 'shared', 'remeasured' or 'uniform', got {residual!r}")
         if not ridge >= 0:
@@ -193,14 +194,22 @@ class ClosedFormEditor(Editor):
     def _optimise(self, requests: Sequence[EditRequest], adapter: ModelAdapter, status: Status) -> list[Target]:
         problems = [build_problem(self.tokenizer, r, self.templates) for r in requests]
         what = repr(requests[0].subject) if len(requests) == 1 else f"{len(requests)} edits"
-        return optimise_targets(
-            adapter,
-            problems,
-            self.ledger.layers[-1],
-            self.target,
-            pad_token(self.tokenizer),
-            lambda step, steps: status(f"fitting targets of {what}: step {step + 1}/{steps}"),
-        )
+        try:
+            return optimise_targets(
+                adapter,
+                problems,
+                self.ledger.layers[-1],
+                self.target,
+                pad_token(self.tokenizer),
+                lambda step, steps: status(f"fitting targets of {what}: step {step + 1}/{steps}"),
+            )
+        except DivergedError as error:
+            request = requests[error.index]
+            raise FloatingPointError(
+                f"the target of edit {request.id!r} ({request.text!r} -> {request.target_new!r}) diverged at step "
+                f"{error.step}; nothing of it was written. Use a smaller learning rate "
+                f"(model.editor.init_args.target.lr, now {self.target.lr})"
+            ) from None
 
     @torch.no_grad()
     def _walk(
@@ -252,6 +261,19 @@ class ClosedFormEditor(Editor):
             "templates": [list(group) for group in self.templates],
             "solvers": {str(layer): solver.state_dict() for layer, solver in self.solvers.items()},
         }
+
+    def check_state(self, state: Mapping[str, Any], layers: Sequence[int]) -> None:
+        """Raise :class:`ArgumentError` if a saved state is of other layers or of an editor with another memory."""
+        saved = state.get("solvers", {})
+        if set(saved) != {str(layer) for layer in layers}:
+            raise ArgumentError(
+                f"the checkpoint edits layers {sorted(map(int, saved))}, this editor {sorted(layers)}; use the config "
+                "that the checkpoint was made with"
+            )
+        if any(("gram" in solver) != self.memory for solver in saved.values()):
+            raise ArgumentError(
+                "the checkpoint was made by another editing method; use the config that it was made with"
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore contexts and solver states on a prepared editor.

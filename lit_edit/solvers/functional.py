@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_edit.errors import ArgumentError
+
 
 def check_facts(keys: Tensor, residuals: Tensor, d_in: int, d_out: int) -> None:
     """Check keys ``(d_in, n)`` and residuals ``(d_out, n)`` before they reach any state.
@@ -71,7 +73,7 @@ def solve_spd(matrix: Tensor, right: Tensor) -> Tensor:
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     if info.item() != 0:
-        raise ValueError(_NOT_POSITIVE)
+        raise ArgumentError(_NOT_POSITIVE)
     return torch.cholesky_solve(right, factor)
 
 
@@ -83,12 +85,12 @@ def inverse_spd(matrix: Tensor) -> Tensor:
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     if info.item() != 0:
-        raise ValueError(_NOT_POSITIVE)
+        raise ArgumentError(_NOT_POSITIVE)
     return torch.cholesky_inverse(factor)
 
 
 _NOT_POSITIVE = (
-    "the second moment of the keys is not positive definite: it was computed from too few tokens or holds NaN. "
+    "the second moment of the keys is not positive definite: it was computed from too few or too uniform tokens. "
     "Use more tokens (model.statistics.tokens, at least 10 x d_in) or a larger ridge "
     "(model.editor.init_args.ridge)"
 )

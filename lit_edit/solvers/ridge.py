@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_edit.errors import ArgumentError
 from lit_edit.solvers.functional import check_facts, inverse_spd, ridge_gain
 
 
@@ -63,7 +64,9 @@ class RidgeSolver:
         if prior.dim() != 2 or prior.shape[0] != prior.shape[1]:
             raise ValueError(f"prior must be square (d_in, d_in), got {tuple(prior.shape)}")
         if not torch.isfinite(prior).all():
-            raise ValueError("prior holds NaN or infinite values; compute the key statistics anew (--force)")
+            raise ArgumentError(
+                "prior holds NaN or infinite values; compute the statistics anew (lit-edit stats --force)"
+            )
         self.memory = memory
         self.check_every = check_every
         self.drift_bound = drift_bound

@@ -9,6 +9,7 @@ round-off.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,19 @@ from lit_edit.models.suffix import SuffixBatch
 from lit_edit.targets.buckets import partition_by_length
 from lit_edit.targets.problem import TargetProblem
 from lit_edit.tokens import pad_right
+
+
+class DivergedError(FloatingPointError):
+    """The target optimisation of one edit left the finite numbers.
+
+    Attributes:
+        index: Which edit of the window.
+        step: At which step.
+    """
+
+    def __init__(self, index: int, step: int) -> None:
+        super().__init__(f"the target optimisation of edit {index} of this window diverged at step {step}")
+        self.index, self.step = index, step
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,8 @@ class TargetSettings:
                 raise ValueError(
                     f"{name} must be {'positive' if name in ('lr', 'clamp') else f'at least {low}'}, got {value}"
                 )
+        if not math.isfinite(self.loss_threshold):
+            raise ValueError(f"loss_threshold must be finite, got {self.loss_threshold}")
         if not 0.0 <= self.probability < 1.0:
             raise ValueError(f"probability must be in [0, 1), got {self.probability}")
 
@@ -261,9 +277,7 @@ def _refuse_divergence(values: Tensor, active: Tensor, step: int) -> None:
     """Raise ``FloatingPointError`` if the value of an active edit is not finite."""
     bad = (~torch.isfinite(values) & active).nonzero()
     if len(bad):
-        raise FloatingPointError(
-            f"the target optimisation of edit {int(bad[0])} of this window diverged at step {step}"
-        )
+        raise DivergedError(int(bad[0]), step)
 
 
 def _adam_step(delta: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: int, lr: float) -> Tensor:

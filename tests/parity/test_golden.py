@@ -30,6 +30,7 @@ from lit_edit.solvers.functional import ridge_update
 from lit_edit.targets.contexts import check_templates
 from lit_edit.targets.optimize import optimise_targets
 from lit_edit.targets.problem import build_problem
+from tests.conftest import DEFAULT_GOLDEN
 
 CLOSED_FORM = 1e-10
 
@@ -120,6 +121,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     folders = sorted(path.parent for path in root.glob("*/hparams.json"))
     if folders:
         metafunc.parametrize("case", [load_case(f) for f in folders], ids=[f.name for f in folders])
+    elif metafunc.config.getoption("--golden") != DEFAULT_GOLDEN:
+        raise pytest.UsageError(f"--golden {root}: no reference results there (expected */hparams.json)")
     else:
         reason = f"no reference results in {root}; name their folder with --golden DIR"
         metafunc.parametrize("case", [pytest.param(None, marks=pytest.mark.skip(reason=reason))])
