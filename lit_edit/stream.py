@@ -359,6 +359,11 @@ class EditStream(LightningModule):
         self.perplexities = dict(saved["perplexities"])
         self.seconds = {**saved["seconds"], "load": self.seconds.get("load", 0.0)}
         self._restored = {"editor": saved["editor"]}
+        stream = getattr(getattr(self.trainer, "datamodule", None), "requests", ())
+        if len(self.ledger) < len(stream) and "loops" in checkpoint:
+            # A run stopped by max_steps counts its epoch as done, but the stream goes on.
+            for progress in ("total", "current"):
+                checkpoint["loops"]["fit_loop"]["epoch_progress"][progress] |= {"processed": 0, "completed": 0}
 
     # ---- taking the model away ----------------------------------------------------------------------------------
 
