@@ -45,7 +45,7 @@ def ridge_update(keys: Tensor, residuals: Tensor, prior: Tensor) -> Tensor:
     Example:
         >>> eye = torch.eye(2, dtype=torch.float64)
         >>> key, residual = torch.tensor([[1.0], [0.0]]), torch.tensor([[2.0]])
-        >>> ridge_update(key, residual, eye)
+        >>> ridge_update(key, residual, eye).round(decimals=6)
         tensor([[1., 0.]], dtype=torch.float64)
     """
     check_facts(keys, residuals, prior.shape[0], residuals.shape[0])

@@ -54,7 +54,7 @@ class RidgeSolver:
     Example:
         >>> solver = RidgeSolver(torch.eye(2), d_out=1)
         >>> solver.update(torch.tensor([[1.0], [0.0]]), torch.tensor([[2.0]]))
-        >>> solver.solve()
+        >>> solver.solve().round(decimals=6)
         tensor([[1., 0.]], dtype=torch.float64)
     """
 
