@@ -15,19 +15,20 @@ from torch import Tensor
 
 from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
+from lit_edit.editors.key_rows import KeyLine, KeyRows
 from lit_edit.errors import ArgumentError
 from lit_edit.ledger import EditLedger, LayerUpdate, LedgerEntry
 from lit_edit.models.presets import edit_layers
 from lit_edit.solvers.ridge import RidgeSolver, RidgeStep
 from lit_edit.targets.contexts import STARTS, Templates, check_templates, group_weights, sample_templates
 from lit_edit.targets.optimize import DivergedError, Target, TargetSettings, optimise_targets
-from lit_edit.targets.problem import TargetProblem, build_problem
-from lit_edit.tokens import check_tokenizer, pad_right, pad_token
+from lit_edit.targets.problem import build_problem
+from lit_edit.tokens import check_tokenizer, pad_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lit_edit.models.adapter import ModelAdapter, Trace
+    from lit_edit.models.adapter import ModelAdapter
     from lit_edit.stats.second_moment import KeyStatistics
 
 DEFAULT_TARGET = TargetSettings(probability=0.95)
@@ -101,7 +102,8 @@ class ClosedFormEditor(Editor):
         self.ridge = ridge
         self.solvers: dict[int, RidgeSolver] = {}
         self.templates: Templates = ()
-        self._targets: dict[str, tuple[EditRequest, Target]] = {}
+        self._targets: dict[str, tuple[str, Target]] = {}  # by id: what was asked for, and its target
+        self._key_rows: KeyRows | None = None
 
     # ---- before the stream --------------------------------------------------------------------------------------
 
@@ -146,6 +148,7 @@ class ClosedFormEditor(Editor):
                 prior = prior + self.ridge * prior.diagonal().mean() * torch.eye(len(prior)).to(prior)
             self.solvers[layer] = RidgeSolver(prior, ledger.adapter.shape(layer)[0], memory=self.memory)
         self._targets.clear()
+        self._key_rows = None
 
     def _make_templates(self, original: ModelAdapter) -> Templates:
         if self.contexts == "plain":
@@ -161,10 +164,11 @@ class ClosedFormEditor(Editor):
     ) -> Proposal:
         """Work out the updates for some requests; see :meth:`Editor.propose`."""
         watch = Stopwatch()
-        problems = {r.id: build_problem(self.tokenizer, r, self.templates) for r in requests}
         with watch("targets"):
             targets = self._get_targets(requests, window, status)
-        steps = self._walk([problems[r.id] for r in requests], targets, watch)
+        with watch("keys"):
+            rows = self._get_key_rows(requests, window)
+        steps = self._walk(rows, targets, watch)
         updates = tuple(LayerUpdate(layer, self.ledger.names[layer], step.delta) for layer, step in steps.items())
         entries = tuple(
             LedgerEntry(r.id, r.subject, r.text, r.target_new, _facts(t))
@@ -184,11 +188,10 @@ class ClosedFormEditor(Editor):
     ) -> list[Target]:
         if not self.on_original:
             return self._optimise(requests, self.ledger.adapter, status)
-        if any(r.id not in self._targets or self._targets[r.id][0] != r for r in requests):
-            # The whole window, also what is committed already: a resumed run then computes the very same batch.
+        if any(r.id not in self._targets or self._targets[r.id][0] != _asked(r) for r in requests):
             group = window if all(r in window for r in requests) else requests
             made = self._optimise(group, self.ledger.original(), status)
-            self._targets = {r.id: (r, target) for r, target in zip(group, made, strict=True)}
+            self._targets = {r.id: (_asked(r), target) for r, target in zip(group, made, strict=True)}
         return [self._targets[r.id][1] for r in requests]
 
     def _optimise(self, requests: Sequence[EditRequest], adapter: ModelAdapter, status: Status) -> list[Target]:
@@ -212,52 +215,51 @@ class ClosedFormEditor(Editor):
             ) from None
 
     @torch.no_grad()
-    def _walk(
-        self, problems: Sequence[TargetProblem], targets: Sequence[Target], watch: Stopwatch
-    ) -> dict[int, RidgeStep]:
+    def _walk(self, rows: KeyLine, targets: Sequence[Target], watch: Stopwatch) -> dict[int, RidgeStep]:
         """Walk up the edited layers: read keys, solve, go on with the new weight."""
         layers = self.ledger.layers
         reference = self.ledger.original() if self.on_original else self.ledger.adapter
-        with watch("keys"):
-            trace, lookups = self._key_rows(reference, problems)
-        weights = torch.tensor(group_weights(self.templates), dtype=torch.float64, device=trace.hidden.device)
-        rows = torch.arange(len(lookups), device=trace.hidden.device)
-        plain = rows[:: len(weights)]
-        wanted = torch.stack([target.value for target in targets], 1).to(trace.hidden.device)  # (d_out, n)
-        missing = torch.stack([target.delta for target in targets], 1).to(trace.hidden.device)
-        hidden, done, steps = trace.hidden, layers[0], {}
+        hidden, done, steps = rows.hidden, layers[0], {}
+        weights = torch.tensor(group_weights(self.templates), dtype=torch.float64, device=hidden.device)
+        wanted = torch.stack([target.value for target in targets], 1).to(hidden.device)  # (d_out, n)
+        missing = torch.stack([target.delta for target in targets], 1).to(hidden.device)
         written: dict[str, Tensor] = {}
         for index, layer in enumerate(layers):
             with watch("keys"):
                 view = reference.with_weights(written)
-                hidden = view.run_layers(hidden, trace.calls, done, layer)
-                _, keys = view.run_layer_with_keys(layer, hidden, trace.calls[layer])
-                per_row = keys[rows, lookups].double().view(len(problems), len(weights), -1)
-                key = torch.einsum("ncd,c->dn", per_row, weights)
+                hidden = rows.line.run(hidden, done, layer, adapter=view)
+                found: dict[int, Tensor] = {}
+                rows.line.run(hidden, layer, layer + 1, keys=found, adapter=view)
+                keys = found[layer]
+                key = torch.einsum("ncd,c->dn", keys[rows.lookups].double(), weights)
                 if self.residual == "remeasured" and index > 0:
-                    reached = view.run_layers(hidden[plain], trace.calls_for(plain), layer, layers[-1] + 1)
-                    missing = wanted - reached[rows[: len(plain)], lookups[plain]].T.to(wanted)
+                    plain = rows.line.carry(hidden, rows.plain)
+                    reached = rows.plain.run(plain, layer, layers[-1] + 1, adapter=view)
+                    missing = wanted - reached[rows.plain_lookups].T.to(wanted)
             with watch("solve"):
                 share = len(layers) if self.residual == "uniform" else len(layers) - index
-                residual = view.to_weight_residual(layer, keys[plain, lookups[plain]], missing.double() / share)
+                residual = view.to_weight_residual(layer, keys[rows.lookups[:, 0]], missing.double() / share)
                 step = self.solvers[layer].preview(key, residual)
                 steps[layer] = step
                 written[self.ledger.names[layer]] = self.ledger.edited_weight(layer, step.delta)
             done = layer
         return steps
 
-    def _key_rows(self, reference: ModelAdapter, problems: Sequence[TargetProblem]) -> tuple[Trace, Tensor]:
-        """Run all prompts, cut behind their lookup tokens, up to the edited layers."""
-        prompts = [prompt for problem in problems for prompt in problem.prompts]
-        ids, mask = pad_right([p.ids[: p.lookup + 1] for p in prompts], pad_token(self.tokenizer), reference.device)
-        trace = reference.trace(ids, mask, at=self.ledger.layers[0], stop=self.ledger.layers[-1] + 1)
-        return trace, torch.tensor([p.lookup for p in prompts], device=trace.hidden.device)
+    def _get_key_rows(self, requests: Sequence[EditRequest], window: Sequence[EditRequest]) -> KeyLine:
+        ids = [_asked(r) for r in requests]
+        if self._key_rows is None or not self._key_rows.holds(ids):
+            # The same rows together whatever was done before: a resumed run computes the very same batch.
+            group = window if all(r in window for r in requests) else requests
+            problems = {_asked(r): build_problem(self.tokenizer, r, self.templates) for r in group}
+            self._key_rows = KeyRows(self.ledger.adapter, problems, self.ledger.layers[0], pad_token(self.tokenizer))
+        return self._key_rows.of(ids)
 
     # ---- state --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return contexts and solver states."""
+        """Return contexts, solver states, and the targets that are fitted but not yet used."""
         return {
+            "targets": {name: {"asked": asked, **target.as_state()} for name, (asked, target) in self._targets.items()},
             "templates": [list(group) for group in self.templates],
             "solvers": {str(layer): solver.state_dict() for layer, solver in self.solvers.items()},
         }
@@ -288,7 +290,13 @@ class ClosedFormEditor(Editor):
         self.templates = check_templates(state["templates"])
         for layer, solver in self.solvers.items():
             solver.load_state_dict(state["solvers"][str(layer)])
-        self._targets.clear()
+        self._targets = {name: (saved["asked"], Target.from_state(saved)) for name, saved in state["targets"].items()}
+        self._key_rows = None
+
+
+def _asked(request: EditRequest) -> str:
+    """Tell requests apart by all that their targets depend on."""
+    return "\x1f".join((request.id, request.prompt, request.subject, request.target_new))
 
 
 def _facts(target: Target) -> dict[str, float]:

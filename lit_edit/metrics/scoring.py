@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.tokens import continuation, encode, pad_right, pad_token
+from lit_edit.models.packed import Line, TokenRows
+from lit_edit.tokens import continuation, encode, pad_token
 
 
 @dataclass(frozen=True)
@@ -37,52 +38,41 @@ def score_continuations(
 ) -> list[Score]:
     """Score objects as continuations of prompts.
 
-    Rows that are the beginning of another row are not run: in a causal model the longer row answers for both. Rows are
-    batched by length.
+    What prompts have in common is computed once (:mod:`lit_edit.models.packed`), so two objects of one prompt cost
+    little more than one.
 
     Args:
         adapter: The model.
         tokenizer: Its tokenizer.
         pairs: ``(prompt, object)``.
-        batch_tokens: Tokens per batch, padding included.
+        batch_tokens: Tokens per batch.
 
     Returns:
         The scores, in order.
     """
     if not pairs:
         return []
-    tokens = [continuation(tokenizer, prompt, target) for prompt, target in dict.fromkeys(pairs)]
     unique = list(dict.fromkeys(pairs))
+    tokens = [continuation(tokenizer, prompt, target) for prompt, target in unique]
     rows = [prompt + target[:-1] for prompt, target in tokens]
-    host = _hosts(rows)
-    wanted: dict[tuple[int, ...], list[int]] = {}
-    for index, row in enumerate(rows):
-        wanted.setdefault(host[row], []).append(index)
     scores: dict[tuple[str, str], Score] = {}
-    for batch in _batches(sorted(wanted, key=lambda r: (len(r), r)), batch_tokens):
-        ids, mask = pad_right(batch, pad_token(tokenizer), adapter.device)
-        hidden = adapter.last_hidden(ids, mask)
-        where: list[tuple[int, int]] = []  # row of the batch, position
+    for batch in _batches(rows, batch_tokens):
+        line, hidden = _run(adapter, tokenizer, [rows[index] for index in batch])
+        read: list[int] = []
         labels: list[int] = []
-        owners: list[tuple[int, int]] = []  # pair, tokens
-        for number, row in enumerate(batch):
-            for index in wanted[row]:
-                prompt, target = tokens[index]
-                where += [(number, len(prompt) - 1 + j) for j in range(len(target))]
-                labels += target
-                owners.append((index, len(target)))
-        at = torch.tensor(where, device=hidden.device)
-        logp = torch.log_softmax(adapter.logits(hidden[at[:, 0], at[:, 1]]), -1)
+        sizes: list[int] = []
+        for number, index in enumerate(batch):
+            prompt, target = tokens[index]
+            read += [line.index(number, len(prompt) - 1 + j) for j in range(len(target))]
+            labels += target
+            sizes.append(len(target))
+        logp = _log_probabilities(adapter, hidden, read)
         label = torch.tensor(labels, device=logp.device)
-        token_nll = (-logp.gather(1, label[:, None])[:, 0]).cpu()
+        nll = (-logp.gather(1, label[:, None])[:, 0]).cpu()
         choice = logp.argmax(1).cpu()
-        start = 0
-        for index, count in owners:
-            part = slice(start, start + count)
-            scores[unique[index]] = Score(
-                token_nll[part].mean().item(), choice[part] == label[part].cpu(), choice[part].clone()
-            )
-            start += count
+        hits = choice == label.cpu()
+        for index, *part in zip(batch, *(x.split(sizes) for x in (nll, hits, choice)), strict=True):
+            scores[unique[index]] = Score(part[0].mean().item(), part[1].clone(), part[2].clone())
     return [scores[pair] for pair in pairs]
 
 
@@ -96,36 +86,42 @@ def text_nlls(
         adapter: The model.
         tokenizer: Its tokenizer.
         texts: Any texts; cut at 512 tokens.
-        batch_tokens: Tokens per batch, padding included.
+        batch_tokens: Tokens per batch.
     """
     rows = {text: encode(tokenizer, text)[:512] for text in texts}
     nlls: dict[tuple[int, ...], Tensor] = {row: torch.empty(0) for row in rows.values()}
-    long = sorted({row for row in rows.values() if len(row) > 1}, key=lambda r: (len(r), r))
+    long = [row for row in nlls if len(row) > 1]
     for batch in _batches(long, batch_tokens):
-        ids, mask = pad_right(batch, pad_token(tokenizer), adapter.device)
-        hidden = adapter.last_hidden(ids, mask)
-        for number, row in enumerate(batch):
-            logp = torch.log_softmax(adapter.logits(hidden[number, : len(row) - 1]), -1)
-            nlls[row] = -logp.gather(1, ids[number, 1 : len(row), None])[:, 0].cpu()
+        line, hidden = _run(adapter, tokenizer, [long[index][:-1] for index in batch])
+        for number, index in enumerate(batch):
+            row = long[index]
+            logp = _log_probabilities(adapter, hidden, [line.index(number, i) for i in range(len(row) - 1)])
+            nlls[row] = -logp.gather(1, torch.tensor(row[1:], device=logp.device)[:, None])[:, 0].cpu()
     return [nlls[rows[text]] for text in texts]
 
 
-def _hosts(rows: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """Map each row to the longest row that begins with it."""
-    host: dict[tuple[int, ...], tuple[int, ...]] = {}
-    previous: tuple[int, ...] = ()
-    for row in sorted(set(rows), reverse=True):  # a row comes right after the rows it is a beginning of
-        previous = previous if previous[: len(row)] == row else row
-        host[row] = previous
-    return host
+def _run(
+    adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]
+) -> tuple[Line, Tensor]:
+    """Run rows through all layers; return their line and the states ``(tokens, d_model)`` behind the last one."""
+    line = TokenRows(adapter, rows, pad_token(tokenizer)).line()
+    return line, line.run(line.hidden, 0, adapter.n_layers)
 
 
-def _batches(rows: Sequence[tuple[int, ...]], batch_tokens: int) -> list[list[tuple[int, ...]]]:
-    """Cut rows sorted by length into batches of at most ``batch_tokens`` padded tokens (and at least one row)."""
-    batches: list[list[tuple[int, ...]]] = []
-    for row in rows:
-        if batches and (len(batches[-1]) + 1) * len(row) <= batch_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
+def _log_probabilities(adapter: ModelAdapter, hidden: Tensor, read: Sequence[int]) -> Tensor:
+    """Apply final norm and head to some states of a line; returns ``(states, vocab)`` log-probabilities."""
+    states = hidden[torch.tensor(read, device=hidden.device)]
+    return torch.log_softmax(adapter.logits(adapter.finish(states)), -1)
+
+
+def _batches(rows: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
+    """Cut rows (by index) into batches of at most ``batch_tokens`` tokens, or one row; alike rows into the same one."""
+    batches: list[list[int]] = []
+    size = 0
+    for index in sorted(range(len(rows)), key=lambda i: (tuple(rows[i]), i)):
+        size += len(rows[index])
+        if not batches or size > batch_tokens:
+            batches.append([])
+            size = len(rows[index])
+        batches[-1].append(index)
     return batches

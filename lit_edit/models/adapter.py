@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -12,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.models.families import SPECS
 from lit_edit.models.spec import ArchSpec
 
-_CACHE_NAMES = ("past_key_values", "layer_past")
+CACHE_NAMES = ("past_key_values", "layer_past")
+"""What layers call the cache of attention keys and values."""
 
 
 class UnknownArchitectureError(UserError):
@@ -39,32 +41,12 @@ class Trace:
         at: The layer that :attr:`hidden` enters.
         calls: Keyword arguments with which the model called each layer ``>= at`` (masks, positions, rotary tables).
         attention_mask: ``(batch, time)``, 1 for tokens and 0 for padding.
-        cache: Keys and values of all layers, when they were asked for.
     """
 
     hidden: Tensor
     at: int
     calls: dict[int, dict[str, Any]]
     attention_mask: Tensor
-    cache: DynamicCache | None = None
-
-    def calls_for(self, rows: Tensor) -> dict[int, dict[str, Any]]:
-        """Return :attr:`calls` for some of the rows (indices)."""
-        return take_rows(self.calls, rows, self.hidden.shape[0])
-
-
-def take_rows(calls: Mapping[int, Mapping[str, Any]], rows: Tensor, batch: int) -> dict[int, dict[str, Any]]:
-    """Cut layer calls of a batch down to some rows; tensors shared between layers stay shared."""
-    taken: dict[int, Tensor] = {}
-
-    def take(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(take(v) for v in value)
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch:
-            return value
-        return taken.setdefault(id(value), value.index_select(0, rows))
-
-    return {index: {name: take(value) for name, value in call.items()} for index, call in calls.items()}
 
 
 def find_spec(model: nn.Module) -> ArchSpec:
@@ -127,6 +109,18 @@ class ModelAdapter:
         self._backbone: nn.Module = model.base_model
         self._backbone_prefix = next(f"{n}." if n else "" for n, m in model.named_modules() if m is self._backbone)
         self._signatures: dict[int, inspect.Signature] = {}
+        code = sys.modules[type(self.layers[0]).__module__].__dict__
+        # Whether attention goes through transformers' interface, where a line of tokens can be told apart into rows.
+        self.packs = (
+            "ALL_ATTENTION_FUNCTIONS" in code
+            and "eager_attention_forward" in code
+            and not getattr(model.config, "reorder_and_upcast_attn", False)
+        )
+        self.attention = "eager" if model.config._attn_implementation == "eager" else "sdpa"  # in passes of our own
+        self._returns_tuples = not self.packs  # so do the older layers, and only those
+        self.layer_configs = list(
+            {id(m.config): m.config for layer in self.layers for m in layer.modules() if hasattr(m, "config")}.values()
+        )
 
     # ---- structure ----------------------------------------------------------------------------------------------
 
@@ -254,9 +248,7 @@ class ModelAdapter:
 
     # ---- forward passes -----------------------------------------------------------------------------------------
 
-    def trace(
-        self, input_ids: Tensor, attention_mask: Tensor, at: int, stop: int | None = None, keep_cache: bool = False
-    ) -> Trace:
+    def trace(self, input_ids: Tensor, attention_mask: Tensor, at: int, stop: int | None = None) -> Trace:
         """Run the model and record how to continue from layer ``at``.
 
         Args:
@@ -265,7 +257,6 @@ class ModelAdapter:
             at: Record the hidden state entering this layer (``n_layers`` records what leaves the last one).
             stop: Record the calls of layers ``at .. stop - 1`` and leave the pass when layer ``stop - 1`` is about to
                 run; by default run to the end.
-            keep_cache: Also keep all layers' attention keys and values.
 
         Returns:
             The trace; its tensors carry gradients only if grad mode is on.
@@ -287,7 +278,6 @@ class ModelAdapter:
         def after_last(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             found["hidden"] = _first(output)
 
-        cache = DynamicCache() if keep_cache else None
         with ExitStack() as stack:
             for index in range(at, stop if stop is not None else self.n_layers):
                 handle = self.layers[index].register_forward_pre_hook(before(index), with_kwargs=True)
@@ -295,20 +285,47 @@ class ModelAdapter:
             if at == self.n_layers:
                 stack.callback(self.layers[-1].register_forward_hook(after_last).remove)
             with suppress(_StopForward):
-                self._run_backbone(input_ids, attention_mask, cache)
-        return Trace(found["hidden"], at, calls, attention_mask, cache)
+                self._run_backbone(input_ids, attention_mask)
+        return Trace(found["hidden"], at, calls, attention_mask)
+
+    def record_calls(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, dict[int, dict[str, Any]]]:
+        """Return the first layer's input and how the model would call each of its layers, without running them.
+
+        Args:
+            input_ids: ``(batch, time)`` token ids.
+            attention_mask: ``(batch, time)``, padding on either side.
+
+        Returns:
+            ``(batch, time, d_model)``, and by layer the keyword arguments (masks, positions, rotary tables).
+        """
+        calls: dict[int, dict[str, Any]] = {}
+        first: list[Tensor] = []
+
+        def stand_in(index: int) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, calls[index] = self._bind(index, args, kwargs)
+                if index == 0:
+                    first.append(hidden)
+                if index == self.n_layers - 1:
+                    raise _StopForward
+                return (hidden,) if self._returns_tuples else hidden
+
+            return forward
+
+        for index in range(self.n_layers):
+            self._signature(index)
+        with ExitStack() as stack, suppress(_StopForward):
+            for index, layer in enumerate(self.layers):
+                layer.forward = stand_in(index)  # shadows the method of the class
+                stack.callback(layer.__dict__.pop, "forward")
+            self._run_backbone(input_ids, attention_mask)
+        return first[0], calls
 
     def run_layers(self, hidden: Tensor, calls: Mapping[int, Mapping[str, Any]], start: int, stop: int) -> Tensor:
         """Continue a pass: layers ``start .. stop - 1`` on ``hidden`` ``(batch, time, d_model)``."""
         for index in range(start, stop):
-            hidden = self._run_layer(index, hidden, calls[index])
+            hidden = self.run_layer(index, hidden, calls[index])
         return hidden
-
-    def run_layer_with_keys(self, index: int, hidden: Tensor, call: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Run one layer and also return the input of its down projection, ``(batch, time, d_in)``."""
-        with self.record_keys([index]) as keys:
-            output = self._run_layer(index, hidden, call)
-        return output, keys[index].reshape(*hidden.shape[:-1], -1)
 
     def record_keys(self, layers: Sequence[int], stop_after_last: bool = False) -> _KeyRecorder:
         """Record the down-projection inputs of layers during passes run inside this context.
@@ -321,12 +338,12 @@ class ModelAdapter:
 
     def last_hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the final, normalised hidden states ``(batch, time, d_head)``: what the head reads."""
-        return self._run_backbone(input_ids, attention_mask, None).last_hidden_state
+        return self._run_backbone(input_ids, attention_mask).last_hidden_state
 
     def read_keys(self, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
         """Return ``{layer: (batch, time, d_in)}`` of one pass that stops at the highest layer asked for."""
         with self.record_keys(layers, stop_after_last=True) as keys, suppress(_StopForward):
-            self._run_backbone(input_ids, attention_mask, None)
+            self._run_backbone(input_ids, attention_mask)
         return {layer: key.reshape(*input_ids.shape, -1) for layer, key in keys.items()}
 
     @torch.no_grad()
@@ -364,14 +381,13 @@ class ModelAdapter:
             logits = cap * torch.tanh(logits / cap)
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
-    def _run_backbone(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None) -> Any:
+    def _run_backbone(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         kwargs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             # Positions count tokens, not padding: left padding must not move them.
             "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
-            "use_cache": cache is not None,
-            "past_key_values": cache,
+            "use_cache": False,
         }
         if self.spec.family == "opt":  # OPT derives its positions from the mask, with an offset of its own.
             del kwargs["position_ids"]
@@ -380,21 +396,31 @@ class ModelAdapter:
         local = {name.removeprefix(self._backbone_prefix): value for name, value in self.weights.items()}
         return functional_call(self._backbone, local, (), kwargs)
 
-    def _run_layer(self, index: int, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
+    def run_layer(self, index: int, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """Run one layer on ``hidden`` ``(batch, time, d_model)``."""
         prefix = f"{self.spec.layers}.{index}."
         local = {n.removeprefix(prefix): w for n, w in self.weights.items() if n.startswith(prefix)}
         layer = self.layers[index]
         output = functional_call(layer, local, (hidden,), dict(call)) if local else layer(hidden, **call)
         return _first(output)
 
-    def _bind(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Name the positional arguments of a layer call; return the hidden states and the rest."""
+    def _signature(self, index: int) -> inspect.Signature:
         if index not in self._signatures:
             self._signatures[index] = inspect.signature(self.layers[index].forward)
-        arguments = dict(self._signatures[index].bind(*args, **kwargs).arguments)
+        return self._signatures[index]
+
+    def mask_like(self, allowed: Tensor) -> Tensor:
+        """Turn booleans into the mask that the model's attention takes: additive floats for eager attention."""
+        if self.attention != "eager":
+            return allowed
+        return torch.zeros_like(allowed, dtype=self.dtype).masked_fill(~allowed, torch.finfo(self.dtype).min)
+
+    def _bind(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Name the positional arguments of a layer call; return the hidden states and the rest."""
+        arguments = dict(self._signature(index).bind(*args, **kwargs).arguments)
         arguments.update(arguments.pop("kwargs", {}))
         hidden = arguments.pop("hidden_states")
-        for name in _CACHE_NAMES:
+        for name in CACHE_NAMES:
             if name in arguments:
                 arguments[name] = None
         if "use_cache" in arguments:

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lit_edit.buckets import partition_by_length
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.paths import cache_dir, write_atomically
 from lit_edit.stats.corpus import Corpus, open_corpus
-from lit_edit.targets.buckets import partition_by_length
 from lit_edit.tokens import pad_right, pad_token
 
 log = logging.getLogger(__name__)

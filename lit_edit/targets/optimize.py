@@ -10,18 +10,17 @@ round-off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.models.suffix import SuffixBatch
-from lit_edit.targets.buckets import partition_by_length
+from lit_edit.models.packed import Line, TokenRows
 from lit_edit.targets.problem import TargetProblem
-from lit_edit.tokens import pad_right
 
 
 class DivergedError(FloatingPointError):
@@ -35,6 +34,10 @@ class DivergedError(FloatingPointError):
     def __init__(self, index: int, step: int) -> None:
         super().__init__(f"the target optimisation of edit {index} of this window diverged at step {step}")
         self.index, self.step = index, step
+
+
+_CHUNK_TOKENS = 768
+"""Tokens run forward and backward at a time: enough to keep matrix products busy, few enough to bound memory."""
 
 
 @dataclass(frozen=True)
@@ -98,22 +101,126 @@ class Target:
         """The target state ``z = h0 + delta``."""
         return self.base + self.delta
 
+    def as_state(self) -> dict[str, Any]:
+        """Return the target as tensors and primitives, for checkpoints."""
+        return {
+            "base": self.base,
+            "delta": self.delta,
+            "probability": [self.probability_before, self.probability],
+            "trace": [list(row) for row in self.trace],
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Target:
+        """Restore :meth:`as_state`, bit for bit."""
+        trace = tuple((row[0], row[1], row[2], row[3]) for row in state["trace"])
+        before, after = state["probability"]
+        return cls(state["base"].clone(), state["delta"].clone(), before, after, trace)
+
 
 @dataclass
-class _Bucket:
-    """Rows of similar suffix length, run together."""
+class _Chunk:
+    """Rows of some edits, run together from their lookup tokens on.
 
-    suffix: SuffixBatch
-    edits: Tensor  # (rows,) index of the edit of each row
-    positions: Tensor  # (rows, longest target) suffix positions that predict target tokens
-    targets: Tensor  # (rows, longest target) token ids
-    real: Tensor  # (rows, longest target) which of them count
-    essence_edits: Tensor  # (rows,) bool: a row of the KL term
+    Attributes:
+        line: The tokens.
+        hidden: ``(tokens, d_model)``, the unchanged states entering the first layer to run.
+        edits: Which edits.
+        moved: ``(rows,)``, where in the line the lookup tokens are.
+        owner: ``(rows,)``, the edit of each of those.
+        read: ``(target tokens,)``, where the states that predict target tokens are.
+        wanted: ``(target tokens,)``, the target tokens themselves.
+        row: ``(target tokens,)``, the prompt (counted within the chunk) that each of those belongs to.
+        row_owner: ``(prompts,)``, the edit of each prompt.
+        lengths: ``(prompts,)``, target tokens of each.
+        essence: ``(edits,)``, where the KL terms' states are.
+    """
 
-    def select(self, keep: Tensor) -> _Bucket:
-        rows = keep[self.edits].nonzero()[:, 0]
-        fields = (self.edits, self.positions, self.targets, self.real, self.essence_edits)
-        return _Bucket(self.suffix.select(rows), *(f.index_select(0, rows) for f in fields))
+    line: Line
+    hidden: Tensor
+    edits: Tensor
+    moved: Tensor
+    owner: Tensor
+    read: Tensor
+    wanted: Tensor
+    row: Tensor
+    row_owner: Tensor
+    lengths: Tensor
+    essence: Tensor
+
+
+class _Window:
+    """The rows of all edits of a window: the unchanged model's states, and chunks of what is to be run again."""
+
+    @torch.no_grad()
+    def __init__(
+        self, adapter: ModelAdapter, problems: Sequence[TargetProblem], layer: int, stop: int, pad: int
+    ) -> None:
+        self.adapter, self.problems, self.layer, self.stop = adapter, problems, layer, stop
+        rows: list[tuple[int, ...]] = []
+        lookups: list[int] = []
+        self.rows_of: list[range] = []  # per edit: its prompts and, last, the row of the KL term
+        for problem in problems:
+            self.rows_of.append(range(len(rows), len(rows) + len(problem.prompts) + 1))
+            rows += [prompt.ids + problem.target[:-1] for prompt in problem.prompts] + [problem.essence.ids]
+            lookups += [prompt.lookup for prompt in problem.prompts] + [problem.essence.lookup]
+        # From the lookup token on each row is its own: its edit moves it.
+        self.rows, self.lookups = TokenRows(adapter, rows, pad, share=lookups), lookups
+        self.lengths = [len(row) for row in rows]
+        everything = self.rows.line()
+        states = everything.run(everything.hidden, 0, layer + 1)
+        self.hidden = torch.empty_like(states)
+        self.hidden[everything.nodes] = states  # by node
+        # What comes before the lookup tokens never changes: its attention keys and values are computed once.
+        self.before = self.rows.line(stops=lookups) if any(lookups) else None
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        if self.before is not None:
+            self.before.run(self.hidden[self.before.nodes], layer + 1, stop, keep=self.kept)
+
+    def base(self) -> Tensor:
+        """Return ``h0`` ``(edits, d_model)``: the states at the lookup tokens of the plain prompts."""
+        nodes = [self.rows.paths[rows[0]][self.lookups[rows[0]]] for rows in self.rows_of]
+        states = self.hidden[torch.tensor(nodes, device=self.hidden.device)]
+        return states if states.dtype == torch.float64 else states.float()
+
+    def chunks(self, edits: Sequence[int]) -> list[_Chunk]:
+        """Cut the rows of some edits into chunks of about ``_CHUNK_TOKENS`` tokens."""
+        total = sum(self._size(edit) for edit in edits)
+        limit = total / max(1, math.ceil(total / _CHUNK_TOKENS))  # chunks of about equal size
+        groups: list[list[int]] = []
+        size = limit
+        for edit in edits:
+            if size >= limit:
+                groups.append([])
+                size = 0.0
+            groups[-1].append(edit)
+            size += self._size(edit)
+        return [self._chunk(group) for group in groups]
+
+    def _size(self, edit: int) -> int:
+        return sum(self.lengths[row] - self.lookups[row] for row in self.rows_of[edit])
+
+    def _chunk(self, edits: Sequence[int]) -> _Chunk:
+        rows = [row for edit in edits for row in self.rows_of[edit]]
+        line = self.rows.line(rows, [self.lookups[r] for r in rows], [self.lengths[r] for r in rows], self.before)
+        found: dict[str, list[int]] = {name: [] for name in
+            ("moved", "owner", "read", "wanted", "row", "row_owner", "lengths", "essence")}  # fmt: skip
+        for edit in edits:
+            *prompts, essence = self.rows_of[edit]
+            target = self.problems[edit].target
+            found["moved"] += [line.index(row, self.lookups[row]) for row in self.rows_of[edit]]
+            found["owner"] += [edit] * (len(prompts) + 1)
+            found["essence"].append(line.index(essence, self.lookups[essence]))
+            for row in prompts:
+                last = self.lengths[row]
+                found["read"] += [line.index(row, position) for position in range(last - len(target), last)]
+                found["wanted"] += target
+                found["row"] += [len(found["row_owner"])] * len(target)
+                found["row_owner"].append(edit)
+                found["lengths"].append(len(target))
+        device = self.hidden.device
+        tensors = {name: torch.tensor(values, device=device) for name, values in found.items()}
+        return _Chunk(line, self.hidden[line.nodes], torch.tensor(edits, device=device), **tensors)
 
 
 def optimise_targets(
@@ -150,12 +257,14 @@ def optimise_targets(
             f"loss_layer {loss_layer} does not exist: this model has layers 0 to {adapter.n_layers - 1}"
         )
     stop = max(loss_layer, layer) + 1
-    buckets, base = _prepare(adapter, problems, layer, pad)
+    window = _Window(adapter, problems, layer, stop, pad)
+    base = window.base()
     count, device = len(problems), base.device
     delta = torch.zeros_like(base)
     mean, square = torch.zeros_like(delta), torch.zeros_like(delta)
     base_norm = torch.linalg.vector_norm(base, dim=1)
     contexts = torch.tensor([len(p.prompts) for p in problems], device=device, dtype=base.dtype)
+    chunks = window.chunks(range(len(problems)))
     reference: dict[int, Tensor] = {}  # the KL term's distributions of the unchanged model, by edit
     traces: list[list[tuple[float, float, float, float]]] = [[] for _ in problems]
     first = torch.zeros(count, dtype=base.dtype, device=device)
@@ -168,10 +277,10 @@ def optimise_targets(
         final = step == settings.steps - 1
         terms = _Terms.zeros(count, base)
         gradient = torch.zeros_like(delta)
-        for bucket in buckets:
+        for chunk in chunks:
             leaf = delta.detach().requires_grad_(not final)
             with torch.set_grad_enabled(not final):
-                loss = _bucket_loss(adapter, bucket, leaf, layer, stop, settings, contexts, reference, terms)
+                loss = _chunk_loss(window, chunk, leaf, settings, contexts, reference, terms)
             if not final:
                 gradient += torch.autograd.grad(loss, leaf)[0]
         norm = torch.linalg.vector_norm(delta, dim=1)
@@ -202,7 +311,7 @@ def optimise_targets(
         scale = torch.where(length > radius, radius / length, torch.ones_like(length))
         delta = torch.where(active[:, None], moved * scale[:, None], delta)
         if finished.any():
-            buckets = [b for b in (bucket.select(active) for bucket in buckets) if len(b.edits)]
+            chunks = window.chunks(active.nonzero()[:, 0].tolist())
 
     before, after = first.tolist(), last.tolist()
     return [Target(base[i].clone(), delta[i].clone(), before[i], after[i], tuple(traces[i])) for i in range(count)]
@@ -222,55 +331,42 @@ class _Terms:
         return cls(*(torch.zeros(count, dtype=like.dtype, device=like.device) for _ in range(4)))
 
 
-def _bucket_loss(
-    adapter: ModelAdapter,
-    bucket: _Bucket,
+def _chunk_loss(
+    window: _Window,
+    chunk: _Chunk,
     delta: Tensor,
-    layer: int,
-    stop: int,
     settings: TargetSettings,
     contexts: Tensor,
     reference: dict[int, Tensor],
     terms: _Terms,
 ) -> Tensor:
-    """Sum of the bucket's parts of all edits' losses; adds the detached parts to ``terms``."""
-    moved = bucket.suffix.hidden[:, :1] + delta[bucket.edits][:, None].to(bucket.suffix.hidden.dtype)
-    hidden = torch.cat([moved, bucket.suffix.hidden[:, 1:]], 1)  # (rows, suffix, d)
-    hidden = bucket.suffix.run(adapter, hidden, layer + 1, stop)
-    picked, essence = bucket.real & ~bucket.essence_edits[:, None], bucket.essence_edits
-    row = torch.arange(len(bucket.edits), device=hidden.device)[:, None].expand_as(bucket.positions)
-    total = delta.new_zeros(())
+    """Sum of the losses of the chunk's edits; adds the detached parts to ``terms``."""
+    adapter = window.adapter
+    hidden = chunk.hidden.index_add(0, chunk.moved, delta[chunk.owner].to(chunk.hidden.dtype))
+    hidden = chunk.line.run(hidden, window.layer + 1, window.stop, window.kept)
+    logits = adapter.logits(adapter.finish(hidden[torch.cat([chunk.read, chunk.essence])]))
+    logp = torch.log_softmax(logits, -1)
+    said, essence = logp[: len(chunk.read)], logp[len(chunk.read) :]
 
-    if picked.any():
-        states = hidden[row[picked], bucket.positions[picked]]  # (tokens, d)
-        logits = adapter.logits(adapter.finish(states))
-        wanted = bucket.targets[picked]
-        token_nll = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
-        lengths = bucket.real.sum(1)
-        row_of_token = row[picked]
-        row_nll = token_nll.new_zeros(len(bucket.edits)).index_add(0, row_of_token, token_nll / lengths[row_of_token])
-        total = total + (row_nll / contexts[bucket.edits]).sum()
-        with torch.no_grad():
-            rows = ~essence
-            owner = bucket.edits[rows]
-            terms.nll.index_add_(0, owner, row_nll[rows].to(terms.nll))
-            terms.probability.index_add_(0, owner, torch.exp(-row_nll[rows]).to(terms.nll))
-            if settings.probability > 0:
-                wrong = (logits.argmax(1) != wanted).to(row_nll)
-                miss = torch.zeros_like(row_nll).index_add(0, row_of_token, wrong)
-                terms.hits.index_add_(0, owner, (miss[rows] == 0).to(terms.nll))
+    token_nll = -said.gather(1, chunk.wanted[:, None])[:, 0]
+    row_nll = token_nll.new_zeros(len(chunk.lengths)).index_add(0, chunk.row, token_nll / chunk.lengths[chunk.row])
+    total = (row_nll / contexts[chunk.row_owner]).sum()
+    terms.nll.index_add_(0, chunk.row_owner, row_nll.detach().to(terms.nll))
+    terms.probability.index_add_(0, chunk.row_owner, torch.exp(-row_nll.detach()).to(terms.nll))
+    if settings.probability > 0:
+        wrong = (said.detach().argmax(1) != chunk.wanted).to(row_nll.dtype)
+        miss = torch.zeros_like(row_nll).index_add(0, chunk.row, wrong)
+        terms.hits.index_add_(0, chunk.row_owner, (miss == 0).to(terms.nll))
 
-    if essence.any():
-        owner = bucket.edits[essence]
-        logp = torch.log_softmax(adapter.logits(adapter.finish(hidden[essence, 0])), -1)
-        for index, edit in enumerate(owner.tolist()):
-            reference.setdefault(edit, logp[index].detach())
-        base = torch.stack([reference[edit] for edit in owner.tolist()])
-        # KL(p_now || p_unchanged), the direction of the reference implementations.
-        divergence = (logp.exp() * (logp - base)).sum(1)
-        total = total + settings.kl_factor * divergence.sum()
-        terms.kl.index_add_(0, owner, (settings.kl_factor * divergence).detach().to(terms.kl))
-    return total
+    edits = chunk.edits.tolist()
+    for index, edit in enumerate(edits):
+        if edit not in reference:
+            reference[edit] = essence[index].detach().clone()
+    base = torch.stack([reference[edit] for edit in edits])
+    # KL(p_now || p_unchanged), the direction of the reference implementations.
+    divergence = (essence.exp() * (essence - base)).sum(1)
+    terms.kl.index_add_(0, chunk.edits, (settings.kl_factor * divergence).detach().to(terms.kl))
+    return total + settings.kl_factor * divergence.sum()
 
 
 def _refuse_divergence(values: Tensor, active: Tensor, step: int) -> None:
@@ -286,47 +382,3 @@ def _adam_step(delta: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, st
     square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
     denominator = (square.sqrt() / (1 - 0.999**step) ** 0.5).add_(1e-8)
     return delta.addcdiv(mean, denominator, value=-lr / (1 - 0.9**step))
-
-
-@torch.no_grad()
-def _prepare(
-    adapter: ModelAdapter, problems: Sequence[TargetProblem], layer: int, pad: int
-) -> tuple[list[_Bucket], Tensor]:
-    """Run the unchanged model once over all rows; return the buckets and ``h0`` ``(edits, d_model)``."""
-    rows: list[tuple[int, tuple[int, ...], int, tuple[int, ...]]] = []  # edit, ids, lookup, target (empty: KL row)
-    plain: dict[int, int] = {}
-    for edit, problem in enumerate(problems):
-        plain[len(rows)] = edit
-        rows += [(edit, p.ids + problem.target[:-1], p.lookup, problem.target) for p in problem.prompts]
-        rows.append((edit, problem.essence.ids, problem.essence.lookup, ()))
-    buckets: list[_Bucket] = []
-    base: dict[int, Tensor] = {}
-    device = adapter.device
-    for members in partition_by_length([len(ids) - lookup for _, ids, lookup, _ in rows]):
-        chosen = [rows[m] for m in members]
-        ids, mask = pad_right([r[1] for r in chosen], pad, device)
-        trace = adapter.trace(ids, mask, at=layer + 1, keep_cache=True)
-        lookups, lengths = [r[2] for r in chosen], [len(r[1]) for r in chosen]
-        for index, member in enumerate(members):
-            if member in plain:
-                base[plain[member]] = trace.hidden[index, lookups[index]]
-        longest = max(1, *(len(r[3]) for r in chosen)) if chosen else 1
-        positions = torch.zeros(len(chosen), longest, dtype=torch.long)
-        targets, real = torch.zeros_like(positions), torch.zeros(len(chosen), longest, dtype=torch.bool)
-        for index, (_, row_ids, lookup, target) in enumerate(chosen):
-            size = len(target)
-            positions[index, :size] = torch.arange(len(row_ids) - size, len(row_ids)) - lookup
-            targets[index, :size] = torch.tensor(target, dtype=torch.long)
-            real[index, :size] = True
-        buckets.append(
-            _Bucket(
-                suffix=SuffixBatch.from_trace(adapter, trace, lookups, lengths),
-                edits=torch.tensor([r[0] for r in chosen], device=device),
-                positions=positions.to(device),
-                targets=targets.to(device),
-                real=real.to(device),
-                essence_edits=torch.tensor([not r[3] for r in chosen], device=device),
-            )
-        )
-    states = torch.stack([base[i] for i in range(len(problems))])
-    return buckets, states if states.dtype == torch.float64 else states.float()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_edit.targets.buckets import partition_by_length
+from lit_edit.buckets import partition_by_length
 
 quick = settings(max_examples=80, deadline=None, database=None)
 
