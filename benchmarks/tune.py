@@ -80,9 +80,9 @@ def main() -> None:
             window = requests[first : first + options.window]
             for request in window:
                 # One editor's targets serve the next with the same settings: they depend on the base model alone.
-                editor._targets |= {name: pair for (k, name), pair in shared.items() if k == key}
+                editor.targets |= {name: pair for (k, name), pair in shared.items() if k == key}
                 proposal = editor.propose([request], window)
-                shared |= {(key, name): pair for name, pair in editor._targets.items()}
+                shared |= {(key, name): pair for name, pair in editor.targets.items()}
                 ledger.commit(proposal.updates, proposal.entries)
                 editor.accept(proposal)
         seconds = (perf_counter() - start) / len(requests)

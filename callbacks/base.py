@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule
+from abc import abstractmethod
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_edit.stream import EditStream
@@ -37,3 +40,25 @@ def is_due(before: int, now: int, every: int) -> bool:
         (True, False)
     """
     return now // every > before // every
+
+
+class RunEndCallback(Callback):
+    """Writes something into the run folder when a stream has ended; subclasses say what in :meth:`write`.
+
+    Args:
+        folder: The run folder; by default the Trainer's ``default_root_dir``.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the last measurement, if nobody has, and write."""
+        stream = as_stream(pl_module, self)
+        stream.finish()  # on every rank
+        if trainer.is_global_zero:
+            self.write(trainer, stream, Path(self.folder or trainer.default_root_dir))
+
+    @abstractmethod
+    def write(self, trainer: Trainer, stream: EditStream, folder: Path) -> None:
+        """Write; called on the first rank alone."""

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from lit_edit.stream import EditStream
 
-from .base import as_stream
+from .base import RunEndCallback
 from .layer_norms import LayerNorms
 from .retention import Retention
 
@@ -19,26 +19,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class RunFigures(Callback):
+class RunFigures(RunEndCallback):
     """Writes ``figures/*.png`` when a stream ends.
 
     Args:
         folder: The run folder; by default the Trainer's ``default_root_dir``.
     """
 
-    def __init__(self, folder: str | None = None) -> None:
-        self.folder = folder
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def write(self, trainer: Trainer, stream: EditStream, folder: Path) -> None:
         """Draw what the run has recorded."""
-        stream = as_stream(pl_module, self)
-        stream.finish()
-        if not trainer.is_global_zero or not len(stream.ledger):
+        if not len(stream.ledger):
             return
-        target = Path(self.folder or trainer.default_root_dir) / "figures"
-        target.mkdir(parents=True, exist_ok=True)
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
         for name, figure in draw_all(stream, _history(trainer, Retention), _history(trainer, LayerNorms)).items():
-            figure.savefig(target / f"{name}.png", dpi=120)
+            figure.savefig(folder / "figures" / f"{name}.png", dpi=120)
 
 
 def _history(trainer: Trainer, kind: type[Retention] | type[LayerNorms]) -> list[dict[str, Any]]:

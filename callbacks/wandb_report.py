@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from .base import as_stream
+from lit_edit.stream import EditStream
+
+from .base import RunEndCallback
 from .run_folder import edit_rows
 
 
-class WandbReport(Callback):
+class WandbReport(RunEndCallback):
     """Sends the table of edits, the summary and the figures to wandb when a stream ends; idle without that logger.
 
     Must stand behind :class:`RunFigures` in the list of callbacks.
@@ -20,23 +22,19 @@ class WandbReport(Callback):
         folder: The run folder; by default the Trainer's ``default_root_dir``.
     """
 
-    def __init__(self, folder: str | None = None) -> None:
-        self.folder = folder
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def write(self, trainer: Trainer, stream: EditStream, folder: Path) -> None:
         """Send them."""
-        stream = as_stream(pl_module, self)
-        summary = stream.finish()
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-        if not loggers or not trainer.is_global_zero:
+        if not loggers:
             return
         rows = edit_rows(stream)
         columns = list(dict.fromkeys(name for row in rows for name in row))
-        figures = sorted((Path(self.folder or trainer.default_root_dir) / "figures").glob("*.png"))
+        figures = sorted((folder / "figures").glob("*.png"))
         for logger in loggers:
             step = len(stream.ledger)
             data = [[row.get(name) for name in columns] for row in rows]
             logger.log_table("edits", columns=columns, data=data, step=step)
             for figure in figures:
                 logger.log_image(f"figures/{figure.stem}", [str(figure)], step=step)
+            summary = stream.summary()
             logger.experiment.summary.update({"final": summary["final"], "edits": summary["edits"]})

@@ -214,7 +214,7 @@ def test_3_recursive_solution_equals_the_direct_one(layers: tuple[int, ...], mod
     run, book = Run(d4s(layers, residual=mode)), ByHand(layers, mode)
     for request in requests:
         run.editor.propose([request], requests)  # fits the targets; proposing twice changes nothing
-        value = run.editor._targets[request.id][1].value
+        value = run.editor.targets[request.id][1].value
         run.edit(request, window=requests)
         book.edit(request, value)
         for layer in layers:
@@ -297,7 +297,7 @@ def test_7_weak_prior_reaches_the_target_states() -> None:
     requests = tiny_requests()
     run = Run(d4s(covariance_weight=1e-9, contexts="plain"))
     run.editor.propose(requests, requests)
-    targets = {id: target for id, (_, target) in run.editor._targets.items()}
+    targets = {id: target for id, (_, target) in run.editor.targets.items()}
     run.stream(requests)
     for request in requests:
         prompt = build_problem(tiny_tokenizer(), request, (("{}",),)).prompts[0]
@@ -463,7 +463,7 @@ def one_edit(model: PreTrainedModel, layers: tuple[int, ...]) -> tuple[Run, Tens
     settings = {"contexts": "plain", "covariance_weight": 1e-3, "target": TargetSettings(steps=40, clamp=10.0)}
     run = Run(D4S(layers=layers, **settings), model, moments)
     run.editor.propose([VISIT])
-    value = run.editor._targets[VISIT.id][1].value
+    value = run.editor.targets[VISIT.id][1].value
     run.edit(VISIT)
     return run, value
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # Low to high. A module may import those of its own layer and of the layers below.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("lit_edit.errors", "lit_edit.paths"),
+    ("lit_edit.errors", "lit_edit.paths", "lit_edit.buckets"),
     ("lit_edit.data", "lit_edit.data.request", "lit_edit.data.files", "lit_edit.data.records", "lit_edit.data.sources"),
     ("lit_edit.testing",),
     ("lit_edit.models.*", "lit_edit.tokens"),
@@ -41,6 +41,7 @@ FORBIDDEN = {
     "lit_edit.editors": {"lightning", "wandb", "torchmetrics"},
     "lit_edit.api": {"lightning", "wandb"},
     "lit_edit.errors": {"torch"},
+    "lit_edit.buckets": {"torch", "transformers", "lightning", "numpy"},
     "lit_edit.cli": set(),
 }
 

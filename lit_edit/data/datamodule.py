@@ -93,7 +93,7 @@ class EditDataModule(LightningDataModule):
         limit: int | None = None,
         offset: int = 0,
         batch_size: int = 1,
-        target_window: int = 16,
+        target_window: int = 32,
         shuffle_seed: int | None = None,
         on_error: OnError = "raise",
         split: str = "train",

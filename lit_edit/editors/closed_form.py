@@ -64,6 +64,7 @@ class ClosedFormEditor(Editor):
     Attributes:
         on_original: Targets and residuals are measured on the original weights (else on the current ones).
         memory: Earlier facts stay in the least-squares problem.
+        targets: Targets that are fitted and not yet used, by the edit's id, with what they were fitted for.
     """
 
     on_original: bool = True
@@ -102,7 +103,7 @@ class ClosedFormEditor(Editor):
         self.ridge = ridge
         self.solvers: dict[int, RidgeSolver] = {}
         self.templates: Templates = ()
-        self._targets: dict[str, tuple[str, Target]] = {}  # by id: what was asked for, and its target
+        self.targets: dict[str, tuple[str, Target]] = {}  # by id: what was asked for, and its target
         self._key_rows: KeyRows | None = None
 
     # ---- before the stream --------------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ class ClosedFormEditor(Editor):
             if self.ridge:
                 prior = prior + self.ridge * prior.diagonal().mean() * torch.eye(len(prior)).to(prior)
             self.solvers[layer] = RidgeSolver(prior, ledger.adapter.shape(layer)[0], memory=self.memory)
-        self._targets.clear()
+        self.targets.clear()
         self._key_rows = None
 
     def _make_templates(self, original: ModelAdapter) -> Templates:
@@ -181,18 +182,18 @@ class ClosedFormEditor(Editor):
         for layer, step in proposal.pending.steps.items():
             self.solvers[layer].absorb(step)
         for request in proposal.requests:
-            self._targets.pop(request.id, None)
+            self.targets.pop(request.id, None)
 
     def _get_targets(
         self, requests: Sequence[EditRequest], window: Sequence[EditRequest], status: Status
     ) -> list[Target]:
         if not self.on_original:
             return self._optimise(requests, self.ledger.adapter, status)
-        if any(r.id not in self._targets or self._targets[r.id][0] != _asked(r) for r in requests):
+        if any(r.id not in self.targets or self.targets[r.id][0] != _asked(r) for r in requests):
             group = window if all(r in window for r in requests) else requests
             made = self._optimise(group, self.ledger.original(), status)
-            self._targets = {r.id: (_asked(r), target) for r, target in zip(group, made, strict=True)}
-        return [self._targets[r.id][1] for r in requests]
+            self.targets = {r.id: (_asked(r), target) for r, target in zip(group, made, strict=True)}
+        return [self.targets[r.id][1] for r in requests]
 
     def _optimise(self, requests: Sequence[EditRequest], adapter: ModelAdapter, status: Status) -> list[Target]:
         problems = [build_problem(self.tokenizer, r, self.templates) for r in requests]
@@ -259,7 +260,7 @@ class ClosedFormEditor(Editor):
     def state_dict(self) -> dict[str, Any]:
         """Return contexts, solver states, and the targets that are fitted but not yet used."""
         return {
-            "targets": {name: {"asked": asked, **target.as_state()} for name, (asked, target) in self._targets.items()},
+            "targets": {name: {"asked": asked, **target.as_state()} for name, (asked, target) in self.targets.items()},
             "templates": [list(group) for group in self.templates],
             "solvers": {str(layer): solver.state_dict() for layer, solver in self.solvers.items()},
         }
@@ -290,7 +291,7 @@ class ClosedFormEditor(Editor):
         self.templates = check_templates(state["templates"])
         for layer, solver in self.solvers.items():
             solver.load_state_dict(state["solvers"][str(layer)])
-        self._targets = {name: (saved["asked"], Target.from_state(saved)) for name, saved in state["targets"].items()}
+        self.targets = {name: (saved["asked"], Target.from_state(saved)) for name, saved in state["targets"].items()}
         self._key_rows = None
 
 

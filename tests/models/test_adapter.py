@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial, wraps
 
 import pytest
 import torch
@@ -15,8 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_edit.errors import ArgumentError
 from lit_edit.models import ArchSpec, ModelAdapter, UnknownArchitectureError, find_spec
-from lit_edit.models.adapter import take_rows
-from lit_edit.models.suffix import SuffixBatch
 from lit_edit.testing import TINY_CONFIGS, tiny_model
 
 FAMILIES = sorted(TINY_CONFIGS)
@@ -103,27 +102,6 @@ def test_last_hidden_is_what_the_head_reads(family: str) -> None:
     torch.testing.assert_close(logits, row_logits(adapter.model), **tolerance(family))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_rows_of_a_trace_continue_alone(family: str) -> None:
-    adapter = ModelAdapter(load(family))
-    ids, mask = padded("right")
-    trace = adapter.trace(ids, mask, at=1)
-    whole = adapter.run_layers(trace.hidden, trace.calls, 1, 4)
-    chosen = torch.tensor([2, 0])
-    part = adapter.run_layers(trace.hidden[chosen], trace.calls_for(chosen), 1, 4)
-    real = mask[chosen].bool()
-    torch.testing.assert_close(part[real], whole[chosen][real], **tolerance(family))
-
-
-def test_take_rows_keeps_shared_tensors_shared() -> None:
-    shared, scalar = torch.arange(6.0).view(3, 2), torch.tensor(1.0)
-    taken = take_rows({0: {"a": shared, "s": scalar}, 1: {"b": (shared, None)}}, torch.tensor([2]), 3)
-    assert taken[0]["a"] is taken[1]["b"][0]
-    assert taken[0]["s"] is scalar
-    torch.testing.assert_close(taken[0]["a"], shared[[2]])
-
-
 @torch.no_grad()
 def test_no_hook_stays_behind() -> None:
     adapter = ModelAdapter(load("llama"))
@@ -135,71 +113,124 @@ def test_no_hook_stays_behind() -> None:
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in adapter.model.modules())
 
 
-# ---- the suffix ------------------------------------------------------------------------------------------------------
+# ---- calls without layers --------------------------------------------------------------------------------------------
 
 
-def suffix_case(family: str, attention: str) -> tuple[ModelAdapter, torch.Tensor, torch.Tensor, list[int], int]:
+def heard(adapter: ModelAdapter, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, dict[int, dict]]:
+    """What the first layer takes in, and all arguments of all layers, in a real forward pass."""
+    calls: dict[int, dict] = {}
+
+    def listen(index: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        signature = inspect.signature(type(module).forward)
+        calls[index] = dict(signature.bind(module, *args, **kwargs).arguments)
+        del calls[index][next(iter(signature.parameters))]
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                calls[index] |= calls[index].pop(name, {})
+
+    handles = [
+        layer.register_forward_pre_hook(partial(listen, index), with_kwargs=True)
+        for index, layer in enumerate(adapter.layers)
+    ]
+    adapter.last_hidden(ids, mask)
+    for handle in handles:
+        handle.remove()
+    hidden = [call.pop("hidden_states") for call in calls.values()]
+    return hidden[0], calls
+
+
+def same(first: object, second: object) -> bool:
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return type(first) is type(second) and first == second
+
+
+@pytest.mark.parametrize("side", ["right", "left", "none"])
+@pytest.mark.parametrize(("family", "attention"), BOTH)
+@torch.no_grad()
+def test_recorded_calls_are_those_of_a_real_pass(family: str, attention: str, side: str) -> None:
+    adapter = ModelAdapter(load(family, attention))
+    ids, mask = padded("right" if side == "none" else side)
+    mask = torch.ones_like(mask) if side == "none" else mask
+    expected_hidden, expected = heard(adapter, ids, mask)
+    hidden, calls = adapter.record_calls(ids, mask)
+    assert torch.equal(hidden, expected_hidden)
+    assert list(calls) == list(expected) == list(range(adapter.n_layers))
+    for layer, call in calls.items():
+        assert call.keys() == expected[layer].keys()
+        assert [name for name, value in call.items() if not same(value, expected[layer][name])] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_recording_runs_no_layer_and_leaves_the_layers_as_they_were(family: str) -> None:
+    adapter = ModelAdapter(load(family))
     ids, mask = padded("right")
-    return ModelAdapter(load(family, attention)), ids, mask, [4, 7, 0], 2  # in the middle, the last token, the first
+    before = adapter.last_hidden(ids, mask)
+    with adapter.record_keys(range(adapter.n_layers)) as keys:
+        adapter.record_calls(ids, mask)
+    assert not keys
+    assert not any("forward" in vars(layer) for layer in adapter.layers)
+    assert torch.equal(adapter.last_hidden(ids, mask), before)
+
+
+@pytest.mark.parametrize("layer", [None, 0, 2, 3], ids=["embedding", "first", "middle", "last"])
+@torch.no_grad()
+def test_an_exception_while_recording_leaves_the_layers_as_they_were(layer: int | None) -> None:
+    adapter = ModelAdapter(load("llama"))
+    ids, mask = padded("right")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("inside")
+
+    module = adapter.model.get_input_embeddings() if layer is None else adapter.layers[layer]
+    handle = module.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="inside"):
+        adapter.record_calls(ids, mask)
+    handle.remove()
+    assert not any("forward" in vars(layer) for layer in adapter.layers)
+    torch.testing.assert_close(adapter.model(input_ids=ids[:1]).logits[0], row_logits(adapter.model)[: LENGTHS[0]])
+
+
+@torch.no_grad()
+def test_recording_keeps_forward_methods_that_others_put_in_place() -> None:
+    """accelerate replaces ``layer.forward`` of models that are spread over devices."""
+    adapter = ModelAdapter(load.__wrapped__("llama"))
+    ids, mask = padded("right")
+    layer = adapter.layers[1]
+    layer.forward = put = wraps(layer.forward)(partial(layer.forward))
+    adapter.record_calls(ids, mask)
+    assert vars(layer).get("forward") is put
+
+
+@torch.no_grad()
+def test_recorded_input_is_that_of_the_view() -> None:
+    adapter = ModelAdapter(load("llama"))
+    name = "model.embed_tokens.weight"
+    view = adapter.with_weights({name: 2 * adapter.model.get_parameter(name)})
+    ids, mask = padded("right")
+    assert torch.equal(view.record_calls(ids, mask)[0], 2 * adapter.record_calls(ids, mask)[0])
 
 
 @pytest.mark.parametrize(("family", "attention"), BOTH)
 @torch.no_grad()
-def test_suffix_equals_the_full_pass(family: str, attention: str) -> None:
-    adapter, ids, mask, starts, layer = suffix_case(family, attention)
-    trace = adapter.trace(ids, mask, at=layer, keep_cache=True)
-    moved = 3.0 * torch.randn(3, trace.hidden.shape[2], generator=torch.Generator().manual_seed(1)).to(trace.hidden)
-    full = trace.hidden.clone()
-    for row, start in enumerate(starts):
-        full[row, start] += moved[row]
-    expected = adapter.run_layers(full, trace.calls, layer, adapter.n_layers)
-
-    batch = SuffixBatch.from_trace(adapter, trace, starts, LENGTHS)
-    for chosen in ([0, 1, 2], [2, 0], [1]):
-        part = batch if chosen == [0, 1, 2] else batch.select(torch.tensor(chosen))
-        hidden = part.hidden.clone()
-        hidden[:, 0] += moved[chosen]
-        result = part.run(adapter, hidden, layer, adapter.n_layers)
-        for index, row in enumerate(chosen):
-            size = LENGTHS[row] - starts[row]
-            wanted = expected[row, starts[row] : LENGTHS[row]]
-            torch.testing.assert_close(result[index, :size], wanted, **tolerance(family, attention))
+def test_masks_are_of_the_models_kind(family: str, attention: str) -> None:
+    adapter = ModelAdapter(load(family, attention))
+    assert adapter.attention == attention
+    made = adapter.mask_like(torch.tensor([[True, False], [True, True]]))
+    assert made.dtype == (torch.bool if attention == "sdpa" else adapter.dtype)
+    seen = made if attention == "sdpa" else made == 0
+    assert seen.tolist() == [[True, False], [True, True]]
+    assert attention == "sdpa" or made[0, 1] == torch.finfo(adapter.dtype).min
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma3_text"])
-@torch.no_grad()
-def test_suffix_of_rows_without_padding(family: str) -> None:
-    """Without padding sdpa models pass no mask at all; the suffix must make one."""
-    adapter = ModelAdapter(load(family))
-    ids = torch.tensor([row[:5] for row in rows()])
-    trace = adapter.trace(ids, torch.ones_like(ids), at=1, keep_cache=True)
-    if family != "gemma3_text":
-        assert trace.calls[1].get("attention_mask") is None
-    expected = adapter.run_layers(trace.hidden, trace.calls, 1, 4)
-    batch = SuffixBatch.from_trace(adapter, trace, [2, 4, 1], [5, 5, 5])
-    result = batch.run(adapter, batch.hidden, 1, 4)
-    for row, start in enumerate([2, 4, 1]):
-        torch.testing.assert_close(result[row, : 5 - start], expected[row, start:], **tolerance(family))
-
-
-@torch.no_grad()
-def test_suffix_is_differentiable_in_the_lookup_state_only_through_the_suffix() -> None:
-    adapter, ids, mask, starts, layer = suffix_case("gpt2", "sdpa")
-    trace = adapter.trace(ids, mask, at=layer, keep_cache=True)
-    with torch.enable_grad():
-        full = trace.hidden.clone().requires_grad_()
-        adapter.run_layers(full, trace.calls, layer, 4)[0, LENGTHS[0] - 1].square().sum().backward()
-        batch = SuffixBatch.from_trace(adapter, trace, starts, LENGTHS)
-        part = batch.hidden.clone().requires_grad_()
-        batch.run(adapter, part, layer, 4)[0, LENGTHS[0] - 1 - starts[0]].square().sum().backward()
-    torch.testing.assert_close(part.grad[0, 0], full.grad[0, starts[0]], **ROUND_OFF)
-    assert full.grad[0, starts[0]].norm() > 1e-3
-
-
-def test_suffix_needs_a_cache() -> None:
-    adapter, ids, mask, starts, layer = suffix_case("gpt2", "sdpa")
-    with torch.no_grad(), pytest.raises(ValueError, match="keep_cache=True"):
-        SuffixBatch.from_trace(adapter, adapter.trace(ids, mask, at=layer), starts, LENGTHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_reached_where_it_can_be(family: str) -> None:
+    assert ModelAdapter(load(family)).packs == (family != "gptj")
+    if family == "gpt2":
+        assert not ModelAdapter(load(family, reorder_and_upcast_attn=True)).packs
 
 
 # ---- keys ------------------------------------------------------------------------------------------------------------
@@ -228,13 +259,14 @@ def test_read_keys_equals_a_plain_hook(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_run_layer_with_keys_agrees_with_read_keys(family: str) -> None:
+def test_keys_of_a_layer_run_alone_agree_with_read_keys(family: str) -> None:
     adapter = ModelAdapter(load(family))
     ids, mask = padded("right")
     trace = adapter.trace(ids, mask, at=1)
-    output, keys = adapter.run_layer_with_keys(1, trace.hidden, trace.calls[1])
-    real = mask.bool()
-    torch.testing.assert_close(keys[real], adapter.read_keys(ids, mask, [1])[1][real], **tolerance(family))
+    with adapter.record_keys([1]) as keys:
+        output = adapter.run_layer(1, trace.hidden, trace.calls[1])
+    real, found = mask.bool(), keys[1].reshape(*ids.shape, -1)
+    torch.testing.assert_close(found[real], adapter.read_keys(ids, mask, [1])[1][real], **tolerance(family))
     torch.testing.assert_close(output, adapter.run_layers(trace.hidden, trace.calls, 1, 2), rtol=0, atol=0)
 
 
