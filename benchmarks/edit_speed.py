@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from lit_edit import D4S, KeyStatistics, LanguageModel
+from lit_edit.commands.configs import find_config
 from lit_edit.data.datamodule import EditDataModule
 from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import Stopwatch
@@ -134,6 +136,12 @@ class TextbookD4S:
             self.adapter.own_weight(layer).copy_(weight)
 
 
+def read_editor(name: str) -> D4S:
+    """Make the D4S editor of a shipped config."""
+    settings = yaml.safe_load(Path(find_config(name)).read_text(encoding="utf-8"))["model"]["editor"]["init_args"]
+    return D4S(**settings | {"target": TargetSettings(**settings["target"])})
+
+
 def run_textbook(textbook: TextbookD4S, requests: Sequence[EditRequest], seconds: dict[str, float]) -> Iterator[int]:
     watch = Stopwatch(seconds)
     for number, request in enumerate(requests, 1):
@@ -180,7 +188,7 @@ def main() -> None:
     textbook = TextbookD4S(adapter, tokenizer, first, moments)
     variants["textbook"] = run_textbook(textbook, requests, seconds.setdefault("textbook", {}))
     editors = {f"engine, window {window}": (D4S(), window) for window in options.windows}
-    editors["turbo"] = (D4S.turbo(), options.windows[0])
+    editors["turbo"] = (read_editor("method/d4s_turbo"), options.windows[0])
     for name, (editor, window) in editors.items():
         ledger = EditLedger(adapter, editor.resolve_layers(adapter))
         editor.prepare(ledger, tokenizer, moments)

@@ -53,16 +53,31 @@ def ridge_update(keys: Tensor, residuals: Tensor, prior: Tensor) -> Tensor:
     return solve_spd(prior + keys @ keys.T, (residuals @ keys.T).T).T
 
 
-def ridge_gain(projected: Tensor, keys: Tensor) -> Tensor:
-    r"""Return the gain :math:`P K (I + K^\top P K)^{-1}` of a block of facts, ``(d_in, b)``.
+def ridge_gain(projected: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return what a block of facts does to a solution :math:`D` and to :math:`P`.
+
+    With :math:`S = I + K^\top P K = L L^\top` (Woodbury): the gain :math:`G = P K S^{-1}`, so that
+    :math:`D \leftarrow D + (R - D K) G^\top`, and the factor :math:`V = P K L^{-\top}`, so that
+    :math:`P \leftarrow P - V V^\top`.
 
     Args:
         projected: :math:`P K`, ``(d_in, b)``.
         keys: ``(d_in, b)``.
+
+    Returns:
+        Gain and factor, each ``(d_in, b)``.
+
+    Raises:
+        ValueError: If ``P`` is not positive definite.
     """
     inner = keys.T @ projected
     inner.diagonal().add_(1.0)
-    return solve_spd(inner, projected.T).T
+    lower, info = torch.linalg.cholesky_ex(inner)
+    if info.item() != 0:
+        raise ArgumentError(_NOT_POSITIVE)
+    factor = torch.linalg.solve_triangular(lower, projected.T, upper=False).T
+    gain = torch.linalg.solve_triangular(lower.T, factor.T, upper=True).T
+    return gain, factor
 
 
 def solve_spd(matrix: Tensor, right: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from lit_edit.errors import ArgumentError
 from lit_edit.solvers.functional import check_facts, inverse_spd, ridge_gain
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -19,15 +22,13 @@ class RidgeStep:
         delta: ``(d_out, d_in)``, the layer's whole update after this block.
         keys: ``(d_in, b)``.
         residuals: ``(d_out, b)``.
-        projected: ``P K``, ``(d_in, b)``.
-        gain: ``(d_in, b)``.
+        factor: ``(d_in, b)``, what ``P`` loses: the next one is ``P - factor factor^T``.
     """
 
     delta: Tensor
     keys: Tensor
     residuals: Tensor
-    projected: Tensor
-    gain: Tensor
+    factor: Tensor
 
 
 class RidgeSolver:
@@ -35,8 +36,11 @@ class RidgeSolver:
 
     After facts :math:`(k_i, r_i)` the solution is :math:`\Delta = A (\Lambda + G)^{-1}` with :math:`G = \sum k k^\top`
     and :math:`A = \sum r k^\top` (D4S, arXiv 2410.23843). :math:`P = (\Lambda + G)^{-1}` and :math:`\Delta` are carried
-    along by the Woodbury identity; the state does not grow with the number of facts. The sums are the ground truth:
-    when rounding makes :math:`P` drift, it is factorised anew from them.
+    along by the Woodbury identity; the state does not grow with the number of facts.
+
+    The latest facts are kept as columns (:math:`P = P_0 - V V^\top`) and folded into the matrices ``fold_every`` at a
+    time, by one matrix product: between two folds a fact reads ``P`` once and writes no matrix of that size. The sums
+    are the ground truth: when rounding makes :math:`P` drift, it is factorised anew from them.
 
     The statistics are plain float64 tensors, no buffers: ``module.to(bfloat16)``, autocast and DDP do not reach them.
 
@@ -45,8 +49,9 @@ class RidgeSolver:
         d_out: Rows of the update.
         memory: With ``False`` each block is solved against the prior alone and added up: sequential MEMIT, which
             forgets its earlier keys.
-        check_every: Measure the drift of ``P`` every so many blocks.
-        drift_bound: Factorise anew when ``|P (prior + G) x - x| / |x|`` exceeds this for a probe ``x``.
+        fold_every: Facts kept as columns.
+        drift_bound: Factorise anew when ``|P (prior + G) x - x| / |x|`` exceeds this for a probe ``x``; measured at
+            each fold.
 
     Raises:
         ValueError: If the prior is not square, not finite or not positive definite.
@@ -59,7 +64,7 @@ class RidgeSolver:
     """
 
     def __init__(
-        self, prior: Tensor, d_out: int, memory: bool = True, check_every: int = 64, drift_bound: float = 1e-8
+        self, prior: Tensor, d_out: int, memory: bool = True, fold_every: int = 64, drift_bound: float = 1e-8
     ) -> None:
         if prior.dim() != 2 or prior.shape[0] != prior.shape[1]:
             raise ValueError(f"prior must be square (d_in, d_in), got {tuple(prior.shape)}")
@@ -67,17 +72,38 @@ class RidgeSolver:
             raise ArgumentError(
                 "prior holds NaN or infinite values; compute the statistics anew (lit-edit stats --force)"
             )
-        self.memory = memory
-        self.check_every = check_every
-        self.drift_bound = drift_bound
+        if fold_every < 1:
+            raise ValueError(f"fold_every must be at least 1, got {fold_every}")
+        self.memory, self.fold_every, self.drift_bound = memory, fold_every, drift_bound
         self.d_in, self.d_out = prior.shape[0], d_out
         self._prior = prior.to(torch.float64, copy=True)
-        self.inverse = inverse_spd(self._prior)
-        self.gram = torch.zeros_like(self._prior) if memory else None
-        self.cross = self._prior.new_zeros(d_out, self.d_in)
+        self._inverse = inverse_spd(self._prior)
+        self._gram: Tensor | None = None  # of the folded facts; none yet
+        self._cross: Tensor | None = None
+        self._columns = [self._prior.new_empty(n, 0) for n in (self.d_in, d_out, self.d_in)]
         self.delta = self._prior.new_zeros(d_out, self.d_in)
         self.blocks = 0
         self.refactorisations = 0
+
+    @property
+    def gram(self) -> Tensor:
+        r"""``(d_in, d_in)``, :math:`G = \sum k k^\top`."""
+        keys = self._columns[0]
+        return keys @ keys.T if self._gram is None else self._gram + keys @ keys.T
+
+    @property
+    def cross(self) -> Tensor:
+        r"""``(d_out, d_in)``, :math:`A = \sum r k^\top`."""
+        keys, residuals, _ = self._columns
+        return residuals @ keys.T if self._cross is None else self._cross + residuals @ keys.T
+
+    @property
+    def inverse(self) -> Tensor:
+        r"""``(d_in, d_in)``, :math:`P = (\Lambda + G)^{-1}`; without memory that of the prior alone."""
+        if not self.memory:
+            return self._inverse
+        factor = self._columns[2]
+        return torch.addmm(self._inverse, factor, factor.T, alpha=-1.0)
 
     def preview(self, keys: Tensor, residuals: Tensor) -> RidgeStep:
         """Solve with a further block of facts, without changing the state.
@@ -91,22 +117,41 @@ class RidgeSolver:
         """
         check_facts(keys, residuals, self.d_in, self.d_out)
         keys, residuals = keys.to(self._prior), residuals.to(self._prior)
-        projected = self.inverse @ keys
-        gain = ridge_gain(projected, keys)
+        projected = self._inverse @ keys
+        if self.memory and self._columns[2].shape[1]:
+            projected -= self._columns[2] @ (self._columns[2].T @ keys)
+        gain, factor = ridge_gain(projected, keys)
         missing = residuals - self.delta @ keys if self.memory else residuals
-        return RidgeStep(torch.addmm(self.delta, missing, gain.T), keys, residuals, projected, gain)
+        return RidgeStep(torch.addmm(self.delta, missing, gain.T), keys, residuals, factor)
 
     def absorb(self, step: RidgeStep) -> None:
         """Take a previewed block into the state."""
         self.delta = step.delta
-        self.cross.addmm_(step.residuals, step.keys.T)
         self.blocks += 1
-        if self.gram is None:
-            return
-        self.gram.addmm_(step.keys, step.keys.T)
-        self.inverse.addmm_(step.gain, step.projected.T, alpha=-1.0)
-        if self.blocks % self.check_every == 0 and self.drift() > self.drift_bound:
-            self.refactorise()
+        new = (step.keys, step.residuals, step.factor)
+        self._columns = [torch.cat([old, column], 1) for old, column in zip(self._columns, new, strict=True)]
+        if self._columns[0].shape[1] >= self.fold_every:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Move the columns into the matrices."""
+        keys, residuals, factor = self._columns
+        if self._cross is None:
+            self._cross = torch.zeros_like(self.delta)
+        self._cross.addmm_(residuals, keys.T)
+        if self.memory:
+            if self._gram is None:
+                self._gram = torch.zeros_like(self._prior)
+            self._gram.addmm_(keys, keys.T)
+            self._inverse.addmm_(factor, factor.T, alpha=-1.0)
+        self._columns = [column[:, :0] for column in self._columns]
+        if self.memory and not self.drift() <= self.drift_bound:
+            try:
+                self.refactorise()
+            except ArgumentError:  # the facts are committed already: go on with what recursion has made
+                log.warning(
+                    "key statistics cannot be factorised anew (drift %.1e); solutions lose accuracy", self.drift()
+                )
 
     def update(self, keys: Tensor, residuals: Tensor) -> None:
         """Add a block of facts: keys ``(d_in, b)``, residuals ``(d_out, b)``."""
@@ -119,27 +164,44 @@ class RidgeSolver:
     def drift(self) -> float:
         """Return ``|P (prior + G) x - x| / |x|`` for a fixed probe: how far rounding has carried ``P`` away."""
         probe = torch.linspace(-1.0, 1.0, self.d_in, dtype=torch.float64, device=self._prior.device)
-        image = self._prior @ probe if self.gram is None else self._prior @ probe + self.gram @ probe
-        return float(torch.linalg.vector_norm(self.inverse @ image - probe) / torch.linalg.vector_norm(probe))
+        keys, _, factor = self._columns
+        image = self._prior @ probe
+        if self._gram is not None:
+            image += self._gram @ probe
+        if self.memory:
+            image += keys @ (keys.T @ probe)
+        back = self._inverse @ image
+        if self.memory:
+            back -= factor @ (factor.T @ image)
+        return float(torch.linalg.vector_norm(back - probe) / torch.linalg.vector_norm(probe))
 
     def refactorise(self) -> None:
-        """Compute ``P`` and the solution anew from the sums."""
-        if self.gram is None:
+        """Compute ``P`` and the solution anew from the sums, in place of what recursion has made of them."""
+        if not self.memory:
             return
-        self.inverse = inverse_spd(self._prior + self.gram)
-        self.delta = self.cross @ self.inverse
+        gram, cross = self.gram, self.cross
+        self._inverse = inverse_spd(self._prior + gram)
+        self._gram, self._cross = gram, cross
+        self._columns = [column[:, :0] for column in self._columns]
+        self.delta = cross @ self._inverse
         self.refactorisations += 1
 
     def state_dict(self) -> dict[str, Tensor | int]:
-        """Return the state: tensors and integers, independent of the solver."""
+        """Return the state: tensors and integers.
+
+        Small while no fact is folded yet: the matrices then follow from the prior.
+        """
         state: dict[str, Tensor | int] = {
-            "cross": self.cross.clone(),
+            "memory": int(self.memory),
             "delta": self.delta.clone(),
             "blocks": self.blocks,
             "refactorisations": self.refactorisations,
         }
-        if self.gram is not None:
-            state |= {"gram": self.gram.clone(), "inverse": self.inverse.clone()}
+        state |= {name: value.clone() for name, value in zip(_COLUMNS, self._columns, strict=True)}
+        if self._cross is not None:
+            state["cross"] = self._cross.clone()
+        if self._gram is not None:
+            state |= {"gram": self._gram.clone(), "inverse": self._inverse.clone()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
@@ -148,15 +210,30 @@ class RidgeSolver:
         Raises:
             ValueError: If the state belongs to a layer of another size or to the other kind of memory.
         """
-        if ("gram" in state) != self.memory:
+        if bool(state["memory"]) != self.memory:
             raise ValueError("the checkpoint was made by an editor with another memory setting; use the same config")
+        square, wide = (self.d_in, self.d_in), (self.d_out, self.d_in)
+        count = _columns_of(state["keys"])
+        expected = {"delta": wide, "cross": wide, "gram": square, "inverse": square}
+        expected |= {"keys": (self.d_in, count), "residuals": (self.d_out, count), "factor": (self.d_in, count)}
         loaded: dict[str, Tensor] = {}
-        for name in ("cross", "delta", *(("gram", "inverse") if self.memory else ())):
-            value, own = state[name], getattr(self, name)
-            if not isinstance(value, Tensor) or value.shape != own.shape:
-                raise ValueError(f"the checkpoint's {name} does not fit a layer of {tuple(own.shape)}")
-            loaded[name] = value.to(own, copy=True)
-        for name, value in loaded.items():
-            setattr(self, name, value)
+        for name, shape in expected.items():
+            if name not in state and name in ("cross", "gram", "inverse"):
+                continue
+            value = state[name]
+            if not isinstance(value, Tensor) or value.shape != shape:
+                raise ValueError(f"the checkpoint's {name} does not fit a layer of {wide}")
+            loaded[name] = value.to(self._prior, copy=True)
+        self.delta = loaded["delta"]
+        self._columns = [loaded[name] for name in _COLUMNS]
+        self._cross, self._gram = loaded.get("cross"), loaded.get("gram")
+        self._inverse = loaded["inverse"] if "inverse" in loaded else inverse_spd(self._prior)
         self.blocks = int(state["blocks"])
         self.refactorisations = int(state["refactorisations"])
+
+
+_COLUMNS = ("keys", "residuals", "factor")
+
+
+def _columns_of(value: Tensor | int) -> int:
+    return value.shape[1] if isinstance(value, Tensor) and value.dim() == 2 else -1
