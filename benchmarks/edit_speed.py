@@ -219,11 +219,12 @@ def main() -> None:
     def weight_difference(name: str) -> float:
         return max(float((weights[name][n] - reference[n]).norm() / reference[n].norm()) for n in layers)
 
-    print(f"\n{'seconds per edit':22s}" + "".join(f"{p:>10s}" for p in PHASES) + f"{'all':>10s}{'ratio':>9s}"
-          f"{'weights differ':>16s}{'updates differ':>16s}")  # fmt: skip
+    titles = [*PHASES, "all", "ratio", "weights differ", "updates differ"]
+    print(f"\n{'seconds per edit':20s}" + "".join(f"{title:>16s}" for title in titles))
     for name, phases in per_edit.items():
-        print(f"{name:22s}" + "".join(f"{phases[p]:10.3f}" for p in PHASES) + f"{total[name]:10.3f}"
-              f"{total['textbook'] / total[name]:8.1f}x{weight_difference(name):16.1e}{difference(name):16.1e}")  # fmt: skip
+        times = "".join(f"{phases[phase]:16.3f}" for phase in PHASES)
+        ratio, differ = total["textbook"] / total[name], f"{weight_difference(name):16.1e}{difference(name):16.1e}"
+        print(f"{name:20s}{times}{total[name]:16.3f}{ratio:15.1f}x{differ}")
     engines = [name for name in editors if name != "turbo"]
     result = {
         "model": options.model,

@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"lit-edit: error: unknown command {command!r}\n\n{HELP}")
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that spin while they wait make everything several times slower as soon as another program wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from lit_edit.errors import UserError
 
     try:

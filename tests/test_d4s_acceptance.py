@@ -1,4 +1,4 @@
-"""The nine acceptance tests of D4S (arXiv 2410.23843), and what else an edit of a real model must do.
+"""The nine acceptance tests of D4S (arXiv 2410.23843), and what else its editors must do on a model.
 
 Everything runs through the editors and the ledger as a stream would call them: propose, commit, accept.
 """
@@ -22,7 +22,7 @@ from lit_edit.editors import D4S, MEMIT, ClosedFormEditor, Proposal, TargetSetti
 from lit_edit.ledger import EditLedger
 from lit_edit.models import ModelAdapter
 from lit_edit.targets.problem import build_problem
-from lit_edit.testing import TINY_CONFIGS, tiny_model, tiny_requests, tiny_tokenizer
+from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 
 TEMPLATES = [["{}"], ["I say. {}", "Then the man of the house went. {}"]]
 FEW_STEPS = TargetSettings(steps=5)
@@ -242,17 +242,24 @@ def test_4_add_then_remove_equals_never_added() -> None:
 
 
 def test_5_state_does_not_grow() -> None:
+    """The latest facts are columns, and folded into the matrices: every two here."""
+
     def numbers(value: object) -> int:
         if isinstance(value, dict):
             return sum(map(numbers, value.values()))
         return value.numel() if isinstance(value, Tensor) else 1
 
     run = Run(d4s((1, 2)))
+    for solver in run.editor.solvers.values():
+        solver.fold_every = 2
     sizes = []
     for request in tiny_requests():
         run.edit(request)
         sizes.append((numbers(run.editor.state_dict()), numbers(run.ledger.state_dict()["deltas"])))
-    assert len(set(sizes)) == 1
+    folded, between = sizes[1::2], sizes[2::2]
+    assert len(set(folded)) == len(set(between)) == 1
+    assert between[0][0] - folded[0][0] == 2 * (128 + 32 + 128)  # a key, a residual and a factor in two layers
+    assert between[0][1] == folded[0][1] == sizes[0][1]
 
 
 @pytest.mark.parametrize(("make", "cut"), [(d4s, 0), (d4s, 1), (d4s, 3), (memit, 1)])
@@ -357,7 +364,11 @@ def test_proposing_changes_neither_model_nor_state(make: type[ClosedFormEditor])
     run.edit(tiny_requests()[0])
     state, model = deepcopy(run.state()), deepcopy(run.model.state_dict())
     first = run.editor.propose(tiny_requests()[1:2], tiny_requests())
-    assert same(run.state(), state)
+    proposed = run.state()
+    ahead = proposed["editor"].pop("targets")  # fitted ahead, they spare the work and change no result
+    assert set(ahead) == ({request.id for request in tiny_requests()} if make is d4s else set())
+    assert state["editor"].pop("targets") == {}
+    assert same(proposed, state)
     torch.testing.assert_close(run.model.state_dict(), model, **EXACT)
     again = run.editor.propose(tiny_requests()[1:2], tiny_requests())
     for one, other in zip(first.updates, again.updates, strict=True):
@@ -437,88 +448,7 @@ def test_layer_that_the_model_lacks_is_refused() -> None:
         Run(d4s((1, 4)))
 
 
-# ---- real effects ----------------------------------------------------------------------------------------------------
-
-VISIT = EditRequest("visit", "So did {}", "Serena Williams", "chess")
-
-
-POST_NORM = ("gemma2", "gemma3_text")
-"""Families that normalise the MLP's output before it is added to the state: only its direction passes."""
-
-
-@torch.no_grad()
-def next_token(model: PreTrainedModel, text: str) -> int:
-    return int(model(input_ids=torch.tensor([tiny_tokenizer()(text)["input_ids"]])).logits[0, -1].argmax())
-
-
-@torch.no_grad()
-def probability(model: PreTrainedModel, text: str, token: int) -> float:
-    ids = torch.tensor([tiny_tokenizer()(text)["input_ids"]])
-    return model(input_ids=ids).logits[0, -1].softmax(-1)[token].item()
-
-
-def one_edit(model: PreTrainedModel, layers: tuple[int, ...]) -> tuple[Run, Tensor]:
-    """Write ``VISIT`` with a weak prior; return the run and the target state."""
-    moments = read_moments(ModelAdapter(model), layers)
-    settings = {"contexts": "plain", "covariance_weight": 1e-3, "target": TargetSettings(steps=40, clamp=10.0)}
-    run = Run(D4S(layers=layers, **settings), model, moments)
-    run.editor.propose([VISIT])
-    value = run.editor.targets[VISIT.id][1].value
-    run.edit(VISIT)
-    return run, value
-
-
-def edit_takes(model: PreTrainedModel, layers: tuple[int, ...]) -> None:
-    """The target becomes the model's own next word."""
-    [wanted] = tiny_tokenizer()(" chess")["input_ids"]
-    assert next_token(model, VISIT.text) != wanted
-    one_edit(model, layers)
-    assert next_token(model, VISIT.text) == wanted
-
-
-@pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
-def test_edit_takes(family: str) -> None:
-    # Through a norm one layer can add a vector of fixed length only; three reach the target, two fall short.
-    edit_takes(tiny(family), (1, 2, 3) if family in POST_NORM else (1, 2))
-
-
-@pytest.mark.parametrize("family", sorted(set(TINY_CONFIGS) - set(POST_NORM)))
-@torch.no_grad()
-def test_state_reaches_its_target(family: str) -> None:
-    run, value = one_edit(tiny(family), (1, 2))
-    prompt = build_problem(tiny_tokenizer(), VISIT, (("{}",),)).prompts[0]
-    ids = torch.tensor([prompt.ids])
-    state = run.ledger.adapter.trace(ids, torch.ones_like(ids), at=3).hidden[0, prompt.lookup]
-    assert (state - value).norm() < 1e-2 * value.norm()  # lambda is 1e-3, not 0
-
-
-@pytest.mark.parametrize("family", POST_NORM)
-@torch.no_grad()
-def test_residuals_are_aimed_through_the_norm(family: str) -> None:
-    adapter = ModelAdapter(tiny(family))
-    d_out, d_in = adapter.shape(1)
-    generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(3, d_in, generator=generator, dtype=adapter.dtype)
-    wanted = torch.randn(d_out, 3, generator=generator, dtype=torch.float64)
-    output = adapter.down_proj(1)(keys)
-    norm = adapter.layers[1].post_feedforward_layernorm
-    lacking = adapter.to_weight_residual(1, keys, wanted)
-    reached = norm(output + lacking.T.to(output))
-    scale = norm(torch.ones(d_out, dtype=adapter.dtype))
-    cosine = torch.cosine_similarity(reached / scale, (norm(output) + wanted.T.to(output)) / scale)
-    torch.testing.assert_close(
-        cosine, torch.ones(3, dtype=cosine.dtype), rtol=1e-5, atol=1e-5
-    )  # float32 inside the norm
-    same_length = (output + lacking.T.to(output)).norm(dim=1)
-    torch.testing.assert_close(same_length, output.norm(dim=1), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("family", "settings"), [("gpt2", {"n_inner": 32}), ("llama", {"intermediate_size": 32})])
-def test_edit_takes_in_square_matrices(family: str, settings: dict[str, int]) -> None:
-    """A transposed update has the right shape here, and the edit would not take."""
-    model = tiny(family, **settings)
-    assert len(set(ModelAdapter(model).down_proj(1).weight.shape)) == 1
-    edit_takes(model, (1, 2))
+# ---- half precision --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

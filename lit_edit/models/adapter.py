@@ -316,8 +316,11 @@ class ModelAdapter:
             self._signature(index)
         with ExitStack() as stack, suppress(_StopForward):
             for index, layer in enumerate(self.layers):
+                if "forward" in vars(layer):  # somebody else's, as accelerate puts there
+                    stack.callback(vars(layer).__setitem__, "forward", vars(layer)["forward"])
+                else:
+                    stack.callback(vars(layer).pop, "forward")
                 layer.forward = stand_in(index)  # shadows the method of the class
-                stack.callback(layer.__dict__.pop, "forward")
             self._run_backbone(input_ids, attention_mask)
         return first[0], calls
 

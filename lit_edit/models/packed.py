@@ -157,20 +157,18 @@ class Line:
     def __init__(self, source: TokenRows, parts: Sequence[tuple[int, int, int]], behind: Line | None) -> None:
         self.source, self.adapter, self.behind = source, source.adapter, behind
         device = source.hidden.device
-        # Which row runs which node: the first one that has it. Sorted by path, that is what it has not in common with
-        # the row before.
-        order = sorted(parts, key=lambda part: source.paths[part[0]][: part[2]])
+        # A node is run by the first row that has it. In this order what a row finds done is always its beginning.
         own: list[tuple[int, int, int]] = []
-        previous: list[int] = []
-        for row, start, stop in order:
-            path = source.paths[row][:stop]
-            common = max(start, _common(path, previous))
-            if common < stop:
-                own.append((row, common, stop))
-            previous = path
+        here: set[int] = set()
+        for row, start, stop in sorted(parts, key=lambda part: (part[1], source.paths[part[0]][: part[2]])):
+            path = source.paths[row]
+            first = next((p for p in range(start, stop) if path[p] not in here), stop)
+            if first < stop:
+                own.append((row, first, stop))
+                here.update(path[first:stop])
         groups = partition_by_length([stop - start for _, start, stop in own], _BLOCK_OVERHEAD)
         nodes = [n for group in groups for i in group for n in source.paths[own[i][0]][own[i][1] : own[i][2]]]
-        self.nodes = torch.tensor(nodes, device=device)
+        self.nodes = torch.tensor(nodes, dtype=torch.long, device=device)
         self.index_of = {node: index for index, node in enumerate(nodes)}
         self._blocks = [self._block([own[i] for i in group]) for group in groups]
         self._arguments: dict[tuple[int, ...], dict[str, Any]] = {}
@@ -216,6 +214,8 @@ class Line:
         Returns:
             ``(tokens, d_model)``.
         """
+        if not len(self):
+            return hidden
         adapter = adapter or self.adapter
         run = self._run_packed if adapter.packs else self._run_padded
         with packed_attention(adapter) if adapter.packs else _nothing():
@@ -408,7 +408,11 @@ def _short_attention(
     query = (query * (size**-0.5 if scaling is None else scaling)).reshape(rows, groups, heads // groups * span, size)
     scores = (query @ key.transpose(2, 3)).view(rows, groups, heads // groups, span, -1)
     scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
-    shares = torch.softmax(scores, -1).view(rows, groups, heads // groups * span, -1).to(value.dtype)
+    shares = (
+        torch.softmax(scores, -1, dtype=torch.float32 if scores.itemsize < 4 else scores.dtype)
+        .view(rows, groups, heads // groups * span, -1)
+        .to(value.dtype)
+    )
     return (shares @ value).view(rows, heads, span, -1).transpose(1, 2), None
 
 

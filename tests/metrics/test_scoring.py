@@ -9,6 +9,7 @@ from torch import Tensor
 from lit_edit.metrics.scoring import score_continuations, text_nlls
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
+from lit_edit.tokens import continuation
 
 PAIRS = [
     ("The capital of Italy is", "Rome"),
@@ -76,18 +77,16 @@ def test_hits_are_found_where_the_object_is_what_the_model_says(adapter: ModelAd
     assert found
 
 
-def test_rows_that_begin_another_are_not_run(adapter: ModelAdapter) -> None:
-    rows: list[int] = []
-    handle = adapter.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append((args[0] if args else kwargs["hidden_states"]).shape[0]),
-        with_kwargs=True,
-    )
+def test_what_rows_have_in_common_is_run_once(adapter: ModelAdapter) -> None:
+    run: list[int] = []
+    handle = adapter.down_proj(0).register_forward_pre_hook(lambda module, args: run.append(args[0].shape[:-1].numel()))
     try:
         score_continuations(adapter, tiny_tokenizer(), PAIRS[:5] + PAIRS[:2])
     finally:
         handle.remove()
-    # Five different pairs: the row of pair 0 begins that of pair 3, which equals that of pair 4.
-    assert sum(rows) <= 2
+    tokens = [continuation(tiny_tokenizer(), *pair) for pair in PAIRS[:5]]
+    rows = [prompt + target[:-1] for prompt, target in tokens]
+    assert sum(run) == len({row[: i + 1] for row in rows for i in range(len(row))})
 
 
 def test_scores_are_those_of_the_view_it_is_given(adapter: ModelAdapter) -> None:

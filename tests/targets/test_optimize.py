@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_edit.data.request import EditRequest
 from lit_edit.models import ModelAdapter
+from lit_edit.targets import optimize as optimize_module
 from lit_edit.targets.optimize import Target, TargetSettings, optimise_targets
 from lit_edit.targets.problem import TargetProblem, build_problem
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
@@ -276,6 +278,103 @@ def test_nothing_to_do_and_progress() -> None:
     seen: list[tuple[int, int]] = []
     optimise_targets(load("gpt2"), problems()[:1], LAYER, TargetSettings(steps=3), progress=lambda *s: seen.append(s))
     assert seen == [(0, 3), (1, 3), (2, 3)]
+
+
+# ---- windows ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def varied() -> tuple[TargetProblem, ...]:
+    """Edits of different context counts, lengths and lookup tokens; the last has nothing before its subject."""
+    short = TEMPLATES[:1]
+    first = EditRequest("6", "{} is", "a", "Rome and Athens")
+    chosen = [(requests()[1], short), (requests()[4], TEMPLATES), (requests()[2], (*short, TEMPLATES[1][:1]))]
+    chosen += [(requests()[5], TEMPLATES), (first, short)]
+    return tuple(build_problem(tiny_tokenizer(), request, templates) for request, templates in chosen)
+
+
+EARLY = TargetSettings(steps=18, probability=0.1)
+
+
+@cache
+def one_at_a_time(family: str) -> tuple[Target, ...]:
+    return tuple(optimise_targets(load(family), [problem], LAYER, EARLY)[0] for problem in varied())
+
+
+def equal_targets(family: str, targets: Sequence[Target], expected: Sequence[Target]) -> None:
+    for target, other in zip(targets, expected, strict=True):
+        torch.testing.assert_close(target.delta, other.delta, **CLOSE[family])
+        torch.testing.assert_close(target.base, other.base, **CLOSE[family])
+        trace, other_trace = (torch.tensor(t.trace, dtype=torch.float64) for t in (target, other))
+        torch.testing.assert_close(trace, other_trace, **CLOSE[family])
+        for name in ("probability", "probability_before"):
+            assert getattr(target, name) == pytest.approx(getattr(other, name), abs=CLOSE[family]["atol"])
+
+
+def test_varied_edits_vary() -> None:
+    """What the comparisons below rest on."""
+    assert [len(p.prompts) for p in varied()] == [1, 3, 2, 3, 1]
+    assert [p.prompts[0].lookup for p in varied()] == [8, 6, 8, 7, 0]
+    assert len({len(p.target) for p in varied()}) > 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@families
+def test_a_window_is_fitted_like_its_edits_one_at_a_time(family: str, size: int) -> None:
+    expected = one_at_a_time(family)
+    taken = [len(target.trace) for target in expected]
+    assert len(set(taken)) > 1  # some stop early
+    assert max(taken) == EARLY.steps
+    windows = [varied()[i : i + size] for i in range(0, len(varied()), size)]
+    targets = [target for window in windows for target in optimise_targets(load(family), window, LAYER, EARLY)]
+    equal_targets(family, targets, expected)
+
+
+def test_a_window_with_nothing_before_any_subject() -> None:
+    other = build_problem(tiny_tokenizer(), EditRequest("7", "{} in", "The", "x"), TEMPLATES[:1])
+    window = (varied()[4], other)
+    assert all(prompt.lookup == 0 for problem in window for prompt in (*problem.prompts, problem.essence))
+    targets = optimise_targets(load("gpt2"), window, LAYER, EARLY)
+    alone = [optimise_targets(load("gpt2"), [problem], LAYER, EARLY)[0] for problem in window]
+    equal_targets("gpt2", targets, alone)
+
+
+@pytest.mark.parametrize(("tokens", "number"), [(1, 5), (12, 3), (30, 2)])
+@families
+def test_small_chunks_change_nothing(family: str, tokens: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    chunks = optimize_module._Window.chunks
+
+    def count(window: object, edits: Sequence[int]) -> list:
+        cut = chunks(window, edits)
+        made.append(len(cut))
+        return cut
+
+    monkeypatch.setattr(optimize_module._Window, "chunks", count)
+    monkeypatch.setattr(optimize_module, "_CHUNK_TOKENS", tokens)
+    targets = optimise_targets(load(family), varied(), LAYER, EARLY)
+    assert made[0] == number
+    assert len(made) > 1  # cut anew when some edits have finished
+    equal_targets(family, targets, one_at_a_time(family))
+
+
+# ---- saved targets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_saved_targets_come_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    adapter = ModelAdapter(tiny_model("gpt2", dtype, initializer_range=0.3))
+    targets = optimise_targets(adapter, varied()[:3], LAYER, TargetSettings(steps=4))
+    torch.save([target.as_state() for target in targets], tmp_path / "targets.pt")
+    for target, state in zip(targets, torch.load(tmp_path / "targets.pt", weights_only=True), strict=True):
+        again = Target.from_state(state)
+        for name in ("base", "delta", "value"):
+            assert getattr(again, name).dtype == getattr(target, name).dtype
+            assert torch.equal(getattr(again, name), getattr(target, name))
+        assert (again.probability_before, again.probability) == (target.probability_before, target.probability)
+        assert again.trace == target.trace
+        state["delta"].zero_()
+        assert torch.equal(again.delta, target.delta)
 
 
 # ---- divergence ------------------------------------------------------------------------------------------------------
