@@ -70,7 +70,9 @@ class Editor(ABC):
     def propose(
         self, requests: Sequence[EditRequest], window: Sequence[EditRequest] = (), status: Status = silent
     ) -> Proposal:
-        """Work out the updates for some requests, without changing the model or the editor.
+        """Work out the updates for some requests, without changing the model or what has been edited.
+
+        An editor may keep what it has prepared for later edits of the window.
 
         Args:
             requests: The edits of this step.

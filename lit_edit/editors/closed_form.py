@@ -273,7 +273,7 @@ class ClosedFormEditor(Editor):
                 f"the checkpoint edits layers {sorted(map(int, saved))}, this editor {sorted(layers)}; use the config "
                 "that the checkpoint was made with"
             )
-        if any(bool(solver["memory"]) != self.memory for solver in saved.values()):
+        if any(bool(solver.get("memory")) != self.memory for solver in saved.values()):
             raise ArgumentError(
                 "the checkpoint was made by another editing method; use the config that it was made with"
             )

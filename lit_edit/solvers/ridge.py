@@ -87,7 +87,9 @@ class RidgeSolver:
 
     @property
     def gram(self) -> Tensor:
-        r"""``(d_in, d_in)``, :math:`G = \sum k k^\top`."""
+        r"""``(d_in, d_in)``, :math:`G = \sum k k^\top` of the facts remembered; zero without memory."""
+        if not self.memory:
+            return torch.zeros_like(self._prior)
         keys = self._columns[0]
         return keys @ keys.T if self._gram is None else self._gram + keys @ keys.T
 
@@ -210,30 +212,29 @@ class RidgeSolver:
         Raises:
             ValueError: If the state belongs to a layer of another size or to the other kind of memory.
         """
-        if bool(state["memory"]) != self.memory:
+        if bool(state.get("memory")) != self.memory:
             raise ValueError("the checkpoint was made by an editor with another memory setting; use the same config")
-        square, wide = (self.d_in, self.d_in), (self.d_out, self.d_in)
-        count = _columns_of(state["keys"])
-        expected = {"delta": wide, "cross": wide, "gram": square, "inverse": square}
-        expected |= {"keys": (self.d_in, count), "residuals": (self.d_out, count), "factor": (self.d_in, count)}
+        square, wide, count = (self.d_in, self.d_in), (self.d_out, self.d_in), _columns_of(state.get("keys"))
+        expected = {"delta": wide, "keys": (self.d_in, count), "residuals": (self.d_out, count)}
+        expected["factor"] = (self.d_in, count)
+        folded = {"cross": wide, "gram": square, "inverse": square} if self.memory else {"cross": wide}
+        if any(name in state for name in folded):  # else they follow from the prior
+            expected |= folded
         loaded: dict[str, Tensor] = {}
         for name, shape in expected.items():
-            if name not in state and name in ("cross", "gram", "inverse"):
-                continue
-            value = state[name]
+            value = state.get(name)
             if not isinstance(value, Tensor) or value.shape != shape:
                 raise ValueError(f"the checkpoint's {name} does not fit a layer of {wide}")
             loaded[name] = value.to(self._prior, copy=True)
-        self.delta = loaded["delta"]
+        inverse = loaded["inverse"] if "inverse" in loaded else inverse_spd(self._prior)
+        self.blocks, self.refactorisations = int(state["blocks"]), int(state["refactorisations"])
+        self.delta, self._inverse = loaded["delta"], inverse
         self._columns = [loaded[name] for name in _COLUMNS]
         self._cross, self._gram = loaded.get("cross"), loaded.get("gram")
-        self._inverse = loaded["inverse"] if "inverse" in loaded else inverse_spd(self._prior)
-        self.blocks = int(state["blocks"])
-        self.refactorisations = int(state["refactorisations"])
 
 
 _COLUMNS = ("keys", "residuals", "factor")
 
 
-def _columns_of(value: Tensor | int) -> int:
+def _columns_of(value: Tensor | int | None) -> int:
     return value.shape[1] if isinstance(value, Tensor) and value.dim() == 2 else -1

@@ -102,6 +102,12 @@ def state_bytes(solver: RidgeSolver) -> int:
     return sum(v.numel() * v.element_size() for v in solver.state_dict().values() if isinstance(v, Tensor))
 
 
+def overwrite(state: dict[str, Tensor | int]) -> None:
+    for value in state.values():
+        if isinstance(value, Tensor):
+            value.fill_(7.0)
+
+
 def same_state(one: dict[str, Tensor | int], other: dict[str, Tensor | int]) -> bool:
     return one.keys() == other.keys() and all(
         torch.equal(value, other[name]) if isinstance(value, Tensor) else value == other[name]
@@ -392,23 +398,28 @@ class SolverTester:
     @every_solver
     def test_saved_state_is_independent_of_the_solver(self, case: Case) -> None:
         solver = case.run(make_facts())
-        saved = solver.state_dict()
-        kept = deepcopy(saved)
-        solver.update(*make_facts((1,), seed=9)[0])
-        assert same_state(saved, kept)
+        state = solver.state_dict()
+        kept = deepcopy(state)
+        solver.update(*make_facts((2,), seed=9)[0])  # enough for a fold
+        assert same_state(state, kept)
+        state, kept = solver.state_dict(), deepcopy(solver.state_dict())
+        overwrite(state)
+        assert same_state(solver.state_dict(), kept)
 
     @every_solver
     def test_loaded_state_is_not_shared(self, case: Case) -> None:
         """Two solvers restored from one checkpoint go their own ways, and the checkpoint stays what it was."""
-        saved = case.run(make_facts()).state_dict()
-        kept = deepcopy(saved)
+        state = case.run(make_facts()).state_dict()
+        kept = deepcopy(state)
         one, other = case.make(make_prior(), D_OUT), case.make(make_prior(), D_OUT)
-        one.load_state_dict(saved)
-        other.load_state_dict(saved)
-        one.update(*make_facts((1,), seed=9)[0])
-        assert same_state(saved, kept)
+        one.load_state_dict(state)
+        other.load_state_dict(state)
+        one.update(*make_facts((2,), seed=9)[0])  # enough for a fold
+        assert same_state(state, kept)
         assert same_state(other.state_dict(), kept)
         assert not same_state(one.state_dict(), kept)
+        overwrite(state)
+        assert same_state(other.state_dict(), kept)
 
     @every_solver
     def test_two_instances_are_independent(self, case: Case) -> None:
@@ -485,8 +496,11 @@ class SolverTester:
     @pytest.mark.parametrize("fold_every", [2, NEVER], ids=["folded", "not folded"])
     def test_incomplete_state_is_refused_whole(self, case: Case, fold_every: int) -> None:
         complete = case.run(make_facts((1, 1, 1), seed=20), fold_every=fold_every).state_dict()
+        names = set(complete)
+        if not case.joint:  # sums of folded facts only: without them the state is one that has not folded yet
+            names -= {"cross"}
         loaded_in_part = []
-        for name in complete:
+        for name in sorted(names):
             solver = case.run(make_facts(), fold_every=fold_every)
             before = deepcopy(solver.state_dict())
             with suppress(KeyError, ValueError):
