@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_edit.errors import ArgumentError, UserError
@@ -370,6 +370,32 @@ class ModelAdapter:
             rows: Tensor = functional_call(_Generate(self.model), weights, (input_ids,), settings)
         return rows
 
+    @torch.no_grad()
+    def sample(self, input_ids: Tensor, new: int, top_k: int, seed: int) -> Tensor:
+        """Let the model go on with rows of equal length, each token drawn from its ``top_k`` most probable ones.
+
+        Much faster than ``generate`` for many rows, which draws from the whole vocabulary.
+
+        Args:
+            input_ids: ``(batch, time)``, without padding.
+            new: Tokens to add to each row.
+            top_k: Draw from this many.
+            seed: Seeds the drawing; the global random state is left as it was.
+
+        Returns:
+            ``(batch, time + new)``.
+        """
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        cache, rows, step = DynamicCache(config=self.model.config), input_ids, input_ids
+        for _ in range(new):
+            states = self._run_backbone(step, torch.ones_like(rows), cache).last_hidden_state[:, -1]
+            logits = self.logits(states)
+            likely = logits.topk(min(top_k, logits.shape[-1]))
+            choice = torch.multinomial(torch.softmax(likely.values, -1), 1, generator=generator)
+            step = likely.indices.gather(1, choice)
+            rows = torch.cat([rows, step], 1)
+        return rows
+
     def finish(self, hidden: Tensor) -> Tensor:
         """Apply final norm (and what follows it) to the output of the last layer."""
         if self.norm is not None:
@@ -384,13 +410,15 @@ class ModelAdapter:
             logits = cap * torch.tanh(logits / cap)
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
-    def _run_backbone(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+    def _run_backbone(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None) -> Any:
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         kwargs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             # Positions count tokens, not padding: left padding must not move them.
-            "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
-            "use_cache": False,
+            "position_ids": positions[:, -input_ids.shape[1] :],
+            "use_cache": cache is not None,
+            "past_key_values": cache,
         }
         if self.spec.family == "opt":  # OPT derives its positions from the mask, with an offset of its own.
             del kwargs["position_ids"]

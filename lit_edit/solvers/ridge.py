@@ -212,7 +212,7 @@ class RidgeSolver:
         Raises:
             ValueError: If the state belongs to a layer of another size or to the other kind of memory.
         """
-        if bool(state.get("memory")) != self.memory:
+        if bool(state.get("memory", self.memory)) != self.memory:
             raise ValueError("the checkpoint was made by an editor with another memory setting; use the same config")
         square, wide, count = (self.d_in, self.d_in), (self.d_out, self.d_in), _columns_of(state.get("keys"))
         expected = {"delta": wide, "keys": (self.d_in, count), "residuals": (self.d_out, count)}

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_edit.data.request import DataError
 from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.tokens import encode, pad_token
+from lit_edit.tokens import encode
 
 STARTS = (
     "The city of", "The capital of", "The history of", "The author of", "The founder of", "The president of",
@@ -58,7 +58,7 @@ class SampledText:
     def fingerprint(self) -> str:
         """Name the text: equal for equal text (given the model)."""
         starts = hashlib.sha256("\n".join(self.starts).encode()).hexdigest()[:8]
-        return f"sampled-seed{self.seed}-{self.rows}x{self.length}-top{self.top_k}-{starts}"
+        return f"sampled2-seed{self.seed}-{self.rows}x{self.length}-top{self.top_k}-{starts}"
 
     def chunk(self, index: int, adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """Sample chunk ``index``; never ends. All rows have ``length`` tokens."""
@@ -66,15 +66,7 @@ class SampledText:
         openings = groups[index % len(groups)]
         prompts = torch.tensor([openings[i % len(openings)] for i in range(self.rows)], device=adapter.device)
         new = max(1, self.length - prompts.shape[1])
-        rows: list[list[int]] = adapter.generate(
-            prompts,
-            seed=hash_seed(self.seed, index),
-            do_sample=True,
-            top_k=self.top_k,
-            max_new_tokens=new,
-            min_new_tokens=new,
-            pad_token_id=pad_token(tokenizer),
-        ).tolist()
+        rows: list[list[int]] = adapter.sample(prompts, new, self.top_k, hash_seed(self.seed, index)).tolist()
         return rows
 
     def _openings(self, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[int, ...]]]:

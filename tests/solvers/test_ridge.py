@@ -496,7 +496,7 @@ class SolverTester:
     @pytest.mark.parametrize("fold_every", [2, NEVER], ids=["folded", "not folded"])
     def test_incomplete_state_is_refused_whole(self, case: Case, fold_every: int) -> None:
         complete = case.run(make_facts((1, 1, 1), seed=20), fold_every=fold_every).state_dict()
-        names = set(complete)
+        names = set(complete) - {"memory"}
         if not case.joint:  # sums of folded facts only: without them the state is one that has not folded yet
             names -= {"cross"}
         loaded_in_part = []
