@@ -117,7 +117,7 @@ class EditDataModule(LightningDataModule):
 
     @classmethod
     def from_requests(cls, requests: Sequence[EditRequest], **options: Any) -> EditDataModule:
-        """Make a data module of requests that are at hand.
+        """Make a data module of requests that are at hand; ``offset``, ``limit`` and ``shuffle_seed`` apply to them.
 
         Raises:
             DataError: If there are none, or two have the same id.
@@ -128,7 +128,11 @@ class EditDataModule(LightningDataModule):
             raise DataError("no edits to make")
         if len(set(ids)) < len(ids):
             raise DataError(f"duplicate id {next(i for i in ids if ids.count(i) > 1)!r}")
-        module.requests = list(requests)
+        end = None if module.limit is None else module.offset + module.limit
+        module.requests = list(requests)[module.offset : end]
+        if not module.requests:
+            raise DataError(f"no edits left behind data.offset={module.offset}: there are {len(ids)}")
+        module._shuffle()
         return module
 
     def read(self) -> EditDataModule:
@@ -141,8 +145,7 @@ class EditDataModule(LightningDataModule):
             self.requests, self.skipped = load_requests(
                 self.source, self.path, self.limit, self.offset, self.on_error, self.split
             )
-            if self.shuffle_seed is not None:
-                random.Random(self.shuffle_seed).shuffle(self.requests)
+            self._shuffle()
         if not self.perplexity_texts:
             self.perplexity_texts = (
                 builtin_text("plain_sentences.txt").splitlines()
@@ -152,6 +155,10 @@ class EditDataModule(LightningDataModule):
             if not any(len(text.split()) > 1 for text in self.perplexity_texts):
                 raise DataError(f"{self.perplexity_path}: perplexity needs texts of two words or more")
         return self
+
+    def _shuffle(self) -> None:
+        if self.shuffle_seed is not None:
+            random.Random(self.shuffle_seed).shuffle(self.requests)
 
     def setup(self, stage: str) -> None:
         """Read the data; called by Lightning."""

@@ -21,6 +21,11 @@ class Probe:
     prompt: str
     answer: str
 
+    def __post_init__(self) -> None:
+        for name in ("prompt", "answer"):
+            if not getattr(self, name).strip():
+                raise DataError(f"a probe's {name} is empty: {self}")
+
 
 @dataclass(frozen=True)
 class EditRequest:

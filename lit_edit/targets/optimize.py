@@ -10,7 +10,7 @@ round-off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,8 @@ class TargetSettings:
         loss_layer: Read the loss after this layer; by default the last.
         probability: Stop an edit as soon as its target is the most probable continuation in every context and its mean
             probability reaches this; 0 stops by the loss alone.
+        plain_first: Fit on the plain prompt alone until that would stop, and only then in all contexts. Most steps then
+            cost a fraction, and the result is another one: not for comparison with published numbers.
     """
 
     steps: int = 25
@@ -64,6 +66,7 @@ class TargetSettings:
     loss_threshold: float = 0.05
     loss_layer: int | None = None
     probability: float = 0.0
+    plain_first: bool = False
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("lr", 0), ("weight_decay", 0), ("clamp", 0), ("kl_factor", 0)):
@@ -183,9 +186,16 @@ class _Window:
         states = self.hidden[torch.tensor(nodes, device=self.hidden.device)]
         return states if states.dtype == torch.float64 else states.float()
 
-    def chunks(self, edits: Sequence[int]) -> list[_Chunk]:
-        """Cut the rows of some edits into chunks of about ``_CHUNK_TOKENS`` tokens."""
-        total = sum(self._size(edit) for edit in edits)
+    def chunks(self, edits: Sequence[int], plain: Collection[int] = ()) -> list[_Chunk]:
+        """Cut the rows of some edits into chunks of about ``_CHUNK_TOKENS`` tokens.
+
+        Args:
+            edits: Which edits.
+            plain: Those of them that are to be seen at their plain prompts only.
+        """
+        rows_of = {edit: self._rows(edit, edit in plain) for edit in edits}
+        sizes = {edit: sum(self.lengths[r] - self.lookups[r] for r in rows) for edit, rows in rows_of.items()}
+        total = sum(sizes.values())
         limit = total / max(1, math.ceil(total / _CHUNK_TOKENS))  # chunks of about equal size
         groups: list[list[int]] = []
         size = limit
@@ -194,21 +204,22 @@ class _Window:
                 groups.append([])
                 size = 0.0
             groups[-1].append(edit)
-            size += self._size(edit)
-        return [self._chunk(group) for group in groups]
+            size += sizes[edit]
+        return [self._chunk({edit: rows_of[edit] for edit in group}) for group in groups]
 
-    def _size(self, edit: int) -> int:
-        return sum(self.lengths[row] - self.lookups[row] for row in self.rows_of[edit])
+    def _rows(self, edit: int, plain: bool) -> list[int]:
+        """Return the rows of an edit; the last one is that of the KL term."""
+        rows = self.rows_of[edit]
+        return [rows[0], rows[-1]] if plain else list(rows)
 
-    def _chunk(self, edits: Sequence[int]) -> _Chunk:
-        rows = [row for edit in edits for row in self.rows_of[edit]]
+    def _chunk(self, rows_of: Mapping[int, Sequence[int]]) -> _Chunk:
+        rows = [row for group in rows_of.values() for row in group]
         line = self.rows.line(rows, [self.lookups[r] for r in rows], [self.lengths[r] for r in rows], self.before)
         found: dict[str, list[int]] = {name: [] for name in
             ("moved", "owner", "read", "wanted", "row", "row_owner", "lengths", "essence")}  # fmt: skip
-        for edit in edits:
-            *prompts, essence = self.rows_of[edit]
+        for edit, (*prompts, essence) in rows_of.items():
             target = self.problems[edit].target
-            found["moved"] += [line.index(row, self.lookups[row]) for row in self.rows_of[edit]]
+            found["moved"] += [line.index(row, self.lookups[row]) for row in (*prompts, essence)]
             found["owner"] += [edit] * (len(prompts) + 1)
             found["essence"].append(line.index(essence, self.lookups[essence]))
             for row in prompts:
@@ -220,7 +231,7 @@ class _Window:
                 found["lengths"].append(len(target))
         device = self.hidden.device
         tensors = {name: torch.tensor(values, device=device) for name, values in found.items()}
-        return _Chunk(line, self.hidden[line.nodes], torch.tensor(edits, device=device), **tensors)
+        return _Chunk(line, self.hidden[line.nodes], torch.tensor(list(rows_of), device=device), **tensors)
 
 
 def optimise_targets(
@@ -263,8 +274,11 @@ def optimise_targets(
     delta = torch.zeros_like(base)
     mean, square = torch.zeros_like(delta), torch.zeros_like(delta)
     base_norm = torch.linalg.vector_norm(base, dim=1)
-    contexts = torch.tensor([len(p.prompts) for p in problems], device=device, dtype=base.dtype)
-    chunks = window.chunks(range(len(problems)))
+    every = torch.tensor([len(p.prompts) for p in problems], device=device, dtype=base.dtype)
+    plain = {edit for edit, problem in enumerate(problems) if settings.plain_first and len(problem.prompts) > 1}
+    contexts = every.clone()
+    contexts[list(plain)] = 1
+    chunks = window.chunks(range(count), plain)
     reference: dict[int, Tensor] = {}  # the KL term's distributions of the unchanged model, by edit
     traces: list[list[tuple[float, float, float, float]]] = [[] for _ in problems]
     first = torch.zeros(count, dtype=base.dtype, device=device)
@@ -297,6 +311,10 @@ def optimise_targets(
         done = loss_value < settings.loss_threshold
         if settings.probability > 0:
             done |= (terms.hits == contexts) & (probability >= settings.probability)
+        widened = [edit for edit in sorted(plain) if done[edit]]  # said at the plain prompt: on to all contexts
+        plain.difference_update(widened)
+        done[widened] = False
+        contexts[widened] = every[widened]
         finished = active & done
         active = active & ~done
         if final or not active.any():
@@ -310,8 +328,8 @@ def optimise_targets(
         _refuse_divergence(length, active, step)  # clamping an infinite step would make it zero
         scale = torch.where(length > radius, radius / length, torch.ones_like(length))
         delta = torch.where(active[:, None], moved * scale[:, None], delta)
-        if finished.any():
-            chunks = window.chunks(active.nonzero()[:, 0].tolist())
+        if finished.any() or widened:
+            chunks = window.chunks(active.nonzero()[:, 0].tolist(), plain)
 
     before, after = first.tolist(), last.tolist()
     return [Target(base[i].clone(), delta[i].clone(), before[i], after[i], tuple(traces[i])) for i in range(count)]
@@ -319,7 +337,7 @@ def optimise_targets(
 
 @dataclass
 class _Terms:
-    """Sums over the rows of each edit, filled by the buckets."""
+    """Sums over the rows of each edit, filled by the chunks."""
 
     nll: Tensor
     kl: Tensor

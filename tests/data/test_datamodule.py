@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_edit.data.datamodule import EditBatch, EditDataModule, StreamLoader
-from lit_edit.data.request import DataError, EditRequest
+from lit_edit.data.request import DataError, EditRequest, Probe
 from lit_edit.testing import tiny_requests
 
 FUZZ = settings(max_examples=40, deadline=None, database=None)
@@ -103,6 +103,23 @@ def test_from_requests_keeps_the_order_and_the_options() -> None:
     assert loader.requests == tuple(tiny_requests())
     assert (loader.batch_size, loader.window) == (4, 4)
     assert data.perplexity_texts
+
+
+def test_from_requests_takes_a_part_and_shuffles() -> None:
+    ids = [r.id for r in tiny_requests()]
+    assert [r.id for r in EditDataModule.from_requests(tiny_requests(), offset=1, limit=2).requests] == ids[1:3]
+    shuffled = [r.id for r in EditDataModule.from_requests(tiny_requests(), shuffle_seed=1).requests]
+    assert sorted(shuffled) == sorted(ids)
+    assert shuffled != ids
+    with pytest.raises(DataError, match=r"data\.offset=99"):
+        EditDataModule.from_requests(tiny_requests(), offset=99)
+
+
+def test_empty_probes_are_refused() -> None:
+    with pytest.raises(DataError, match="prompt is empty"):
+        Probe(" ", "Rome")
+    with pytest.raises(DataError, match="answer is empty"):
+        Probe("The capital of Italy is", "")
 
 
 def test_from_requests_refuses_none_and_duplicates() -> None:

@@ -339,6 +339,48 @@ def test_a_window_with_nothing_before_any_subject() -> None:
     equal_targets("gpt2", targets, alone)
 
 
+PLAIN_FIRST = replace(EARLY, steps=30, plain_first=True)
+
+
+@families
+def test_plain_first_ends_in_all_contexts(family: str) -> None:
+    """The stop rule holds where it holds without: in every context, at the mean probability."""
+    for number, target in zip(EASY, fit(family, EASY, PLAIN_FIRST), strict=True):
+        if len(target.trace) == PLAIN_FIRST.steps:
+            continue
+        _, probability, hit = Textbook(family, number, PLAIN_FIRST).loss(target.delta)
+        assert hit
+        assert probability.item() == pytest.approx(target.probability, abs=CLOSE[family]["atol"])
+        assert probability >= PLAIN_FIRST.probability
+    assert any(len(t.trace) < PLAIN_FIRST.steps for t in fit(family, EASY, PLAIN_FIRST))
+
+
+@families
+def test_plain_first_does_not_depend_on_the_window(family: str) -> None:
+    alone = [optimise_targets(load(family), [problem], LAYER, PLAIN_FIRST)[0] for problem in varied()]
+    equal_targets(family, optimise_targets(load(family), varied(), LAYER, PLAIN_FIRST), alone)
+
+
+def test_plain_first_runs_fewer_tokens_and_changes_nothing_for_a_single_context() -> None:
+    run: list[int] = []
+    adapter = load("gpt2")
+    handle = adapter.down_proj(LAYER + 1).register_forward_pre_hook(lambda m, args: run.append(args[0].numel()))
+    try:
+        spent = []
+        for settings in (replace(PLAIN_FIRST, plain_first=False), PLAIN_FIRST):
+            optimise_targets(adapter, [problems()[i] for i in EASY], LAYER, settings)
+            spent.append(sum(run))
+            run.clear()
+    finally:
+        handle.remove()
+    assert spent[1] < spent[0]
+    single = varied()[0]
+    targets = [
+        optimise_targets(adapter, [single], LAYER, s)[0] for s in (replace(PLAIN_FIRST, plain_first=False), PLAIN_FIRST)
+    ]
+    assert torch.equal(targets[0].delta, targets[1].delta)
+
+
 @pytest.mark.parametrize(("tokens", "number"), [(1, 5), (12, 3), (30, 2)])
 @families
 def test_small_chunks_change_nothing(family: str, tokens: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
