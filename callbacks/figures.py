@@ -75,14 +75,14 @@ def _draw_metrics(stream: EditStream, retention: Sequence[dict[str, Any]]) -> Fi
     figure, (left, right) = _new_figure(2)
     done = stream.committed_requests()
     base, final = stream.summary_of("base", done), stream.summary_of("final", done)
-    points = [{"edits": 0, "summary": base}, *retention]
-    if not retention or retention[-1]["edits"] != len(done):
-        points.append({"edits": len(done), "summary": final})
+    # The last point is the final measurement, over all edits; on the way there retention may have taken samples.
+    before = [point for point in retention if point["edits"] < len(done)]
+    points = [{"edits": 0, "summary": base}, *before, {"edits": len(done), "summary": final}]
     for kind, name, colour in _LINES:
         series = [(p["edits"], p["summary"][kind][name]) for p in points if p["summary"][kind].get(name) is not None]
         if series:
             left.plot(*zip(*series, strict=True), marker="o", markersize=3.5, color=colour, label=f"{kind} {name}")
-    left.set(xlabel="edits", ylim=(-0.03, 1.03), title="All edits so far")
+    left.set(xlabel="edits", ylim=(-0.03, 1.03), title="Edits so far")
     left.legend(fontsize=8, loc="lower right")
     texts = [(p["edits"], p["summary"]["perplexity"]) for p in points if p["summary"].get("perplexity")]
     if texts:
