@@ -63,7 +63,7 @@ def edit(
         The same model, edited, and what was done.
 
     Raises:
-        DataError: If a request is broken; names its number.
+        DataError: If a request is broken; names its number. On any error the model is as it was.
         ArgumentError: If ``window`` is below 1.
     """
     if window < 1:
@@ -83,10 +83,14 @@ def edit(
     ledger = EditLedger(adapter, editor.resolve_layers(adapter))
     editor.prepare(ledger, tokenizer, statistics or KeyStatistics())
     before = {result.id: result for result in evaluate_edits(adapter, tokenizer, parsed)}
-    for index, request in enumerate(parsed):
-        first = index - index % window
-        proposal = editor.propose([request], parsed[first : first + window])
-        ledger.commit(proposal.updates, proposal.entries)
-        editor.accept(proposal)
-    after = evaluate_edits(adapter, tokenizer, parsed)
+    try:
+        for index, request in enumerate(parsed):
+            first = index - index % window
+            proposal = editor.propose([request], parsed[first : first + window])
+            ledger.commit(proposal.updates, proposal.entries)
+            editor.accept(proposal)
+        after = evaluate_edits(adapter, tokenizer, parsed)
+    except BaseException:  # nobody would hold the ledger that could take the first edits back
+        ledger.restore_base()
+        raise
     return model, Outcome(ledger, summarise(before.values(), before), summarise(after, before))

@@ -5,6 +5,7 @@ Nothing heavy is imported before it is known what is wanted.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -66,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if type(error).__name__ == "MisconfigurationException":
             return _fail(error, 2)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return _fail(
+                f"the disk is full ({error}); what was being written is incomplete. Make room and run again", 1
+            )
         if type(error).__name__ == "EditRefusedError" or isinstance(error, FloatingPointError):
             return _fail(error, 1)
         raise
@@ -75,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _fail(error: Exception, status: int) -> int:
+def _fail(error: Exception | str, status: int) -> int:
     sys.stderr.write(f"lit-edit: error: {error}\n")
     return status
 

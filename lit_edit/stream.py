@@ -17,6 +17,7 @@ from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import Editor, Proposal, Stopwatch
 from lit_edit.editors.d4s import D4S
 from lit_edit.errors import ArgumentError
+from lit_edit.interrupts import deferred_interrupts
 from lit_edit.ledger import EditLedger
 from lit_edit.metrics.evaluation import (
     EditMetrics,
@@ -29,6 +30,7 @@ from lit_edit.metrics.evaluation import (
 )
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.language_model import LanguageModel
+from lit_edit.models.packed import check_passes
 from lit_edit.stats.second_moment import KeyStatistics, weights_hash
 
 if TYPE_CHECKING:
@@ -76,7 +78,8 @@ class EditStream(LightningModule):
         self.seconds: dict[str, float] = {}
         self.status: Callable[[str], None] = lambda message: None
         self.progress: Callable[[int, int], None] | None = None
-        self._restored: dict[str, Any] | None = None
+        self._restored: dict[str, Any] | None = None  # of a checkpoint, until the editor is ready for it
+        self._prepared = False
         self._measured: EditMetrics | None = None
 
     # ---- model --------------------------------------------------------------------------------------------------
@@ -88,6 +91,8 @@ class EditStream(LightningModule):
         with self._time("load"):
             self.model, self.tokenizer = self.language_model.load()
             self.adapter = ModelAdapter(self.model, self.language_model.arch)
+            if self.language_model.arch is not None:
+                check_passes(self.adapter)
             self.ledger = EditLedger(self.adapter, self.editor.resolve_layers(self.adapter))
             self.base_hash = weights_hash(self.model)
 
@@ -126,13 +131,14 @@ class EditStream(LightningModule):
     def on_train_start(self) -> None:
         """Prepare the editor and measure the unedited model, or take both up from the checkpoint."""
         requests = self.stream_requests()
-        self._check_continues(requests)
+        loader = self._loader()
         if len(self.ledger):
             # By commits, not by batches handed out: a run may have been cut between the two.
-            loader = self._loader()
-            loader.seek(-(-len(self.ledger) // loader.batch_size))
-        with self._time("statistics"):
-            self.editor.prepare(self.ledger, self.tokenizer, self.statistics, self.status, self.progress)
+            loader.seek(-(-self._position(requests, loader.cursor * loader.batch_size) // loader.batch_size))
+        if not (self._prepared and len(self.ledger)) or self._restored is not None:
+            with self._time("statistics"):
+                self.editor.prepare(self.ledger, self.tokenizer, self.statistics, self.status, self.progress)
+            self._prepared = True
         if self._restored is not None:
             self.editor.load_state_dict(self._restored["editor"])
             self._restored = None
@@ -184,9 +190,10 @@ class EditStream(LightningModule):
         Raises:
             EditRefusedError: If the updates are not finite or do not fit; nothing has changed then.
         """
-        self.ledger.commit(proposal.updates, proposal.entries)
-        self.editor.accept(proposal)
-        self.optimizers().step()  # type: ignore[union-attr]
+        with deferred_interrupts():  # a Ctrl-C in between would leave weights and editor apart
+            self.ledger.commit(proposal.updates, proposal.entries)
+            self.editor.accept(proposal)
+            self.optimizers().step()  # type: ignore[union-attr]
 
     def finish(self) -> Summary:
         """Measure all committed edits once more, at the end; does it once and returns the whole summary."""
@@ -219,21 +226,34 @@ class EditStream(LightningModule):
         return loader
 
     def committed_requests(self) -> list[EditRequest]:
-        """Return the edits made so far, in order."""
-        by_id = {r.id: r for r in self.stream_requests()}
+        """Return the edits made so far, in order.
+
+        Raises:
+            MisconfigurationException: If they are not those of the stream at hand.
+        """
+        requests = self.stream_requests()
+        self._position(requests, len(requests))
+        by_id = {r.id: r for r in requests}
         return [by_id[entry.id] for entry in self.ledger.entries]
 
-    def _check_continues(self, requests: Sequence[EditRequest]) -> None:
+    def _position(self, requests: Sequence[EditRequest], handed_out: int) -> int:
+        """Return how many edits of the stream are behind us, and check that the committed ones are among them.
+
+        An edit may be missing among them (:meth:`apply_edit` may refuse), if the loader has handed it out.
+        """
+        place = {request.id: index for index, request in enumerate(requests)}
         committed = [entry.id for entry in self.ledger.entries]
-        begins = [r.id for r in requests[: len(committed)]]
-        if committed != begins:
-            at = next(
-                i for i, pair in enumerate(zip(committed, [*begins, *committed], strict=False)) if pair[0] != pair[1]
-            )
-            raise MisconfigurationException(
-                f"the checkpoint's edit {at + 1} is {committed[at]!r}, the stream's is "
-                f"{begins[at] if at < len(begins) else 'missing'!r}: resume with the data it was made with"
-            )
+        places = [place.get(name, -1) for name in committed]
+        expected = -1
+        for number, (name, at) in enumerate(zip(committed, places, strict=True)):
+            if at != expected + 1 and not expected < at < handed_out:
+                ahead = requests[expected + 1].id if expected + 1 < len(requests) else "missing"
+                raise MisconfigurationException(
+                    f"the checkpoint's edit {number + 1} is {name!r}, the stream's is {ahead!r}: resume with the data "
+                    "it was made with"
+                )
+            expected = at
+        return expected + 1
 
     # ---- measuring ----------------------------------------------------------------------------------------------
 
@@ -327,7 +347,7 @@ class EditStream(LightningModule):
             "format": _FORMAT,
             "base_hash": self.base_hash,
             "ledger": self.ledger.state_dict(),
-            "editor": self.editor.state_dict(),
+            "editor": self.editor.state_dict() if self._restored is None else self._restored["editor"],
             "results": {
                 stage: [result.as_state() for result in results.values()] for stage, results in self.results.items()
             },
@@ -350,7 +370,9 @@ class EditStream(LightningModule):
                 f"the checkpoint edits other base weights than those of {self.language_model.name!r} "
                 f"(hash {saved['base_hash']} against {self.base_hash}); load the model it was made with"
             )
-        self.editor.check_state(saved["editor"], self.ledger.layers)
+        begun = bool(saved["ledger"]["entries"])  # a run cut before its first edit starts anew
+        if begun:
+            self.editor.check_state(saved["editor"], self.ledger.layers)
         self.ledger.load_state_dict(saved["ledger"])
         self.results = {
             stage: {state["id"]: EditResult.from_state(state) for state in states}
@@ -358,7 +380,7 @@ class EditStream(LightningModule):
         }
         self.perplexities = dict(saved["perplexities"])
         self.seconds = {**saved["seconds"], "load": self.seconds.get("load", 0.0)}
-        self._restored = {"editor": saved["editor"]}
+        self._restored = {"editor": saved["editor"]} if begun else None
         stream = getattr(getattr(self.trainer, "datamodule", None), "requests", ())
         if len(self.ledger) < len(stream) and "loops" in checkpoint:
             # A run stopped by max_steps counts its epoch as done, but the stream goes on.

@@ -23,9 +23,9 @@ class FixedStatistics(KeyStatistics):
         return {layer: torch.eye(adapter.shape(layer)[1], dtype=torch.float64) for layer in layers}
 
 
-def make_stream(model_type: str = "llama", **settings: Any) -> EditStream:
+def make_stream(model_type: str = "llama", kind: type[EditStream] = EditStream, **settings: Any) -> EditStream:
     language_model = LanguageModel.of(tiny_model(model_type), tiny_tokenizer())
-    return EditStream(language_model, D4S(**{**SETTINGS, **settings}), FixedStatistics())
+    return kind(language_model, D4S(**{**SETTINGS, **settings}), FixedStatistics())
 
 
 def make_data(count: int = 6, **options: Any) -> EditDataModule:

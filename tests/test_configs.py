@@ -62,6 +62,16 @@ def test_interpolation_is_resolved_within_a_file(tmp_path: Path, capsys: pytest.
     assert config["model"]["statistics"]["seed"] == 41
 
 
+@pytest.mark.parametrize("words", [["--seed_everything=7"], ["--seed_everything", "7"]])
+def test_a_seed_on_the_command_line_reaches_what_refers_to_it(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = parsed(capsys, "--config", "counterfact", *words)
+    assert config["seed_everything"] == 7
+    assert config["model"]["editor"]["init_args"]["seed"] == 7
+    assert config["model"]["statistics"]["seed"] == 7
+
+
 def test_values_are_overridden_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     config = parsed(
         capsys,

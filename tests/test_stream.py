@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -308,3 +309,89 @@ def test_other_base_weights_are_refused_on_resume(tmp_path: Path) -> None:
 def test_export_before_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="nothing to export yet"):
         make_stream().export(tmp_path / "out")
+
+
+def saved_state(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)["lit_edit"]
+
+
+def test_a_resume_that_fails_leaves_the_checkpoint_usable(tmp_path: Path) -> None:
+    """Ctrl-C or wrong data before the editor is ready again: the exception checkpoint must not lose its state."""
+    options: dict[str, Any] = {"save_on_exception": True, "save_top_k": 1, "enable_version_counter": False}
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(tmp_path, callbacks=[StopAfter(3), checkpoint(tmp_path, **options)])
+    (path,) = (tmp_path / "checkpoints").glob("*step=3.ckpt")
+    before = saved_state(path)
+
+    stream = make_stream()
+    stream.editor.prepare = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        make_trainer(tmp_path, [checkpoint(tmp_path, **options)]).fit(stream, make_data(), ckpt_path=str(path))
+    with pytest.raises(MisconfigurationException, match="resume with the data"):
+        make_trainer(tmp_path, [checkpoint(tmp_path, **options)]).fit(
+            make_stream(), make_data(offset=1), ckpt_path=str(path)
+        )
+    after = saved_state(path)
+    assert set(after["editor"]["solvers"]) == set(before["editor"]["solvers"]) != set()
+    for layer, solver in before["editor"]["solvers"].items():
+        assert torch.equal(after["editor"]["solvers"][layer]["keys"], solver["keys"])
+
+    resumed = make_stream()
+    make_trainer(tmp_path).fit(resumed, make_data(), ckpt_path=str(path))
+    whole = fit(tmp_path / "whole")
+    for name, delta in whole.ledger.deltas.items():
+        assert torch.equal(delta, resumed.ledger.deltas[name])
+
+
+def test_a_finished_stream_with_other_data_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path, callbacks=[checkpoint(tmp_path)])
+    (path,) = (tmp_path / "checkpoints").glob("*step=6.ckpt")
+    with pytest.raises(MisconfigurationException, match="resume with the data"):
+        make_trainer(tmp_path).fit(make_stream(), make_data(offset=1), ckpt_path=str(path))
+
+
+def test_fitting_again_goes_on(tmp_path: Path) -> None:
+    stream = make_stream()
+    make_trainer(tmp_path / "a").fit(stream, make_data(limit=2, target_window=2))
+    make_trainer(tmp_path / "b").fit(stream, make_data(target_window=2))
+    whole = make_stream()
+    make_trainer(tmp_path / "c").fit(whole, make_data(target_window=2))
+    for name, delta in whole.ledger.deltas.items():
+        assert torch.equal(delta, stream.ledger.deltas[name])
+    assert {solver.blocks for solver in stream.editor.solvers.values()} == {6}
+
+
+def test_an_interrupt_waits_until_an_edit_is_whole(tmp_path: Path) -> None:
+    stream = make_stream()
+    accept = stream.editor.accept
+
+    def interrupted(proposal: Proposal) -> None:
+        if len(stream.ledger) == 3:
+            signal.raise_signal(signal.SIGINT)
+        accept(proposal)
+
+    stream.editor.accept = interrupted  # type: ignore[method-assign]
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        make_trainer(tmp_path).fit(stream, make_data())
+    assert len(stream.ledger) == 3
+    assert {solver.blocks for solver in stream.editor.solvers.values()} == {3}
+
+
+class Refuses(EditStream):
+    def apply_edit(self, proposal: Proposal) -> None:
+        if proposal.requests[0].id != "1":
+            super().apply_edit(proposal)
+
+
+def test_a_run_that_refuses_an_edit_can_be_resumed(tmp_path: Path) -> None:
+    whole = make_stream(kind=Refuses)
+    make_trainer(tmp_path / "whole").fit(whole, make_data())
+    assert [entry.id for entry in whole.ledger.entries] == list("02345")
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(tmp_path, make_stream(kind=Refuses), callbacks=[StopAfter(3), checkpoint(tmp_path)])
+    (path,) = (tmp_path / "checkpoints").glob("*step=2.ckpt")
+    resumed = make_stream(kind=Refuses)
+    make_trainer(tmp_path / "b").fit(resumed, make_data(), ckpt_path=str(path))
+    assert [entry.id for entry in resumed.ledger.entries] == list("02345")
+    for name, delta in whole.ledger.deltas.items():
+        assert torch.equal(delta, resumed.ledger.deltas[name])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import re
+import shutil
+import tempfile
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -59,4 +63,25 @@ def expand_arguments(args: list[str]) -> list[str]:
             expanded += ["--config", find_config(f"logger/{value}")]
         else:
             expanded += [option, value] if not equals else [word]
-    return expanded
+    return _seeded(expanded)
+
+
+def _seeded(args: list[str]) -> list[str]:
+    """Let ``--seed_everything N`` reach what refers to it in config files: a file is resolved on its own, before."""
+    seeds = [value for option, value in zip(args, [*args[1:], ""], strict=True) if option == "--seed_everything"]
+    seeds += [word.partition("=")[2] for word in args if word.startswith("--seed_everything=")]
+    if not seeds or not re.fullmatch(r"\d+", seeds[-1]):
+        return args
+    folder = Path(tempfile.mkdtemp(prefix="lit-edit-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for index in range(1, len(args)):
+        if args[index - 1] != "--config":
+            continue
+        text = Path(args[index]).read_text(encoding="utf-8")
+        if "${seed_everything}" in text:
+            copy = folder / f"{index}-{Path(args[index]).name}"
+            copy.write_text(
+                re.sub(r"(?m)^seed_everything:.*$", f"seed_everything: {seeds[-1]}", text), encoding="utf-8"
+            )
+            args[index] = str(copy)
+    return args

@@ -75,7 +75,9 @@ def _stats(args: list[str]) -> None:
     parser.add_argument("--model", default="smollm2-135m", help="packaged model, folder or hub id")
     parser.add_argument("--layers", type=int, nargs="+", default=None, help="layers; by default the model's preset")
     parser.add_argument("--corpus", default="sampled", help="'sampled', a text file, or a hub data set id")
-    parser.add_argument("--tokens", type=int, default=0, help="tokens to read; at least ten per key dimension")
+    parser.add_argument(
+        "--tokens", type=int, default=20_000, help="tokens to read; never fewer than ten per key dimension"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of sampled text")
     parser.add_argument("--force", action="store_true", help="compute anew even if kept")
     options = parser.parse_args(args)

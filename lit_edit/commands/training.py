@@ -103,8 +103,13 @@ class EditCLI(LightningCLI):
             if hasattr(logger, "class_path"):
                 _point_logger(logger.class_path, logger.init_args, folder)
         for callback in trainer.callbacks or []:
-            if callback.class_path.endswith("ModelCheckpoint") and callback.init_args.get("dirpath") is None:
-                callback.init_args["dirpath"] = str(folder / "checkpoints")
+            if callback.class_path.endswith("ModelCheckpoint"):
+                where = callback.init_args.get("dirpath")
+                # A config that another run has left behind names that run's folder.
+                if where is None or (
+                    Path(where).name == "checkpoints" and (Path(where).parent / "config.yaml").is_file()
+                ):
+                    callback.init_args["dirpath"] = str(folder / "checkpoints")
 
     def _parse_ckpt_path(self) -> None:
         """Check a checkpoint before anything is built on it (Lightning looks for hyper-parameters, we keep none)."""

@@ -135,8 +135,7 @@ class ClosedFormEditor(Editor):
         check_tokenizer(tokenizer)
         self.ledger, self.tokenizer = ledger, tokenizer
         original = ledger.original()
-        if not self.templates:
-            self.templates = self._make_templates(original)
+        self.templates = self._make_templates(original)
         if isinstance(statistics, Mapping):
             moments = dict(statistics)
         else:
