@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,3 +181,31 @@ def test_an_edited_model_can_be_edited_again() -> None:
     second.ledger.restore_base()  # takes back the second call alone
     assert same(model, between) == list(between)
     assert len(first.ledger) == 1
+
+
+def test_an_edit_that_fails_takes_the_others_back(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    before = weights(model)
+    failing = editor()
+    propose, made = failing.propose, []
+
+    def third_time(*args: Any, **options: Any) -> Any:
+        made.append(args)
+        if len(made) == 3:
+            raise FloatingPointError("diverged")
+        return propose(*args, **options)
+
+    failing.propose = third_time  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match="diverged"):
+        lit_edit.edit(model, tiny_tokenizer(), tiny_requests(), failing, KeyStatistics(cache=str(tmp_path)))
+    assert len(same(model, before)) == len(before)
+
+
+def test_an_editor_used_again_samples_contexts_of_the_new_model(tmp_path: Path) -> None:
+    again = D4S(layers=[1, 2], target=TargetSettings(steps=2))
+    statistics = KeyStatistics(cache=str(tmp_path))
+    templates = []
+    for family in ("llama", "gpt2"):
+        lit_edit.edit(tiny_model(family), tiny_tokenizer(), tiny_requests()[:1], again, statistics)
+        templates.append(again.templates)
+    assert templates[0] != templates[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import shutil
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -365,3 +367,22 @@ def test_nothing_heavy_is_imported_for_the_help() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
+
+
+def test_a_config_of_another_run_leaves_that_run_alone(finished: Path, run_in: Any, tmp_path: Path) -> None:
+    config = (finished / "config.yaml").read_text()
+    first = Path(yaml.safe_load(config)["trainer"]["default_root_dir"])  # the run that was copied
+    kept = (first / "checkpoints" / "last.ckpt").read_bytes()
+    args = ("--config", str(finished / "config.yaml"), "--run_name=other", f"--runs_dir={tmp_path}/runs")
+    assert run_in(*args, limit=1) == 0
+    assert (first / "checkpoints" / "last.ckpt").read_bytes() == kept
+    assert (tmp_path / "runs" / "other" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_full_disk_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "x.ckpt")
+
+    monkeypatch.setattr("lit_edit.commands.training.run_training", full)
+    assert main(["fit", "--config", "quickstart"]) == 1
+    assert "the disk is full" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from lit_edit.models import ModelAdapter
 from lit_edit.models import packed as packed_module
-from lit_edit.models.packed import Line, TokenRows, allowed_positions, packed_attention
+from lit_edit.models.adapter import UnknownArchitectureError, find_spec
+from lit_edit.models.packed import Line, TokenRows, allowed_positions, check_passes, packed_attention
 from lit_edit.testing import TINY_CONFIGS, tiny_model
 
 LAYERS = 4
@@ -586,3 +588,15 @@ def test_nodes_are_the_distinct_beginnings_of_any_rows(rows: list[tuple[int, ...
     for (first, one), (second, other) in pairwise(beginnings):
         assert (first == second) == (one == other)
     assert sorted(source.line().nodes.tolist()) == list(range(len(prefixes(rows))))
+
+
+@pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
+def test_known_families_pass_the_check_of_described_ones(family: str) -> None:
+    check_passes(ModelAdapter(tiny_model(family)))
+
+
+def test_a_description_that_leaves_something_out_is_refused() -> None:
+    model = tiny_model("llama")
+    spec = find_spec(model)
+    with pytest.raises(UnknownArchitectureError, match="says something else than on its own"):
+        check_passes(ModelAdapter(model, replace(spec, norm=None)))
