@@ -387,8 +387,8 @@ def test_small_chunks_change_nothing(family: str, tokens: int, number: int, monk
     made: list[int] = []
     chunks = optimize_module._Window.chunks
 
-    def count(window: object, edits: Sequence[int]) -> list:
-        cut = chunks(window, edits)
+    def count(window: object, edits: Sequence[int], *plain: object) -> list:
+        cut = chunks(window, edits, *plain)
         made.append(len(cut))
         return cut
 
