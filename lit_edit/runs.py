@@ -68,7 +68,7 @@ def open_run(folder: Path) -> OpenRun:
     except (yaml.YAMLError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise RunError(f"{folder} cannot be opened: {error}") from error
     model, tokenizer = language_model.load()
-    adapter = ModelAdapter(model, language_model.arch)
+    adapter = ModelAdapter(model, language_model.arch, products=language_model.products)
     layers = [layer for layer in range(adapter.n_layers) if adapter.weight_name(layer) in names]
     if len(layers) != len(names):
         raise RunError(f"{deltas} edits parameters that {language_model.name} does not have: {sorted(names)}")

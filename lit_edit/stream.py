@@ -90,7 +90,7 @@ class EditStream(LightningModule):
             return
         with self._time("load"):
             self.model, self.tokenizer = self.language_model.load()
-            self.adapter = ModelAdapter(self.model, self.language_model.arch)
+            self.adapter = ModelAdapter(self.model, self.language_model.arch, products=self.language_model.products)
             if self.language_model.arch is not None:
                 check_passes(self.adapter)
             self.ledger = EditLedger(self.adapter, self.editor.resolve_layers(self.adapter))

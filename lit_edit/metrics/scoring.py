@@ -105,13 +105,15 @@ def _run(
 ) -> tuple[Line, Tensor]:
     """Run rows through all layers; return their line and the states ``(tokens, d_model)`` behind the last one."""
     line = TokenRows(adapter, rows, pad_token(tokenizer)).line()
-    return line, line.run(line.hidden, 0, adapter.n_layers)
+    with adapter.fast_products():
+        return line, line.run(line.hidden, 0, adapter.n_layers)
 
 
 def _log_probabilities(adapter: ModelAdapter, hidden: Tensor, read: Sequence[int]) -> Tensor:
     """Apply final norm and head to some states of a line; returns ``(states, vocab)`` log-probabilities."""
     states = hidden[torch.tensor(read, device=hidden.device)]
-    return torch.log_softmax(adapter.logits(adapter.finish(states)), -1)
+    with adapter.fast_products():
+        return torch.log_softmax(adapter.logits(adapter.finish(states)), -1)
 
 
 def _batches(rows: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:

@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.models.families import SPECS
+from lit_edit.models.products import Products, choose_kernel, use_kernel
 from lit_edit.models.spec import ArchSpec
 
 CACHE_NAMES = ("past_key_values", "layer_past")
@@ -88,15 +89,21 @@ class ModelAdapter:
         model: A decoder-only Hugging Face model in evaluation mode.
         spec: Its family's description; found by ``config.model_type`` when not given.
         weights: Parameters to use in place of the model's own, by full name.
+        products: Which kernel multiplies float32 matrices on a CPU (:mod:`lit_edit.models.products`).
 
     Raises:
         UnknownArchitectureError: If the family is unknown or ``spec`` names modules that the model does not have.
     """
 
     def __init__(
-        self, model: PreTrainedModel, spec: ArchSpec | None = None, weights: Mapping[str, Tensor] | None = None
+        self,
+        model: PreTrainedModel,
+        spec: ArchSpec | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        products: Products = "auto",
     ) -> None:
         self.model = model
+        self.products = products
         self.spec = spec or find_spec(model)
         self.weights = dict(weights or {})
         self.layers = list(self._module(self.spec.layers))
@@ -248,6 +255,12 @@ class ModelAdapter:
 
     # ---- forward passes -----------------------------------------------------------------------------------------
 
+    def fast_products(self) -> AbstractContextManager[None]:
+        """Return a context in which float32 matrices are multiplied by the fastest kernel that is float32-exact."""
+        if self.device.type != "cpu" or self.dtype != torch.float32:
+            return nullcontext()
+        return use_kernel(choose_kernel(torch.get_num_threads()) if self.products == "auto" else self.products)
+
     def trace(self, input_ids: Tensor, attention_mask: Tensor, at: int, stop: int | None = None) -> Trace:
         """Run the model and record how to continue from layer ``at``.
 
@@ -388,8 +401,9 @@ class ModelAdapter:
         generator = torch.Generator(device=self.device).manual_seed(seed)
         cache, rows, step = DynamicCache(config=self.model.config), input_ids, input_ids
         for _ in range(new):
-            states = self._run_backbone(step, torch.ones_like(rows), cache).last_hidden_state[:, -1]
-            logits = self.logits(states)
+            with self.fast_products():
+                states = self._run_backbone(step, torch.ones_like(rows), cache).last_hidden_state[:, -1]
+                logits = self.logits(states)
             likely = logits.topk(min(top_k, logits.shape[-1]))
             choice = torch.multinomial(torch.softmax(likely.values, -1), 1, generator=generator)
             step = likely.indices.gather(1, choice)

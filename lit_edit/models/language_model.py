@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from lit_edit.models.packaged import PACKAGED, ModelUnavailableError, fetch
+from lit_edit.models.products import Products
 from lit_edit.models.spec import ArchSpec
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class LanguageModel:
         attn_implementation: ``sdpa`` or ``eager``; by default what the model supports.
         trust_remote_code: Allow a hub model to bring code of its own. Off unless you ask for it.
         arch: Where an architecture that lit-edit does not know keeps its parts.
+        products: Which kernel multiplies float32 matrices on a CPU: ``auto`` measures once and keeps the faster of
+            those that are exact; name one (``torch``, ``onednn``) for equal round-off on different machines.
     """
 
     name: str = "smollm2-135m"
@@ -41,6 +44,7 @@ class LanguageModel:
     attn_implementation: Literal["sdpa", "eager"] | None = None
     trust_remote_code: bool = False
     arch: ArchSpec | None = None
+    products: Products = "auto"
     _loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = field(
         default=None, init=False, repr=False, compare=False
     )

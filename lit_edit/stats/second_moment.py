@@ -134,7 +134,9 @@ def accumulate(
             counted = mask.bool()
             if skip_first:
                 counted[:, 0] = False
-            for layer, keys in adapter.read_keys(ids, mask, layers).items():
+            with adapter.fast_products():
+                keys_of = adapter.read_keys(ids, mask, layers)
+            for layer, keys in keys_of.items():
                 vectors = keys[counted].double()  # (tokens, d_in)
                 sums[layer].addmm_(vectors.T.cpu(), vectors.cpu())
             count += int(counted.sum())

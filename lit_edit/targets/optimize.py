@@ -10,7 +10,7 @@ round-off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.models.packed import Line, TokenRows
+from lit_edit.targets.losses import TargetLoss
 from lit_edit.targets.problem import TargetProblem
+from lit_edit.targets.steps import Adam
+from lit_edit.targets.window import Window
 
 
 class DivergedError(FloatingPointError):
@@ -34,10 +36,6 @@ class DivergedError(FloatingPointError):
     def __init__(self, index: int, step: int) -> None:
         super().__init__(f"the target optimisation of edit {index} of this window diverged at step {step}")
         self.index, self.step = index, step
-
-
-_CHUNK_TOKENS = 768
-"""Tokens run forward and backward at a time: enough to keep matrix products busy, few enough to bound memory."""
 
 
 @dataclass(frozen=True)
@@ -121,119 +119,6 @@ class Target:
         return cls(state["base"].clone(), state["delta"].clone(), before, after, trace)
 
 
-@dataclass
-class _Chunk:
-    """Rows of some edits, run together from their lookup tokens on.
-
-    Attributes:
-        line: The tokens.
-        hidden: ``(tokens, d_model)``, the unchanged states entering the first layer to run.
-        edits: Which edits.
-        moved: ``(rows,)``, where in the line the lookup tokens are.
-        owner: ``(rows,)``, the edit of each of those.
-        read: ``(target tokens,)``, where the states that predict target tokens are.
-        wanted: ``(target tokens,)``, the target tokens themselves.
-        row: ``(target tokens,)``, the prompt (counted within the chunk) that each of those belongs to.
-        row_owner: ``(prompts,)``, the edit of each prompt.
-        lengths: ``(prompts,)``, target tokens of each.
-        essence: ``(edits,)``, where the KL terms' states are.
-    """
-
-    line: Line
-    hidden: Tensor
-    edits: Tensor
-    moved: Tensor
-    owner: Tensor
-    read: Tensor
-    wanted: Tensor
-    row: Tensor
-    row_owner: Tensor
-    lengths: Tensor
-    essence: Tensor
-
-
-class _Window:
-    """The rows of all edits of a window: the unchanged model's states, and chunks of what is to be run again."""
-
-    @torch.no_grad()
-    def __init__(
-        self, adapter: ModelAdapter, problems: Sequence[TargetProblem], layer: int, stop: int, pad: int
-    ) -> None:
-        self.adapter, self.problems, self.layer, self.stop = adapter, problems, layer, stop
-        rows: list[tuple[int, ...]] = []
-        lookups: list[int] = []
-        self.rows_of: list[range] = []  # per edit: its prompts and, last, the row of the KL term
-        for problem in problems:
-            self.rows_of.append(range(len(rows), len(rows) + len(problem.prompts) + 1))
-            rows += [prompt.ids + problem.target[:-1] for prompt in problem.prompts] + [problem.essence.ids]
-            lookups += [prompt.lookup for prompt in problem.prompts] + [problem.essence.lookup]
-        # From the lookup token on each row is its own: its edit moves it.
-        self.rows, self.lookups = TokenRows(adapter, rows, pad, share=lookups), lookups
-        self.lengths = [len(row) for row in rows]
-        everything = self.rows.line()
-        states = everything.run(everything.hidden, 0, layer + 1)
-        self.hidden = torch.empty_like(states)
-        self.hidden[everything.nodes] = states  # by node
-        # What comes before the lookup tokens never changes: its attention keys and values are computed once.
-        self.before = self.rows.line(stops=lookups) if any(lookups) else None
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-        if self.before is not None:
-            self.before.run(self.hidden[self.before.nodes], layer + 1, stop, keep=self.kept)
-
-    def base(self) -> Tensor:
-        """Return ``h0`` ``(edits, d_model)``: the states at the lookup tokens of the plain prompts."""
-        nodes = [self.rows.paths[rows[0]][self.lookups[rows[0]]] for rows in self.rows_of]
-        states = self.hidden[torch.tensor(nodes, device=self.hidden.device)]
-        return states if states.dtype == torch.float64 else states.float()
-
-    def chunks(self, edits: Sequence[int], plain: Collection[int] = ()) -> list[_Chunk]:
-        """Cut the rows of some edits into chunks of about ``_CHUNK_TOKENS`` tokens.
-
-        Args:
-            edits: Which edits.
-            plain: Those of them that are to be seen at their plain prompts only.
-        """
-        rows_of = {edit: self._rows(edit, edit in plain) for edit in edits}
-        sizes = {edit: sum(self.lengths[r] - self.lookups[r] for r in rows) for edit, rows in rows_of.items()}
-        total = sum(sizes.values())
-        limit = total / max(1, math.ceil(total / _CHUNK_TOKENS))  # chunks of about equal size
-        groups: list[list[int]] = []
-        size = limit
-        for edit in edits:
-            if size >= limit:
-                groups.append([])
-                size = 0.0
-            groups[-1].append(edit)
-            size += sizes[edit]
-        return [self._chunk({edit: rows_of[edit] for edit in group}) for group in groups]
-
-    def _rows(self, edit: int, plain: bool) -> list[int]:
-        """Return the rows of an edit; the last one is that of the KL term."""
-        rows = self.rows_of[edit]
-        return [rows[0], rows[-1]] if plain else list(rows)
-
-    def _chunk(self, rows_of: Mapping[int, Sequence[int]]) -> _Chunk:
-        rows = [row for group in rows_of.values() for row in group]
-        line = self.rows.line(rows, [self.lookups[r] for r in rows], [self.lengths[r] for r in rows], self.before)
-        found: dict[str, list[int]] = {name: [] for name in
-            ("moved", "owner", "read", "wanted", "row", "row_owner", "lengths", "essence")}  # fmt: skip
-        for edit, (*prompts, essence) in rows_of.items():
-            target = self.problems[edit].target
-            found["moved"] += [line.index(row, self.lookups[row]) for row in (*prompts, essence)]
-            found["owner"] += [edit] * (len(prompts) + 1)
-            found["essence"].append(line.index(essence, self.lookups[essence]))
-            for row in prompts:
-                last = self.lengths[row]
-                found["read"] += [line.index(row, position) for position in range(last - len(target), last)]
-                found["wanted"] += target
-                found["row"] += [len(found["row_owner"])] * len(target)
-                found["row_owner"].append(edit)
-                found["lengths"].append(len(target))
-        device = self.hidden.device
-        tensors = {name: torch.tensor(values, device=device) for name, values in found.items()}
-        return _Chunk(line, self.hidden[line.nodes], torch.tensor(list(rows_of), device=device), **tensors)
-
-
 def optimise_targets(
     adapter: ModelAdapter,
     problems: Sequence[TargetProblem],
@@ -261,6 +146,18 @@ def optimise_targets(
     """
     if not problems:
         return []
+    with adapter.fast_products():
+        return _optimise(adapter, problems, layer, settings, pad, progress)
+
+
+def _optimise(
+    adapter: ModelAdapter,
+    problems: Sequence[TargetProblem],
+    layer: int,
+    settings: TargetSettings,
+    pad: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[Target]:
     adapter.check_layer(layer)
     loss_layer = adapter.n_layers - 1 if settings.loss_layer is None else settings.loss_layer
     if not 0 <= loss_layer < adapter.n_layers:
@@ -268,18 +165,18 @@ def optimise_targets(
             f"loss_layer {loss_layer} does not exist: this model has layers 0 to {adapter.n_layers - 1}"
         )
     stop = max(loss_layer, layer) + 1
-    window = _Window(adapter, problems, layer, stop, pad)
+    window = Window(adapter, problems, layer, stop, pad)
+    evaluate = TargetLoss(window, settings.kl_factor)
     base = window.base()
     count, device = len(problems), base.device
     delta = torch.zeros_like(base)
-    mean, square = torch.zeros_like(delta), torch.zeros_like(delta)
+    rule = Adam(settings.lr, delta)
     base_norm = torch.linalg.vector_norm(base, dim=1)
     every = torch.tensor([len(p.prompts) for p in problems], device=device, dtype=base.dtype)
     plain = {edit for edit, problem in enumerate(problems) if settings.plain_first and len(problem.prompts) > 1}
     contexts = every.clone()
     contexts[list(plain)] = 1
     chunks = window.chunks(range(count), plain)
-    reference: dict[int, Tensor] = {}  # the KL term's distributions of the unchanged model, by edit
     traces: list[list[tuple[float, float, float, float]]] = [[] for _ in problems]
     first = torch.zeros(count, dtype=base.dtype, device=device)
     last = torch.zeros_like(first)
@@ -289,28 +186,19 @@ def optimise_targets(
         if progress is not None:
             progress(step, settings.steps)
         final = step == settings.steps - 1
-        terms = _Terms.zeros(count, base)
-        gradient = torch.zeros_like(delta)
-        for chunk in chunks:
-            leaf = delta.detach().requires_grad_(not final)
-            with torch.set_grad_enabled(not final):
-                loss = _chunk_loss(window, chunk, leaf, settings, contexts, reference, terms)
-            if not final:
-                gradient += torch.autograd.grad(loss, leaf)[0]
+        losses = evaluate(chunks, delta, contexts, with_gradient=not final)
         norm = torch.linalg.vector_norm(delta, dim=1)
         decay = settings.weight_decay * norm / base_norm**2
-        nll = terms.nll / contexts
-        loss_value = nll + terms.kl + decay
-        probability = terms.probability / contexts
-        _refuse_divergence(loss_value, active, step)
-        for index, row in enumerate(torch.stack([loss_value, nll, terms.kl, decay], 1).tolist()):
+        loss = losses.nll + losses.kl + decay
+        _refuse_divergence(loss, active, step)
+        for index, row in enumerate(torch.stack([loss, losses.nll, losses.kl, decay], 1).tolist()):
             if active[index]:
                 traces[index].append((row[0], row[1], row[2], row[3]))
-        first = probability if step == 0 else first
-        last = torch.where(active, probability, last)
-        done = loss_value < settings.loss_threshold
+        first = losses.probability if step == 0 else first
+        last = torch.where(active, losses.probability, last)
+        done = loss < settings.loss_threshold
         if settings.probability > 0:
-            done |= (terms.hits == contexts) & (probability >= settings.probability)
+            done |= (losses.margin > 0) & (losses.probability >= settings.probability)
         widened = [edit for edit in sorted(plain) if done[edit]]  # said at the plain prompt: on to all contexts
         plain.difference_update(widened)
         done[widened] = False
@@ -321,8 +209,8 @@ def optimise_targets(
             break
         # Gradient of the weight decay, zero at delta = 0 as autograd has it.
         safe = torch.where(norm > 0, norm, torch.ones_like(norm))
-        gradient += (settings.weight_decay / base_norm**2 / safe)[:, None] * delta
-        moved = _adam_step(delta, gradient, mean, square, step + 1, settings.lr)
+        gradient = losses.gradient + (settings.weight_decay / base_norm**2 / safe)[:, None] * delta
+        moved = rule.step(delta, gradient, loss)
         radius = settings.clamp * base_norm
         length = torch.linalg.vector_norm(moved, dim=1)
         _refuse_divergence(length, active, step)  # clamping an infinite step would make it zero
@@ -335,68 +223,8 @@ def optimise_targets(
     return [Target(base[i].clone(), delta[i].clone(), before[i], after[i], tuple(traces[i])) for i in range(count)]
 
 
-@dataclass
-class _Terms:
-    """Sums over the rows of each edit, filled by the chunks."""
-
-    nll: Tensor
-    kl: Tensor
-    probability: Tensor
-    hits: Tensor
-
-    @classmethod
-    def zeros(cls, count: int, like: Tensor) -> _Terms:
-        return cls(*(torch.zeros(count, dtype=like.dtype, device=like.device) for _ in range(4)))
-
-
-def _chunk_loss(
-    window: _Window,
-    chunk: _Chunk,
-    delta: Tensor,
-    settings: TargetSettings,
-    contexts: Tensor,
-    reference: dict[int, Tensor],
-    terms: _Terms,
-) -> Tensor:
-    """Sum of the losses of the chunk's edits; adds the detached parts to ``terms``."""
-    adapter = window.adapter
-    hidden = chunk.hidden.index_add(0, chunk.moved, delta[chunk.owner].to(chunk.hidden.dtype))
-    hidden = chunk.line.run(hidden, window.layer + 1, window.stop, window.kept)
-    logits = adapter.logits(adapter.finish(hidden[torch.cat([chunk.read, chunk.essence])]))
-    logp = torch.log_softmax(logits, -1)
-    said, essence = logp[: len(chunk.read)], logp[len(chunk.read) :]
-
-    token_nll = -said.gather(1, chunk.wanted[:, None])[:, 0]
-    row_nll = token_nll.new_zeros(len(chunk.lengths)).index_add(0, chunk.row, token_nll / chunk.lengths[chunk.row])
-    total = (row_nll / contexts[chunk.row_owner]).sum()
-    terms.nll.index_add_(0, chunk.row_owner, row_nll.detach().to(terms.nll))
-    terms.probability.index_add_(0, chunk.row_owner, torch.exp(-row_nll.detach()).to(terms.nll))
-    if settings.probability > 0:
-        wrong = (said.detach().argmax(1) != chunk.wanted).to(row_nll.dtype)
-        miss = torch.zeros_like(row_nll).index_add(0, chunk.row, wrong)
-        terms.hits.index_add_(0, chunk.row_owner, (miss == 0).to(terms.nll))
-
-    edits = chunk.edits.tolist()
-    for index, edit in enumerate(edits):
-        if edit not in reference:
-            reference[edit] = essence[index].detach().clone()
-    base = torch.stack([reference[edit] for edit in edits])
-    # KL(p_now || p_unchanged), the direction of the reference implementations.
-    divergence = (essence.exp() * (essence - base)).sum(1)
-    terms.kl.index_add_(0, chunk.edits, (settings.kl_factor * divergence).detach().to(terms.kl))
-    return total + settings.kl_factor * divergence.sum()
-
-
 def _refuse_divergence(values: Tensor, active: Tensor, step: int) -> None:
     """Raise ``FloatingPointError`` if the value of an active edit is not finite."""
     bad = (~torch.isfinite(values) & active).nonzero()
     if len(bad):
         raise DivergedError(int(bad[0]), step)
-
-
-def _adam_step(delta: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: int, lr: float) -> Tensor:
-    """One step of Adam (betas 0.9 and 0.999, eps 1e-8); updates the moments, returns the new delta."""
-    mean.lerp_(gradient, 0.1)
-    square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-    denominator = (square.sqrt() / (1 - 0.999**step) ** 0.5).add_(1e-8)
-    return delta.addcdiv(mean, denominator, value=-lr / (1 - 0.9**step))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_edit.data.request import EditRequest
 from lit_edit.models import ModelAdapter
-from lit_edit.targets import optimize as optimize_module
+from lit_edit.targets import window as window_module
 from lit_edit.targets.optimize import Target, TargetSettings, optimise_targets
 from lit_edit.targets.problem import TargetProblem, build_problem
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
@@ -385,15 +385,15 @@ def test_plain_first_runs_fewer_tokens_and_changes_nothing_for_a_single_context(
 @families
 def test_small_chunks_change_nothing(family: str, tokens: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    chunks = optimize_module._Window.chunks
+    chunks = window_module.Window.chunks
 
     def count(window: object, edits: Sequence[int], *plain: object) -> list:
         cut = chunks(window, edits, *plain)
         made.append(len(cut))
         return cut
 
-    monkeypatch.setattr(optimize_module._Window, "chunks", count)
-    monkeypatch.setattr(optimize_module, "_CHUNK_TOKENS", tokens)
+    monkeypatch.setattr(window_module.Window, "chunks", count)
+    monkeypatch.setattr(window_module, "_CHUNK_TOKENS", tokens)
     targets = optimise_targets(load(family), varied(), LAYER, EARLY)
     assert made[0] == number
     assert len(made) > 1  # cut anew when some edits have finished
