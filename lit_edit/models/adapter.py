@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.models.families import SPECS
-from lit_edit.models.products import Products, choose_kernel, use_kernel
+from lit_edit.models.products import Products, bfloat16_pays, choose_kernel, use_kernel
 from lit_edit.models.spec import ArchSpec
 
 CACHE_NAMES = ("past_key_values", "layer_past")
@@ -104,6 +104,8 @@ class ModelAdapter:
     ) -> None:
         self.model = model
         self.products = products
+        self.rounded_to: torch.dtype | None = None
+        self.head_weight: Tensor | None = None
         self.spec = spec or find_spec(model)
         self.weights = dict(weights or {})
         self.layers = list(self._module(self.spec.layers))
@@ -238,6 +240,28 @@ class ModelAdapter:
         view.weights = {**self.weights, **weights}
         return view
 
+    def rounded(self, dtype: torch.dtype, start: int) -> ModelAdapter:
+        """Return a view that multiplies in a shorter type from some layer on: faster, and no longer exact.
+
+        The matrices of those layers and of the head are rounded once; norms, sums and the residual stream stay as they
+        are.
+
+        Args:
+            dtype: Type of the products.
+            start: The first layer whose matrices are rounded.
+        """
+        prefixes = tuple(f"{self.spec.layers}.{layer}." for layer in range(start, self.n_layers))
+        matrices = {name: p for name, p in self.model.named_parameters() if name.startswith(prefixes) and p.dim() == 2}
+        view = self.with_weights({name: self.weights.get(name, p).detach().to(dtype) for name, p in matrices.items()})
+        view.rounded_to, view.head_weight = dtype, self.head.weight.detach().to(dtype)
+        return view
+
+    def bfloat16_pays(self) -> bool:
+        """Tell whether this device multiplies in bfloat16 clearly faster than in float32."""
+        if self.device.type == "cpu":
+            return bfloat16_pays(torch.get_num_threads())
+        return self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+
     def _module(self, path: str) -> Any:
         try:
             return self.model.get_submodule(path)
@@ -256,7 +280,12 @@ class ModelAdapter:
     # ---- forward passes -----------------------------------------------------------------------------------------
 
     def fast_products(self) -> AbstractContextManager[None]:
-        """Return a context in which float32 matrices are multiplied by the fastest kernel that is float32-exact."""
+        """Return a context in which matrices are multiplied as this view wants it.
+
+        By default by the fastest kernel that is exact in float32; in a view that is :meth:`rounded`, in its type.
+        """
+        if self.rounded_to is not None:
+            return torch.autocast(self.device.type, self.rounded_to)
         if self.device.type != "cpu" or self.dtype != torch.float32:
             return nullcontext()
         return use_kernel(choose_kernel(torch.get_num_threads()) if self.products == "auto" else self.products)
@@ -418,7 +447,10 @@ class ModelAdapter:
 
     def logits(self, normalised: Tensor) -> Tensor:
         """Apply the head to :meth:`finish`-ed states ``(..., d_head)``; returns ``(..., vocab)``, at least float32."""
-        logits = self.head(normalised)
+        if self.head_weight is None:
+            logits = self.head(normalised)
+        else:
+            logits = functional_call(self.head, {"weight": self.head_weight}, (normalised,))
         cap = getattr(self.model.config, self.spec.logit_softcap, None) if self.spec.logit_softcap else None
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)

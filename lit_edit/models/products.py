@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -43,6 +43,9 @@ class KernelMeasurement:
     error: float
 
 
+Measured = Mapping[str, KernelMeasurement]
+
+
 @contextmanager
 def use_kernel(kernel: Kernel) -> Iterator[None]:
     """Multiply float32 matrices with a kernel, inside this context.
@@ -66,29 +69,30 @@ def _is_default() -> bool:
         return False
 
 
-def measure_kernels(tokens: int = 512, d_in: int = 576, d_out: int = 1536, tries: int = 8) -> dict[str, Any]:
+def measure_kernels(tokens: int = 512, d_in: int = 576, d_out: int = 1536, tries: int = 8) -> Measured:
     """Time each kernel on one product of the size that target optimisation makes; takes a few hundredths of a second.
 
     Returns:
-        By kernel, a :class:`KernelMeasurement`.
+        By kernel; ``bfloat16`` is the product in that type.
     """
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(n, d_in, generator=generator) for n in (tokens, d_out))
     exact = left[:64].double() @ right.double().T
     measured = {}
-    for kernel in get_args(Kernel):
-        with use_kernel(kernel):
+    for name in ("torch", "onednn", "bfloat16"):
+        pair = (left.bfloat16(), right.bfloat16()) if name == "bfloat16" else (left, right)
+        with use_kernel("onednn" if name == "onednn" else "torch"):
             best = float("inf")
             for _ in range(tries):
                 start = perf_counter()
-                product = torch.nn.functional.linear(left, right)
+                product = torch.nn.functional.linear(*pair)
                 best = min(best, perf_counter() - start)
         error = float((product[:64].double() - exact).norm() / exact.norm())
-        measured[kernel] = KernelMeasurement(2 * tokens * d_in * d_out / best, error)
+        measured[name] = KernelMeasurement(2 * tokens * d_in * d_out / best, error)
     return measured
 
 
-def fastest_accurate(measured: dict[str, KernelMeasurement]) -> Kernel:
+def fastest_accurate(measured: Measured) -> Kernel:
     """Return the kernel to use: the default unless another one is clearly faster and as accurate as float32 is.
 
     Example:
@@ -103,31 +107,39 @@ def fastest_accurate(measured: dict[str, KernelMeasurement]) -> Kernel:
     return "onednn" if accurate and other.rate > _WORTH * default.rate else "torch"
 
 
+def choose_kernel(threads: int) -> Kernel:
+    """Return the kernel for float32 on this machine, with so many threads."""
+    return fastest_accurate(kept_measurement(threads, cache_dir() / "products.json"))
+
+
+def bfloat16_pays(threads: int) -> bool:
+    """Tell whether products in bfloat16 are clearly faster on this machine than any exact one."""
+    measured = kept_measurement(threads, cache_dir() / "products.json")
+    return measured["bfloat16"].rate > _WORTH * max(measured["torch"].rate, measured["onednn"].rate)
+
+
 @cache
-def choose_kernel(threads: int, cache_file: Path | None = None) -> Kernel:
-    """Return the kernel for this machine, measured once and kept in the cache (``products.json``).
+def kept_measurement(threads: int, file: Path) -> Measured:
+    """Return what was measured on this machine, from a file where possible.
+
+    Runs that share the file make the same choice and so the same round-off.
 
     Args:
         threads: How many threads PyTorch uses.
-        cache_file: Where to keep the measurement.
+        file: JSON; a damaged one is written anew, one that cannot be written is done without.
     """
-    file = cache_file or cache_dir() / "products.json"
     machine = f"{_processor()}, torch {torch.__version__}, {threads} threads"
     kept: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError):
         kept = dict(json.loads(file.read_text(encoding="utf-8")))
-    with suppress(KeyError, TypeError):
-        if kept[machine]["kernel"] in get_args(Kernel):
-            kernel: Kernel = kept[machine]["kernel"]
-            return kernel
-    if not torch.backends.mkldnn.is_available():
-        return "torch"
+    with suppress(KeyError, TypeError, AttributeError):
+        names = ("torch", "onednn", "bfloat16")
+        return {name: KernelMeasurement(**{k: float(v) for k, v in kept[machine][name].items()}) for name in names}
     measured = measure_kernels()
-    kernel = fastest_accurate(measured)
-    kept[machine] = {"kernel": kernel} | {name: vars(value) for name, value in measured.items()}
-    with suppress(OSError):  # a cache that cannot be written costs the measurement, not the run
+    kept[machine] = {name: vars(value) for name, value in measured.items()}
+    with suppress(OSError):
         write_json(file, kept)
-    return kernel
+    return measured
 
 
 def _processor() -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.targets.window import Chunk, Window
 
-_HEAD_ROWS = 192
+_HEAD_ROWS = 64
 """States that the head sees at a time: its logits are by far the largest tensors of a step."""
 
 
@@ -62,8 +62,9 @@ class TargetLoss:
         """
         zeros = torch.zeros(len(delta), dtype=delta.dtype, device=delta.device)
         losses = Losses(zeros, zeros.clone(), zeros.clone(), torch.full_like(zeros, math.inf), torch.zeros_like(delta))
-        for chunk in chunks:
-            self._add(chunk, delta, contexts, with_gradient, losses)
+        with self.window.adapter.fast_products():
+            for chunk in chunks:
+                self._add(chunk, delta, contexts, with_gradient, losses)
         losses.nll /= contexts
         losses.probability /= contexts
         return losses
@@ -73,7 +74,7 @@ class TargetLoss:
         leaf = delta.detach().requires_grad_(with_gradient)
         with torch.set_grad_enabled(with_gradient):
             hidden = chunk.hidden.index_add(0, chunk.moved, leaf[chunk.owner].to(chunk.hidden.dtype))
-            hidden = chunk.line.run(hidden, window.layer + 1, window.stop, window.kept)
+            hidden = chunk.line.run(hidden, window.layer + 1, window.stop, window.kept, adapter=window.adapter)
             states = window.adapter.finish(hidden[torch.cat([chunk.read, chunk.essence])])
         known = all(edit in self.reference for edit in edits)
         base = torch.stack([self.reference[edit] for edit in edits]) if known else None

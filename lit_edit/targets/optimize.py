@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.targets.losses import TargetLoss
 from lit_edit.targets.problem import TargetProblem
-from lit_edit.targets.steps import Adam
+from lit_edit.targets.steps import Adam, Polyak, StepRule
 from lit_edit.targets.window import Window
 
 
@@ -54,6 +54,14 @@ class TargetSettings:
             probability reaches this; 0 stops by the loss alone.
         plain_first: Fit on the plain prompt alone until that would stop, and only then in all contexts. Most steps then
             cost a fraction, and the result is another one: not for comparison with published numbers.
+        rule: ``adam``, as published, or ``polyak`` (:class:`lit_edit.targets.steps.Polyak`): half the steps, a shorter
+            vector, another result.
+        trust: With ``polyak``, no step is longer than this share of ``|h0|``.
+        margin: By how many nats each target token must lead all others before an edit stops; with ``probability`` 0 it
+            stops then.
+        precision: Type of the matrix products in the layers above. ``bfloat16`` is faster on processors that have it;
+            states, norms, sums and losses stay as they are, and so do statistics, keys and the solve. ``fastest`` takes
+            it where a short measurement says that it pays.
     """
 
     steps: int = 25
@@ -65,14 +73,21 @@ class TargetSettings:
     loss_layer: int | None = None
     probability: float = 0.0
     plain_first: bool = False
+    rule: Literal["adam", "polyak"] = "adam"
+    trust: float = 0.3
+    margin: float = 0.0
+    precision: Literal["float32", "bfloat16", "fastest"] = "float32"
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("lr", 0), ("weight_decay", 0), ("clamp", 0), ("kl_factor", 0)):
-            value = getattr(self, name)
-            if not value >= low or (name in ("lr", "clamp") and value <= 0):
-                raise ValueError(
-                    f"{name} must be {'positive' if name in ('lr', 'clamp') else f'at least {low}'}, got {value}"
-                )
+        for name, low in (("steps", 1), ("weight_decay", 0), ("kl_factor", 0), ("margin", 0)):
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        for name in ("lr", "clamp", "trust"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name, known in (("rule", ("adam", "polyak")), ("precision", ("float32", "bfloat16", "fastest"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
         if not math.isfinite(self.loss_threshold):
             raise ValueError(f"loss_threshold must be finite, got {self.loss_threshold}")
         if not 0.0 <= self.probability < 1.0:
@@ -166,12 +181,14 @@ def _optimise(
         )
     stop = max(loss_layer, layer) + 1
     window = Window(adapter, problems, layer, stop, pad)
+    if settings.precision == "bfloat16" or (settings.precision == "fastest" and adapter.bfloat16_pays()):
+        window.adapter = adapter.rounded(torch.bfloat16, layer + 1)
     evaluate = TargetLoss(window, settings.kl_factor)
     base = window.base()
     count, device = len(problems), base.device
     delta = torch.zeros_like(base)
-    rule = Adam(settings.lr, delta)
     base_norm = torch.linalg.vector_norm(base, dim=1)
+    rule: StepRule = Polyak(settings.trust, base_norm, delta) if settings.rule == "polyak" else Adam(settings.lr, delta)
     every = torch.tensor([len(p.prompts) for p in problems], device=device, dtype=base.dtype)
     plain = {edit for edit, problem in enumerate(problems) if settings.plain_first and len(problem.prompts) > 1}
     contexts = every.clone()
@@ -197,8 +214,8 @@ def _optimise(
         first = losses.probability if step == 0 else first
         last = torch.where(active, losses.probability, last)
         done = loss < settings.loss_threshold
-        if settings.probability > 0:
-            done |= (losses.margin > 0) & (losses.probability >= settings.probability)
+        if settings.probability > 0 or settings.margin > 0:
+            done |= (losses.margin > settings.margin) & (losses.probability >= settings.probability)
         widened = [edit for edit in sorted(plain) if done[edit]]  # said at the plain prompt: on to all contexts
         plain.difference_update(widened)
         done[widened] = False

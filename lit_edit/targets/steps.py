@@ -22,6 +22,40 @@ class StepRule(Protocol):
         ...
 
 
+class Polyak:
+    r"""Steps as long as a linear loss would need to reach zero, never longer than a share of the state.
+
+    The least value of this loss is known: a target that is said has none. Polyak's step length (Introduction to
+    Optimization, 1987, section 5.3) needs nothing else, no learning rate and no second evaluation:
+
+    .. math:: \delta \leftarrow \delta - \min\Big(\frac{L}{g^\top p}, \frac{\rho |h_0|}{|p|}\Big) p,
+              \qquad p = g / \sqrt[4]{v},
+
+    with :math:`v` the running mean of :math:`g^2` (decay 0.9, corrected for its start), coordinate by coordinate: half
+    way between the gradient and Adam's direction. Less than half of Adam's evaluations, and shorter vectors, at equal
+    quality; what else was tried is in docs/performance.md.
+
+    Args:
+        trust: :math:`\rho`.
+        radius: ``(edits,)``, :math:`|h_0|`.
+        like: ``(edits, d_model)``, gives shape and type.
+    """
+
+    def __init__(self, trust: float, radius: Tensor, like: Tensor) -> None:
+        self.longest, self.count = trust * radius, 0
+        self.square = torch.zeros_like(like)
+
+    def step(self, delta: Tensor, gradient: Tensor, loss: Tensor) -> Tensor:
+        """Return ``delta`` moved by one step."""
+        self.count += 1
+        self.square.mul_(0.9).addcmul_(gradient, gradient, value=0.1)
+        direction = gradient / (self.square / (1 - 0.9**self.count)).pow(0.25).add_(1e-12)
+        slope = (gradient * direction).sum(1)
+        length = torch.minimum(loss / slope, self.longest / torch.linalg.vector_norm(direction, dim=1))
+        # A gradient of zero leaves everything where it is.
+        return delta - torch.where(slope > 0, length, torch.zeros_like(length))[:, None] * direction
+
+
 class Adam:
     """Adam (betas 0.9 and 0.999, eps 1e-8), as published.
 
