@@ -20,6 +20,7 @@ from lit_edit.errors import ArgumentError
 from lit_edit.ledger import EditLedger, LayerUpdate, LedgerEntry
 from lit_edit.models.presets import edit_layers
 from lit_edit.solvers.ridge import RidgeSolver, RidgeStep
+from lit_edit.solvers.storage import SolverStorage
 from lit_edit.targets.contexts import STARTS, Templates, check_templates, group_weights, sample_templates
 from lit_edit.targets.optimize import DivergedError, Target, TargetSettings, optimise_targets
 from lit_edit.targets.problem import build_problem
@@ -60,6 +61,7 @@ class ClosedFormEditor(Editor):
         context_count: How many texts to sample, one to five; the time of an edit goes with it.
         seed: Seeds the sampled contexts.
         ridge: Added to the diagonal of the second moment, relative to its mean.
+        storage: Type and place of the solver's matrices, for layers too large for the memory at hand.
 
     Attributes:
         on_original: Targets and residuals are measured on the original weights (else on the current ones).
@@ -80,6 +82,7 @@ class ClosedFormEditor(Editor):
         context_count: int = 5,
         seed: int = 0,
         ridge: float = 0.0,
+        storage: SolverStorage = SolverStorage(),  # noqa: B008 - frozen
     ) -> None:
         if layers is not None and (len(layers) == 0 or list(layers) != sorted(set(layers)) or min(layers) < 0):
             raise ValueError(f"layers must be ascending, different and not negative, got {list(layers)}")
@@ -101,6 +104,7 @@ class ClosedFormEditor(Editor):
         self.context_count = context_count
         self.seed = seed
         self.ridge = ridge
+        self.storage = storage
         self.solvers: dict[int, RidgeSolver] = {}
         self.templates: Templates = ()
         self.targets: dict[str, tuple[str, Target]] = {}  # by id: what was asked for, and its target
@@ -143,10 +147,11 @@ class ClosedFormEditor(Editor):
             moments = statistics.compute(original, tokenizer, ledger.layers, progress)
         self.solvers = {}
         for layer in ledger.layers:
-            prior = self.covariance_weight * moments[layer].double()
+            prior = self.covariance_weight * self.storage.place(moments.pop(layer)).double()
             if self.ridge:
-                prior = prior + self.ridge * prior.diagonal().mean() * torch.eye(len(prior)).to(prior)
-            self.solvers[layer] = RidgeSolver(prior, ledger.adapter.shape(layer)[0], memory=self.memory)
+                prior.diagonal().add_(self.ridge * prior.diagonal().mean())
+            d_out = ledger.adapter.shape(layer)[0]
+            self.solvers[layer] = RidgeSolver(prior, d_out, memory=self.memory, storage=self.storage)
         self.targets.clear()
         self._key_rows = None
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_edit.errors import ArgumentError
 from lit_edit.solvers.functional import check_facts, inverse_spd, ridge_gain
+from lit_edit.solvers.storage import SolverStorage
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ class RidgeSolver:
             forgets its earlier keys.
         fold_every: Facts kept as columns.
         drift_bound: Factorise anew when ``|P (prior + G) x - x| / |x|`` exceeds this for a probe ``x``; measured at
-            each fold.
+            each fold. By default 1e-8, or 1e-3 with ``P`` in float32.
+        storage: Type and place of the matrices.
 
     Raises:
         ValueError: If the prior is not square, not finite or not positive definite.
@@ -64,7 +66,13 @@ class RidgeSolver:
     """
 
     def __init__(
-        self, prior: Tensor, d_out: int, memory: bool = True, fold_every: int = 64, drift_bound: float = 1e-8
+        self,
+        prior: Tensor,
+        d_out: int,
+        memory: bool = True,
+        fold_every: int = 64,
+        drift_bound: float | None = None,
+        storage: SolverStorage = SolverStorage(),  # noqa: B008 - frozen
     ) -> None:
         if prior.dim() != 2 or prior.shape[0] != prior.shape[1]:
             raise ValueError(f"prior must be square (d_in, d_in), got {tuple(prior.shape)}")
@@ -74,10 +82,11 @@ class RidgeSolver:
             )
         if fold_every < 1:
             raise ValueError(f"fold_every must be at least 1, got {fold_every}")
-        self.memory, self.fold_every, self.drift_bound = memory, fold_every, drift_bound
+        self.memory, self.fold_every, self.storage = memory, fold_every, storage
+        self.drift_bound = drift_bound or (1e-8 if storage.inverse == "float64" else 1e-3)
         self.d_in, self.d_out = prior.shape[0], d_out
-        self._prior = prior.to(torch.float64, copy=True)
-        self._inverse = inverse_spd(self._prior)
+        self._prior = storage.keep(storage.place(prior).to(torch.float64, copy=True))
+        self._inverse = inverse_spd(self._prior).to(storage.inverse_dtype)
         self._gram: Tensor | None = None  # of the folded facts; none yet
         self._cross: Tensor | None = None
         self._columns = [self._prior.new_empty(n, 0) for n in (self.d_in, d_out, self.d_in)]
@@ -105,7 +114,7 @@ class RidgeSolver:
         if not self.memory:
             return self._inverse
         factor = self._columns[2]
-        return torch.addmm(self._inverse, factor, factor.T, alpha=-1.0)
+        return torch.addmm(self._inverse.double(), factor, factor.T, alpha=-1.0)
 
     def preview(self, keys: Tensor, residuals: Tensor) -> RidgeStep:
         """Solve with a further block of facts, without changing the state.
@@ -119,12 +128,16 @@ class RidgeSolver:
         """
         check_facts(keys, residuals, self.d_in, self.d_out)
         keys, residuals = keys.to(self._prior), residuals.to(self._prior)
-        projected = self._inverse @ keys
+        projected = self._project(keys)
         if self.memory and self._columns[2].shape[1]:
             projected -= self._columns[2] @ (self._columns[2].T @ keys)
         gain, factor = ridge_gain(projected, keys)
         missing = residuals - self.delta @ keys if self.memory else residuals
         return RidgeStep(torch.addmm(self.delta, missing, gain.T), keys, residuals, factor)
+
+    def _project(self, keys: Tensor) -> Tensor:
+        """Return ``P0 K``, float64, with what is folded into ``P0``."""
+        return (self._inverse @ keys.to(self._inverse.dtype)).double()
 
     def absorb(self, step: RidgeStep) -> None:
         """Take a previewed block into the state."""
@@ -143,8 +156,9 @@ class RidgeSolver:
         self._cross.addmm_(residuals, keys.T)
         if self.memory:
             if self._gram is None:
-                self._gram = torch.zeros_like(self._prior)
+                self._gram = self.storage.keep(torch.zeros_like(self._prior))
             self._gram.addmm_(keys, keys.T)
+            factor = factor.to(self._inverse.dtype)
             self._inverse.addmm_(factor, factor.T, alpha=-1.0)
         self._columns = [column[:, :0] for column in self._columns]
         if self.memory and not self.drift() <= self.drift_bound:
@@ -172,7 +186,7 @@ class RidgeSolver:
             image += self._gram @ probe
         if self.memory:
             image += keys @ (keys.T @ probe)
-        back = self._inverse @ image
+        back = self._project(image)
         if self.memory:
             back -= factor @ (factor.T @ image)
         return float(torch.linalg.vector_norm(back - probe) / torch.linalg.vector_norm(probe))
@@ -182,10 +196,11 @@ class RidgeSolver:
         if not self.memory:
             return
         gram, cross = self.gram, self.cross
-        self._inverse = inverse_spd(self._prior + gram)
-        self._gram, self._cross = gram, cross
+        inverse = inverse_spd(self._prior + gram)
+        self._inverse = inverse.to(self.storage.inverse_dtype)
+        self._gram, self._cross = self.storage.keep(gram), cross
         self._columns = [column[:, :0] for column in self._columns]
-        self.delta = cross @ self._inverse
+        self.delta = cross @ inverse
         self.refactorisations += 1
 
     def state_dict(self) -> dict[str, Tensor | int]:
@@ -227,10 +242,12 @@ class RidgeSolver:
                 raise ValueError(f"the checkpoint's {name} does not fit a layer of {wide}")
             loaded[name] = value.to(self._prior, copy=True)
         inverse = loaded["inverse"] if "inverse" in loaded else inverse_spd(self._prior)
+        inverse = inverse.to(self.storage.inverse_dtype)
         self.blocks, self.refactorisations = int(state["blocks"]), int(state["refactorisations"])
         self.delta, self._inverse = loaded["delta"], inverse
         self._columns = [loaded[name] for name in _COLUMNS]
-        self._cross, self._gram = loaded.get("cross"), loaded.get("gram")
+        self._cross = loaded.get("cross")
+        self._gram = self.storage.keep(loaded["gram"]) if "gram" in loaded else None
 
 
 _COLUMNS = ("keys", "residuals", "factor")

@@ -137,18 +137,41 @@ def accumulate(
             with adapter.fast_products():
                 keys_of = adapter.read_keys(ids, mask, layers)
             for layer, keys in keys_of.items():
-                vectors = keys[counted].double()  # (tokens, d_in)
-                sums[layer].addmm_(vectors.T.cpu(), vectors.cpu())
+                add_gram(sums[layer], keys[counted].double().cpu())
             count += int(counted.sum())
         index += 1
         _save_partial(partial, sums, count, index)
     if progress is not None:
         progress(budget, budget)
-    moments = {layer: (total + total.T) / (2 * count) for layer, total in sums.items()}
+    moments = {layer: (total.triu() + total.triu(1).T) / count for layer, total in sums.items()}
     for layer, moment in moments.items():
         _save_moment(folder / f"layer{layer}.safetensors", moment, count)
     partial.unlink(missing_ok=True)
     return moments
+
+
+def add_gram(total: Tensor, vectors: Tensor, block: int = 256) -> None:
+    """Add ``vectors^T vectors`` to the upper triangle of ``total``; what is below the diagonal is without meaning.
+
+    By blocks of columns, so that little more than half of a full product is computed (a symmetric rank-k update, which
+    PyTorch does not offer).
+
+    Args:
+        total: ``(d_in, d_in)``, changed.
+        vectors: ``(n, d_in)``.
+        block: Columns at a time.
+
+    Example:
+        >>> total = torch.zeros(3, 3)
+        >>> add_gram(total, torch.tensor([[1.0, 2.0, 3.0]]), block=2)
+        >>> total.triu()
+        tensor([[1., 2., 3.],
+                [0., 4., 6.],
+                [0., 0., 9.]])
+    """
+    for first in range(0, len(total), block):
+        columns = slice(first, first + block)
+        total[columns, first:].addmm_(vectors[:, columns].T, vectors[:, first:])
 
 
 def weights_hash(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> str:

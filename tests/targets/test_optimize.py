@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_edit.data.request import EditRequest
 from lit_edit.models import ModelAdapter
+from lit_edit.targets import losses as losses_module
 from lit_edit.targets import window as window_module
 from lit_edit.targets.optimize import Target, TargetSettings, optimise_targets
 from lit_edit.targets.problem import TargetProblem, build_problem
@@ -480,3 +482,91 @@ def test_loss_layer_out_of_range_is_refused(loss_layer: int) -> None:
 def test_loss_layer_below_the_edited_layer_reads_the_edited_one() -> None:
     low, same = (fit("gpt2", [0], TargetSettings(steps=4, loss_layer=layer))[0] for layer in (0, LAYER))
     torch.testing.assert_close(low.delta, same.delta, rtol=0, atol=0)
+
+
+# ---- faster, and not the published way -------------------------------------------------------------------------------
+
+
+def _said(family: str, settings: TargetSettings) -> tuple[list[Target], float]:
+    targets = fit(family, EASY, settings)
+    return targets, sum(len(target.trace) for target in targets) / len(targets)
+
+
+@families
+def test_polyak_gets_there_in_fewer_steps(family: str) -> None:
+    adam, by_adam = _said(family, TargetSettings(steps=60, probability=0.3, loss_threshold=-1.0))
+    targets, by_polyak = _said(family, TargetSettings(steps=60, probability=0.3, loss_threshold=-1.0, rule="polyak"))
+    assert all(target.probability >= 0.3 for target in (*adam, *targets))
+    assert by_polyak < by_adam
+    for target in targets:
+        assert target.delta.norm() <= 4.0 * target.base.norm() * (1 + 1e-9)
+
+
+@families
+def test_polyak_does_not_depend_on_the_window(family: str) -> None:
+    settings = TargetSettings(steps=6, rule="polyak")
+    together = fit(family, range(len(requests())), settings)
+    for number, target in enumerate(together):
+        torch.testing.assert_close(target.delta, fit(family, [number], settings)[0].delta, **CLOSE[family])
+
+
+def test_a_margin_stops_an_edit_once_every_token_leads_by_it() -> None:
+    for margin in (0.2, 1.2):
+        settings = TargetSettings(steps=60, margin=margin, loss_threshold=-1.0, rule="polyak")
+        for number in EASY:
+            target = fit("gpt2", [number], settings)[0]
+            book = Textbook("gpt2", number, settings)
+            logits = book.forward(target.delta.to(torch.float64))
+            leads = []
+            for row, length in enumerate(book.lengths[:-1]):
+                for place, token in enumerate(book.target, length - len(book.target)):
+                    others = logits[row, place].clone()
+                    others[token] = -torch.inf
+                    leads.append(float(logits[row, place, token] - others.max()))
+            assert margin < min(leads)
+            assert len(target.trace) < 60
+
+
+def test_bfloat16_products_are_near_and_not_the_same() -> None:
+    adapter = ModelAdapter(tiny_model("llama", initializer_range=0.3))
+    some = [problems()[i] for i in EASY]
+    exact = optimise_targets(adapter, some, LAYER, TargetSettings(steps=2))
+    short = optimise_targets(adapter, some, LAYER, TargetSettings(steps=2, precision="bfloat16"))
+    for a, b in zip(exact, short, strict=True):
+        assert torch.equal(a.base, b.base)  # the state itself is read exactly
+        assert b.delta.dtype == torch.float32
+        # After one step of Adam, which looks at signs, most coordinates agree.
+        assert (torch.sign(a.delta) == torch.sign(b.delta)).float().mean() > 0.9
+        assert a.trace[0][0] == pytest.approx(b.trace[0][0], rel=0.05)
+    assert any(not torch.equal(a.delta, b.delta) for a, b in zip(exact, short, strict=True))
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_fastest_asks_the_machine(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelAdapter, "bfloat16_pays", lambda self: pays)
+    adapter = ModelAdapter(tiny_model("llama", initializer_range=0.3))
+    some = [problems()[EASY[0]]]
+    fastest, named = (
+        optimise_targets(adapter, some, LAYER, TargetSettings(steps=3, precision=precision))[0]
+        for precision in ("fastest", "bfloat16" if pays else "float32")
+    )
+    assert torch.equal(fastest.delta, named.delta)
+
+
+@families
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_the_head_may_see_few_states_at_a_time(family: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = TargetSettings(steps=3)
+    expected = fit(family, (0, 1, 2), settings)
+    monkeypatch.setattr(losses_module, "_HEAD_ROWS", rows)
+    for ours, theirs in zip(fit(family, (0, 1, 2), settings), expected, strict=True):
+        torch.testing.assert_close(ours.delta, theirs.delta, **CLOSE[family])
+        torch.testing.assert_close(torch.tensor(ours.trace), torch.tensor(theirs.trace), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("rule", "sgd"), ("precision", "int8"), ("trust", 0.0), ("margin", -1.0), ("margin", math.nan)]
+)
+def test_settings_of_the_fast_way_are_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        TargetSettings(**{name: value})
