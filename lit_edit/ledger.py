@@ -71,12 +71,14 @@ class EditLedger:
         self.base = {self.names[layer]: adapter.own_weight(layer).detach().clone() for layer in layers}
         self.deltas: dict[str, Tensor] = {}
         self.entries: list[LedgerEntry] = []
+        self._edited: dict[int, tuple[Tensor, Tensor]] = {}  # the delta last asked for, and the weight
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def align(self) -> None:
         """Bring the original weights to the device and type that the model has by now."""
+        self._edited.clear()
         for layer, name in self.names.items():
             self.base[name] = self.base[name].to(self.adapter.own_weight(layer))
             if name in self.deltas:
@@ -87,9 +89,16 @@ class EditLedger:
         return self.adapter.with_weights(self.base)
 
     def edited_weight(self, layer: int, delta: Tensor) -> Tensor:
-        """Return ``cast(W0 + delta)`` in the layout of the layer's weight."""
-        base = self.base[self.names[layer]]
-        return (base.double() + self.adapter.to_layout(layer, delta.to(base.device)).double()).to(base.dtype)
+        """Return ``cast(W0 + delta)`` in the layout of the layer's weight.
+
+        The last answer of each layer is kept: what an editor has looked at is what it commits.
+        """
+        known = self._edited.get(layer)
+        if known is None or known[0] is not delta:
+            base = self.base[self.names[layer]]
+            weight = (base.double() + self.adapter.to_layout(layer, delta.to(base.device)).double()).to(base.dtype)
+            known = self._edited[layer] = (delta, weight)
+        return known[1]
 
     @torch.no_grad()
     def commit(self, updates: Sequence[LayerUpdate], entries: Sequence[LedgerEntry]) -> None:

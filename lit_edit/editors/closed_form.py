@@ -225,31 +225,57 @@ class ClosedFormEditor(Editor):
         """Walk up the edited layers: read keys, solve, go on with the new weight."""
         layers = self.ledger.layers
         reference = self.ledger.original() if self.on_original else self.ledger.adapter
-        hidden, done, steps = rows.hidden, layers[0], {}
+        hidden, steps = rows.hidden, {}
         weights = torch.tensor(group_weights(self.templates), dtype=torch.float64, device=hidden.device)
         wanted = torch.stack([target.value for target in targets], 1).to(hidden.device)  # (d_out, n)
         missing = torch.stack([target.delta for target in targets], 1).to(hidden.device)
-        written: dict[str, Tensor] = {}
         for index, layer in enumerate(layers):
             with watch("keys"):
-                view = reference.with_weights(written)
-                hidden = rows.line.run(hidden, done, layer, adapter=view)
                 found: dict[int, Tensor] = {}
-                rows.line.run(hidden, layer, layer + 1, keys=found, adapter=view)
+                after = rows.line.run(hidden, layer, layer + 1, keys=found, adapter=reference)
                 keys = found[layer]
                 key = torch.einsum("ncd,c->dn", keys[rows.lookups].double(), weights)
                 if self.residual == "remeasured" and index > 0:
-                    plain = rows.line.carry(hidden, rows.plain)
-                    reached = rows.plain.run(plain, layer, layers[-1] + 1, adapter=view)
+                    plain = rows.line.carry(after, rows.plain)
+                    reached = rows.plain.run(plain, layer + 1, layers[-1] + 1, adapter=reference)
                     missing = wanted - reached[rows.plain_lookups].T.to(wanted)
             with watch("solve"):
                 share = len(layers) if self.residual == "uniform" else len(layers) - index
-                residual = view.to_weight_residual(layer, keys[rows.lookups[:, 0]], missing.double() / share)
+                residual = reference.to_weight_residual(layer, keys[rows.lookups[:, 0]], missing.double() / share)
                 step = self.solvers[layer].preview(key, residual)
                 steps[layer] = step
-                written[self.ledger.names[layer]] = self.ledger.edited_weight(layer, step.delta)
-            done = layer
+                weight = self.ledger.edited_weight(layer, step.delta)
+            if layer != layers[-1]:
+                with watch("keys"):
+                    hidden = self._rewritten(reference, layer, weight, hidden, after, keys, rows)
         return steps
+
+    def _rewritten(
+        self,
+        reference: ModelAdapter,
+        layer: int,
+        weight: Tensor,
+        hidden: Tensor,
+        after: Tensor,
+        keys: Tensor,
+        rows: KeyLine,
+    ) -> Tensor:
+        """Return a layer's output once its down projection has another weight.
+
+        Args:
+            reference: The model whose layer has run.
+            layer: Which.
+            weight: The new weight, in the layer's layout.
+            hidden: ``(tokens, d_model)``, the layer's input.
+            after: Its output so far.
+            keys: ``(tokens, d_in)``, the inputs of the down projection.
+            rows: The tokens.
+        """
+        if reference.spec.output_norm is not None:  # what is projected does not simply add to the stream
+            view = reference.with_weights({self.ledger.names[layer]: weight})
+            return rows.line.run(hidden, layer, layer + 1, adapter=view)
+        change = reference.to_layout(layer, weight - reference.weight(layer))  # (d_out, d_in)
+        return after + keys @ change.T
 
     def _get_key_rows(self, requests: Sequence[EditRequest], window: Sequence[EditRequest]) -> KeyLine:
         ids = [_asked(r) for r in requests]

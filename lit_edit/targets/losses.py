@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.targets.window import Chunk, Window
 
-_HEAD_ROWS = 64
+_HEAD_ROWS = 128
 """States that the head sees at a time: its logits are by far the largest tensors of a step."""
 
 
