@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ KeyValues = MutableMapping[int, tuple[Tensor, Tensor]]
 """Attention keys and values by layer, each ``(tokens, heads, head size)``."""
 
 _NAME = "lit_edit_packed"
+_SHORT = 128  # rows up to so many tokens attend by the formula on a CPU
 _BLOCK_OVERHEAD = 256  # what one more block costs in attention, in padded tokens
 
 
@@ -131,6 +132,7 @@ class _Block:
     prefix: Tensor
     shares: bool
     masks: Mapping[int, Tensor]
+    by_head: dict[tuple[int, int, int], _ByHead] = field(default_factory=dict)
 
     def pad(self, tokens: Tensor) -> Tensor:
         """``(tokens, ...)`` to ``(rows, span, ...)``."""
@@ -314,6 +316,9 @@ class _Call:
         parts = zip(*(x.split(sizes) for x in (queries, keys, values)), strict=True)
         outputs = []
         for block, part in zip(blocks, parts, strict=True):
+            if inner is _short_attention and block.span <= _SHORT and not block.shares:
+                outputs.append(_attend_by_head(block, part, self.kept, self.mask(block), kwargs.get("scaling")))
+                continue
             rows = [block.pad(x) for x in part]
             if len(block.prefix):
                 rows[1] = torch.cat([block.before(self._sources(block, 0, keys)), rows[1]], 1)
@@ -353,6 +358,99 @@ class _RowCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return len(self._block.prefix) // self._block.rows
+
+
+@dataclass(frozen=True)
+class _ByHead:
+    """Where queries and keys of a block lie when heads come first: matrix products then copy nothing.
+
+    Queries of heads that share keys (grouped queries) are further queries to the same keys. Places are counted in
+    vectors of one head.
+
+    Attributes:
+        queries: ``(groups * rows * heads per group * span,)``, the block's ``token * heads + head`` in each place.
+        query_place: ``(tokens * heads,)``, the place of each.
+        keys: ``(groups * rows * (length + span),)``, likewise in kept keys followed by the block's own.
+        key_place: ``(tokens * groups,)``, the place of each of the block's own.
+    """
+
+    queries: Tensor
+    query_place: Tensor
+    keys: Tensor
+    key_place: Tensor
+
+    @classmethod
+    def of(cls, block: _Block, heads: int, groups: int, kept: int) -> _ByHead:
+        """Lay out a block for so many heads, groups of heads that share keys, and kept tokens."""
+        rows, span, device = block.rows, block.span, block.slots.device
+        shared, length = heads // groups, len(block.prefix) // block.rows
+        head, group = torch.arange(heads, device=device), torch.arange(groups, device=device)
+        slots = block.slots.view(1, rows, 1, span)
+        queries = slots * heads + head.view(groups, 1, shared, 1)
+        row, column = block.place // span, block.place % span
+        place = (head // shared * rows + row[:, None]) * shared + head % shared
+        where = torch.cat([block.prefix.view(rows, length), kept + block.slots.view(rows, span)], 1)
+        keys = where[None] * groups + group[:, None, None]
+        key_place = (group * rows + row[:, None]) * (length + span) + length + column[:, None]
+        query_place = place * span + column[:, None]
+        return cls(queries.flatten(), query_place.flatten(), keys.flatten(), key_place.flatten())
+
+
+def _attend_by_head(
+    block: _Block,
+    part: Sequence[Tensor],
+    kept: tuple[Tensor, Tensor] | None,
+    mask: Tensor,
+    scaling: float | None,
+) -> Tensor:
+    """Attention by its formula over a block; on short rows several times as fast on a CPU as the fused kernel.
+
+    Args:
+        block: The rows.
+        part: Queries, keys and values of the block's tokens, each ``(tokens, heads, size)``.
+        kept: Keys and values of what comes before.
+        mask: ``(rows, 1, span, length + span)``.
+        scaling: Of the scores.
+
+    Returns:
+        ``(tokens, heads, size)``.
+    """
+    query, key, value = part
+    tokens, heads, size = query.shape
+    groups, width = key.shape[1], value.shape[2]
+    before = 0 if kept is None else len(kept[0])
+    if (heads, groups, before) not in block.by_head:
+        block.by_head[heads, groups, before] = _ByHead.of(block, heads, groups, before)
+    layout = block.by_head[heads, groups, before]
+    batch, span = groups * block.rows, block.span
+    query = query * (size**-0.5 if scaling is None else scaling)
+    queries = _Gather.apply(query.reshape(-1, size), layout.queries, layout.query_place).view(batch, -1, size)
+    sides = []
+    for own, old in zip((key, value), kept or (key[:0], value[:0]), strict=True):
+        flat = own.reshape(-1, own.shape[2])
+        sides.append(
+            _GatherBehind.apply(flat, old.reshape(-1, own.shape[2]), layout.keys, layout.key_place)
+            .view(batch, -1, own.shape[2])
+        )  # fmt: skip
+    scores = torch.bmm(queries, sides[0].transpose(1, 2)).view(groups, block.rows, heads // groups, span, -1)
+    scores = scores.masked_fill(~mask[None], torch.finfo(scores.dtype).min)
+    shares = torch.softmax(scores, -1, dtype=torch.float32 if scores.itemsize < 4 else scores.dtype)
+    seen = torch.bmm(shares.view(batch, -1, shares.shape[-1]).to(sides[1].dtype), sides[1])
+    out: Tensor = _Scatter.apply(seen.view(-1, width), layout.query_place)
+    return out.view(tokens, heads, width)
+
+
+class _GatherBehind(torch.autograd.Function):
+    """``cat(old, own)[index]`` where ``own`` alone has a gradient, and each row of it one real place."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, old: Tensor, index: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return (torch.cat([old.to(own.dtype), own]) if len(old) else own).index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -400,7 +498,7 @@ def _short_attention(
     Heads that share keys (grouped queries) are further queries to the same keys.
     """
     rows, heads, span, size = query.shape
-    if span > 128:
+    if span > _SHORT:
         output: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
         return output
     groups = key.shape[1]
