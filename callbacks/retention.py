@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from time import perf_counter
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_edit.metrics.evaluation import flatten, summarise
+from lit_edit.data.request import EditRequest
+from lit_edit.metrics.evaluation import Summary, flatten, summarise
+from lit_edit.stream import EditStream
 
 from .base import as_stream, check_every, is_due
 
@@ -40,15 +43,24 @@ class Retention(Callback):
         now = len(stream.ledger)
         if is_due(self._seen, now, self.every):
             stream.status("measuring earlier edits")
+            start = perf_counter()
             requests = stream.committed_requests()
-            if self.sample and len(requests) > self.sample:
-                chosen = set(random.Random(f"{self.seed}-{now}").sample(range(now), self.sample))
-                requests = [request for index, request in enumerate(requests) if index in chosen]
-            results, perplexity = stream.measure(requests, stream.adapter, self.perplexity)
-            summary = summarise(results.values(), stream.results["base"], perplexity.get("mean"))
+            if len(requests) == len(stream.stream_requests()):  # the end is measured over all edits anyway
+                summary = stream.finish()["final"]
+            else:
+                summary = self._measure(stream, requests)
             self.history.append({"edits": now, "summary": summary})
             stream.log_at_edit(flatten(summary, "retention"))
+            stream.seconds["retention"] = stream.seconds.get("retention", 0.0) + perf_counter() - start
         self._seen = now
+
+    def _measure(self, stream: EditStream, requests: list[EditRequest]) -> Summary:
+        now = len(requests)
+        if self.sample and now > self.sample:
+            chosen = set(random.Random(f"{self.seed}-{now}").sample(range(now), self.sample))
+            requests = [request for index, request in enumerate(requests) if index in chosen]
+        results, perplexity = stream.measure(requests, stream.adapter, self.perplexity)
+        return summarise(results.values(), stream.results["base"], perplexity.get("mean"))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history."""

@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that spin long while they wait make everything several times slower as soon as another program wants a
     # core; this short costs nothing on a quiet machine. Read by GNU OpenMP when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    # Compiled matrix products are kept by shape, and here every pass has another: hundreds of megabytes for nothing.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
     from lit_edit.errors import UserError
 
     try:

@@ -163,9 +163,9 @@ class EditLedger:
         return norms
 
     def state_dict(self) -> dict[str, Any]:
-        """Return updates and entries as tensors and primitives."""
+        """Return updates and entries as tensors and primitives; the tensors are the ledger's own."""
         return {
-            "deltas": {name: delta.clone() for name, delta in self.deltas.items()},
+            "deltas": dict(self.deltas),
             "entries": [entry.as_dict() for entry in self.entries],
         }
 

@@ -9,9 +9,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lit_edit.checkpoints import AtomicCheckpointIO
 from lit_edit.data.datamodule import EditBatch, StreamLoader
 from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import Editor, Proposal, Stopwatch
@@ -113,6 +115,8 @@ class EditStream(LightningModule):
                 "trainer.precision=16-mixed scales gradients of an optimizer, and there is none; use 32-true, "
                 "bf16-true or bf16-mixed"
             )
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage == "fit" and trainer.max_epochs != 1:
             trainer.fit_loop.max_epochs = 1  # a run is one pass over the stream
 
@@ -280,7 +284,8 @@ class EditStream(LightningModule):
     def summary(self) -> Summary:
         """Return what ``summary.json`` holds."""
         done = self.committed_requests()
-        seconds = {name: self.seconds.get(name, 0.0) for name in ("statistics", "targets", "keys", "solve", "metrics")}
+        phases = ("load", "statistics", "targets", "keys", "solve", "metrics", "retention")  # the last is in metrics
+        seconds = {name: self.seconds.get(name, 0.0) for name in phases}
         seconds["per_edit"] = self.seconds.get("edits", 0.0) / max(1, len(done))
         return {
             "edits": len(done),

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # Low to high. A module may import those of its own layer and of the layers below.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("lit_edit.errors", "lit_edit.paths", "lit_edit.buckets", "lit_edit.interrupts"),
+    ("lit_edit.errors", "lit_edit.paths", "lit_edit.buckets", "lit_edit.interrupts", "lit_edit.memory"),
     ("lit_edit.data", "lit_edit.data.request", "lit_edit.data.files", "lit_edit.data.records", "lit_edit.data.sources"),
     ("lit_edit.testing",),
     ("lit_edit.models.*", "lit_edit.tokens"),
@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lit_edit.stats.*",),
     ("lit_edit.ledger", "lit_edit.metrics.*", "lit_edit.generation"),
     ("lit_edit.editors.*",),
-    ("lit_edit.data.datamodule", "lit_edit.export"),
+    ("lit_edit.data.datamodule", "lit_edit.export", "lit_edit.checkpoints"),
     ("lit_edit.stream", "lit_edit.runs", "lit_edit.api"),
     ("lit_edit.loggers", "lit_edit.callbacks.*"),
     ("lit_edit.commands.*",),

@@ -289,11 +289,11 @@ class ClosedFormEditor(Editor):
     # ---- state --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return contexts, solver states, and the targets that are fitted but not yet used."""
+        """Return contexts, solver states (the solvers' own tensors), and targets that are fitted but not yet used."""
         return {
             "targets": {name: {"asked": asked, **target.as_state()} for name, (asked, target) in self.targets.items()},
             "templates": [list(group) for group in self.templates],
-            "solvers": {str(layer): solver.state_dict() for layer, solver in self.solvers.items()},
+            "solvers": {str(layer): solver.state_dict(copy=False) for layer, solver in self.solvers.items()},
         }
 
     def check_state(self, state: Mapping[str, Any], layers: Sequence[int]) -> None:

@@ -66,11 +66,8 @@ def score_continuations(
             read += [line.index(number, len(prompt) - 1 + j) for j in range(len(target))]
             labels += target
             sizes.append(len(target))
-        logp = _log_probabilities(adapter, hidden, read)
-        label = torch.tensor(labels, device=logp.device)
-        nll = (-logp.gather(1, label[:, None])[:, 0]).cpu()
-        choice = logp.argmax(1).cpu()
-        hits = choice == label.cpu()
+        nll, choice = _read(adapter, hidden, read, labels)
+        hits = choice == torch.tensor(labels)
         for index, *part in zip(batch, *(x.split(sizes) for x in (nll, hits, choice)), strict=True):
             scores[unique[index]] = Score(part[0].mean().item(), part[1].clone(), part[2].clone())
     return [scores[pair] for pair in pairs]
@@ -93,10 +90,10 @@ def text_nlls(
     long = [row for row in nlls if len(row) > 1]
     for batch in _batches(long, batch_tokens):
         line, hidden = _run(adapter, tokenizer, [long[index][:-1] for index in batch])
-        for number, index in enumerate(batch):
-            row = long[index]
-            logp = _log_probabilities(adapter, hidden, [line.index(number, i) for i in range(len(row) - 1)])
-            nlls[row] = -logp.gather(1, torch.tensor(row[1:], device=logp.device)[:, None])[:, 0].cpu()
+        sizes = [len(long[index]) - 1 for index in batch]
+        read = [line.index(number, i) for number, size in enumerate(sizes) for i in range(size)]
+        nll, _ = _read(adapter, hidden, read, [token for index in batch for token in long[index][1:]])
+        nlls |= {long[index]: part.clone() for index, part in zip(batch, nll.split(sizes), strict=True)}
     return [nlls[rows[text]] for text in texts]
 
 
@@ -109,11 +106,29 @@ def _run(
         return line, line.run(line.hidden, 0, adapter.n_layers)
 
 
-def _log_probabilities(adapter: ModelAdapter, hidden: Tensor, read: Sequence[int]) -> Tensor:
-    """Apply final norm and head to some states of a line; returns ``(states, vocab)`` log-probabilities."""
-    states = hidden[torch.tensor(read, device=hidden.device)]
-    with adapter.fast_products():
-        return torch.log_softmax(adapter.logits(adapter.finish(states)), -1)
+def _read(
+    adapter: ModelAdapter, hidden: Tensor, read: Sequence[int], labels: Sequence[int], rows: int = 128
+) -> tuple[Tensor, Tensor]:
+    """Apply final norm and head to some states of a line.
+
+    Args:
+        adapter: The model.
+        hidden: ``(tokens, d_model)``, behind the last layer.
+        read: Which states.
+        labels: The token that each of them is asked for.
+        rows: States that the head sees at a time; its output is the largest tensor of all.
+
+    Returns:
+        Negative log-likelihoods of the labels and the first choices, each ``(states,)``, on the CPU.
+    """
+    nlls, choices = [], []
+    for at, label in zip(torch.tensor(read).split(rows), torch.tensor(labels).split(rows), strict=True):
+        with adapter.fast_products():
+            logits = adapter.logits(adapter.finish(hidden[at.to(hidden.device)]))
+        logp = torch.log_softmax(logits, -1)
+        nlls.append(-logp.gather(1, label[:, None].to(logp.device))[:, 0].cpu())
+        choices.append(logp.argmax(1).cpu())
+    return torch.cat(nlls), torch.cat(choices)
 
 
 def _batches(rows: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:

@@ -203,22 +203,29 @@ class RidgeSolver:
         self.delta = cross @ inverse
         self.refactorisations += 1
 
-    def state_dict(self) -> dict[str, Tensor | int]:
+    def state_dict(self, copy: bool = True) -> dict[str, Tensor | int]:
         """Return the state: tensors and integers.
 
         Small while no fact is folded yet: the matrices then follow from the prior.
+
+        Args:
+            copy: With ``False`` the large tensors are the solver's own, for a state that is written at once.
         """
+
+        def own(value: Tensor) -> Tensor:
+            return value.clone() if copy else value
+
         state: dict[str, Tensor | int] = {
             "memory": int(self.memory),
-            "delta": self.delta.clone(),
+            "delta": own(self.delta),
             "blocks": self.blocks,
             "refactorisations": self.refactorisations,
         }
         state |= {name: value.clone() for name, value in zip(_COLUMNS, self._columns, strict=True)}
         if self._cross is not None:
-            state["cross"] = self._cross.clone()
+            state["cross"] = own(self._cross)
         if self._gram is not None:
-            state |= {"gram": self._gram.clone(), "inverse": self._inverse.clone()}
+            state |= {"gram": own(self._gram), "inverse": own(self._inverse)}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
