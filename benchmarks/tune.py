@@ -3,9 +3,10 @@
     python benchmarks/tune.py --data counterfact.json --limit 100 --perplexity me_ppl_50.json --json front.json
     python benchmarks/tune.py --limit 20 --set covariance_weight=100 covariance_weight=500   # the built-in facts
 
-Each --set is one run: comma-separated settings of the D4S editor (covariance_weight, residual, layers=6-10) and of its
-target optimisation (steps, lr, probability, kl_factor, clamp, weight_decay). Targets are shared between runs that agree
-in them. Prints a row per run; --json writes them.
+Each --set is one run: comma-separated settings of the D4S editor (covariance_weight, residual, layers=6-10,
+context_count) and of its target optimisation (steps, lr, probability, kl_factor, clamp, weight_decay, rule, trust,
+precision, margin, plain_first). --skip leaves the first edits out. Targets are shared between runs that agree in them.
+Prints a row per run; --json writes them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from time import perf_counter
@@ -37,11 +39,18 @@ def parse_setting(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
             low, _, high = value.partition("-")
             editor[name] = list(range(int(low), int(high or low) + 1))
         elif name in TARGET:
-            target[name] = int(value) if name == "steps" else float(value)
+            target[name] = _value(value)
         else:
-            number = int(value) if value.isdigit() else value
-            editor[name] = number if name in ("residual", "contexts", "context_count") else float(value)
+            editor[name] = _value(value)
     return editor, target
+
+
+def _value(text: str) -> int | float | bool | str:
+    """Read a setting's value: a number, true or false, or a word."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return {"true": True, "false": False}.get(text, text)
 
 
 def main() -> None:
@@ -49,6 +58,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", default=None)
     parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many edits at the beginning")
     parser.add_argument("--perplexity", default=None)
     parser.add_argument("--corpus", default="sampled")
     parser.add_argument("--tokens", type=int, default=20_000)
@@ -59,8 +69,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     source = "builtin" if options.data is None else "file"
-    data = EditDataModule(source, options.data, options.limit, perplexity_path=options.perplexity).read()
-    requests = data.requests
+    last = options.skip + options.limit
+    data = EditDataModule(source, options.data, last, perplexity_path=options.perplexity).read()
+    requests = data.requests[options.skip :]
     model, tokenizer = LanguageModel(options.model).load()
     adapter = ModelAdapter(model)
     statistics = KeyStatistics(options.corpus, options.tokens)
