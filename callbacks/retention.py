@@ -50,8 +50,7 @@ class Retention(Callback):
             else:
                 summary = self._measure(stream, requests)
             self.history.append({"edits": now, "summary": summary})
-            stream.log_at_edit(flatten(summary, "retention"))
-            stream.seconds["retention"] = stream.seconds.get("retention", 0.0) + perf_counter() - start
+            stream.log_at_edit({**flatten(summary, "retention"), "time/retention": perf_counter() - start})
         self._seen = now
 
     def _measure(self, stream: EditStream, requests: list[EditRequest]) -> Summary:

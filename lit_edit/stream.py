@@ -284,8 +284,7 @@ class EditStream(LightningModule):
     def summary(self) -> Summary:
         """Return what ``summary.json`` holds."""
         done = self.committed_requests()
-        phases = ("load", "statistics", "targets", "keys", "solve", "metrics", "retention")  # the last is in metrics
-        seconds = {name: self.seconds.get(name, 0.0) for name in phases}
+        seconds = {name: self.seconds.get(name, 0.0) for name in ("statistics", "targets", "keys", "solve", "metrics")}
         seconds["per_edit"] = self.seconds.get("edits", 0.0) / max(1, len(done))
         return {
             "edits": len(done),
