@@ -23,13 +23,13 @@ class LayerNorms(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the unedited layers."""
-        self._seen = len(as_stream(pl_module, self).ledger)
+        self._seen = as_stream(pl_module, self).edits_made
         if not self.history:
             self._log(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Log when it is time."""
-        now = len(as_stream(pl_module, self).ledger)
+        now = as_stream(pl_module, self).edits_made
         if is_due(self._seen, now, self.every):
             self._log(pl_module)
         self._seen = now
@@ -37,7 +37,7 @@ class LayerNorms(Callback):
     def _log(self, module: LightningModule) -> None:
         stream = as_stream(module, self)
         norms = stream.ledger.layer_norms()
-        self.history.append({"edits": len(stream.ledger), "layers": norms})
+        self.history.append({"edits": stream.edits_made, "layers": norms})
         metrics = {}
         for name, values in norms.items():
             metrics[f"norm/{name}/mean_abs_w"] = values["mean_abs_after"]

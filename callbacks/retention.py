@@ -35,20 +35,18 @@ class Retention(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note where the stream starts."""
-        self._seen = len(as_stream(pl_module, self).ledger)
+        self._seen = as_stream(pl_module, self).edits_made
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Measure when it is time."""
         stream = as_stream(pl_module, self)
-        now = len(stream.ledger)
+        now = stream.edits_made
         if is_due(self._seen, now, self.every):
             stream.status("measuring earlier edits")
             start = perf_counter()
             requests = stream.committed_requests()
-            if len(requests) == len(stream.stream_requests()):  # the end is measured over all edits anyway
-                summary = stream.finish()["final"]
-            else:
-                summary = self._measure(stream, requests)
+            # The end is measured over all edits anyway.
+            summary = stream.finish()["final"] if stream.is_at_end else self._measure(stream, requests)
             self.history.append({"edits": now, "summary": summary})
             stream.log_at_edit({**flatten(summary, "retention"), "time/retention": perf_counter() - start})
         self._seen = now

@@ -31,7 +31,7 @@ class WandbReport(RunEndCallback):
         columns = list(dict.fromkeys(name for row in rows for name in row))
         figures = sorted((folder / "figures").glob("*.png"))
         for logger in loggers:
-            step = len(stream.ledger)
+            step = stream.edits_made
             data = [[row.get(name) for name in columns] for row in rows]
             logger.log_table("edits", columns=columns, data=data, step=step)
             for figure in figures:

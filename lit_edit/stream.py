@@ -14,12 +14,13 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_edit.checkpoints import AtomicCheckpointIO
+from lit_edit.conflicts import ConflictPolicy
 from lit_edit.data.datamodule import EditBatch, StreamLoader
 from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import Editor, Proposal, Stopwatch
 from lit_edit.editors.d4s import D4S
 from lit_edit.errors import ArgumentError
-from lit_edit.interrupts import deferred_interrupts
+from lit_edit.journal import Journal
 from lit_edit.ledger import EditLedger
 from lit_edit.metrics.evaluation import (
     EditMetrics,
@@ -33,12 +34,13 @@ from lit_edit.metrics.evaluation import (
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.packed import check_passes
+from lit_edit.session import EditSession, RefusalPolicy
 from lit_edit.stats.second_moment import KeyStatistics, weights_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_FORMAT = 1  # of what a checkpoint holds
+_FORMAT = 2  # of what a checkpoint holds
 
 
 class EditStream(LightningModule):
@@ -53,6 +55,13 @@ class EditStream(LightningModule):
         editor: The method; :class:`lit_edit.editors.D4S` by default.
         statistics: Where the second moments of the keys come from.
         measure_each: Measure each edit right after it was made (``immediate`` in the summary).
+        on_conflict: What to do about an edit of a fact that has been edited before: ``replace`` (the earlier edit is
+            taken out in the same step), ``average`` (both stay, and the solver finds the middle), or ``refuse`` (it is
+            not made, and the stream goes on).
+        on_refused: What to do when an edit must not be written (its target diverges, a key or a weight would not be
+            finite): ``stop`` the run, or ``skip`` the edit, which is put on record.
+        journal: File in which every edit is recorded before it is written. The command line keeps it in the run folder;
+            without it the record stays in memory and in checkpoints.
 
     Example:
         >>> stream = EditStream("smollm2-135m")  # loads nothing yet
@@ -66,14 +75,24 @@ class EditStream(LightningModule):
         editor: Editor | None = None,
         statistics: KeyStatistics = KeyStatistics(),  # noqa: B008 - frozen
         measure_each: bool = True,
+        on_conflict: ConflictPolicy = "replace",
+        on_refused: RefusalPolicy = "stop",
+        journal: str | None = None,
     ) -> None:
         super().__init__()
+        for name, value, known in (
+            ("on_conflict", on_conflict, ("replace", "average", "refuse")),
+            ("on_refused", on_refused, ("stop", "skip")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold updates, not the model
         self.language_model = LanguageModel(language_model) if isinstance(language_model, str) else language_model
         self.editor = D4S() if editor is None else editor
         self.statistics = statistics
         self.measure_each = measure_each
+        self.on_conflict, self.on_refused, self.journal = on_conflict, on_refused, journal
         self.model: PreTrainedModel | None = None
         self.results: dict[str, dict[str, EditResult]] = {"base": {}, "immediate": {}, "final": {}}
         self.perplexities: dict[str, dict[str, float]] = {}
@@ -82,6 +101,7 @@ class EditStream(LightningModule):
         self.progress: Callable[[int, int], None] | None = None
         self._restored: dict[str, Any] | None = None  # of a checkpoint, until the editor is ready for it
         self._prepared = False
+        self._measured_at: tuple[int, ...] | None = None  # the edits that held when the end was measured
         self._measured: EditMetrics | None = None
 
     # ---- model --------------------------------------------------------------------------------------------------
@@ -97,6 +117,10 @@ class EditStream(LightningModule):
                 check_passes(self.adapter)
             self.ledger = EditLedger(self.adapter, self.editor.resolve_layers(self.adapter))
             self.base_hash = weights_hash(self.model)
+            self.session = EditSession(
+                self.ledger, self.editor, self.language_model.name, self.base_hash, self.on_conflict, self.on_refused
+            )
+            self.session.status = lambda message: self.status(message)
 
     def configure_optimizers(self) -> None:
         """Return nothing: there is no optimizer. Lightning's stand-in counts the commits."""
@@ -133,49 +157,91 @@ class EditStream(LightningModule):
             warnings.filterwarnings("ignore", message)
 
     def on_train_start(self) -> None:
-        """Prepare the editor and measure the unedited model, or take both up from the checkpoint."""
+        """Prepare the editor and measure the unedited model, or take everything up where an earlier process left it."""
         requests = self.stream_requests()
+        self._take_up()
         loader = self._loader()
-        if len(self.ledger):
-            # By commits, not by batches handed out: a run may have been cut between the two.
-            loader.seek(-(-self._position(requests, loader.cursor * loader.batch_size) // loader.batch_size))
-        if not (self._prepared and len(self.ledger)) or self._restored is not None:
-            with self._time("statistics"):
-                self.editor.prepare(self.ledger, self.tokenizer, self.statistics, self.status, self.progress)
-            self._prepared = True
-        if self._restored is not None:
-            self.editor.load_state_dict(self._restored["editor"])
-            self._restored = None
-        missing = [r for r in requests if r.id not in self.results["base"]]
+        loader.seek(self._position(requests) // loader.batch_size)
+        missing = [r for r in [*requests, *self.committed_requests()] if r.id not in self.results["base"]]
         if missing:
             self.status("measuring the unedited model")
             results, _ = self.measure(missing, self.ledger.original(), with_perplexity=False)
             self.results["base"] |= results
         if "base" not in self.perplexities:
             self.perplexities["base"] = self._perplexity(self.ledger.original())
-        if not len(self.ledger):
+        if not self.edits_made:
             self.log_at_edit(flatten(self.summary_of("base", requests), "base"))
         elif self.measure_each:
             # The run may have been cut after the last commit and before its measurement.
-            last = self.committed_requests()[-self._loader().batch_size :]
+            last = self.committed_requests()[-loader.batch_size :]
             if cut := [r for r in last if r.id not in self.results["immediate"]]:
                 self.log_at_edit(self._measure_immediate(cut))
+
+    def _take_up(self) -> None:
+        """Open the journal, prepare the editor, and begin a stream or go on where an earlier process left it."""
+        if self.journal is not None and self.ledger.journal.path is None:
+            self.ledger.take_up(Journal(Path(self.journal).expanduser(), repair=True))
+        self.session.pin_kernels()
+        self._prepare_editor()
+        self.session.begin()
+
+    def open(self, saved: Mapping[str, Any] | None = None) -> EditSession:
+        """Bring the model to where its journal ends, without a Trainer: to take edits out, for example.
+
+        Args:
+            saved: What a checkpoint holds under ``lit_edit``, to do less again.
+
+        Returns:
+            The session that makes further changes.
+        """
+        self.configure_model()
+        if saved is not None:
+            self.restore(saved)
+        self._take_up()
+        self.session.repeat_all()
+        return self.session
+
+    def _prepare_editor(self) -> None:
+        if not (self._prepared and self.ledger.made) or self._restored is not None:
+            with self._time("statistics"):
+                self.editor.prepare(self.ledger, self.tokenizer, self.statistics, self.status, self.progress)
+            self._prepared = True
+        if self._restored is not None:
+            self.editor.load_state_dict(self._restored["editor"])
+            self._restored = None
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Make the edits of one step."""
         start = perf_counter()
-        proposal = self.editor.propose(batch.requests, batch.window, self.status)
+        before = self.ledger.made
+        proposal = self.session.propose(batch.requests, batch.window)
+        if proposal is None:
+            return
         self.apply_edit(proposal)
+        made = self.ledger.history.made[before:]
+        if not made:
+            self.session.refuse([entry.id for entry in proposal.entries], "declined by apply_edit")
+            return
         spent = perf_counter() - start
         for phase, seconds in {**proposal.seconds, "edits": spent}.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-        metrics = {f"edit/{name}": sum(e.facts[name] for e in proposal.entries) / len(proposal.entries)
-                   for name in proposal.entries[0].facts}  # fmt: skip
-        metrics["time/edit"] = spent / len(batch.requests)
+        metrics = {f"edit/{name}": sum(e.facts[name] for e in made) / len(made) for name in made[0].facts}
+        metrics["time/edit"] = spent / len(made)
+        ids = {entry.id for entry in made}
         if self.measure_each:
-            metrics |= self._measure_immediate(batch.requests)
-        self.log_dict(metrics, logger=False, batch_size=len(batch.requests))
+            metrics |= self._measure_immediate([r for r in batch.requests if r.id in ids])
+        self.log_dict(metrics, logger=False, batch_size=len(made))
         self.log_at_edit(metrics)
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether every edit of the stream has been dealt with, made or refused."""
+        return len(self.ledger.history.handled) >= len(self.stream_requests())
+
+    @property
+    def edits_made(self) -> int:
+        """How many edits this stream has made, whether they hold still or not: what logs count by."""
+        return self.ledger.made - self.ledger.history.carried
 
     def _measure_immediate(self, requests: Sequence[EditRequest]) -> dict[str, float]:
         self.status("measuring the edit")
@@ -194,15 +260,15 @@ class EditStream(LightningModule):
         Raises:
             EditRefusedError: If the updates are not finite or do not fit; nothing has changed then.
         """
-        with deferred_interrupts():  # a Ctrl-C in between would leave weights and editor apart
-            self.ledger.commit(proposal.updates, proposal.entries)
-            self.editor.accept(proposal)
-            self.optimizers().step()  # type: ignore[union-attr]
+        self.session.apply(proposal)
+        self.optimizers().step()  # type: ignore[union-attr]
 
     def finish(self) -> Summary:
         """Measure all committed edits once more, at the end; does it once and returns the whole summary."""
         done = self.committed_requests()
-        if len(self.results["final"]) != len(done):
+        held = tuple(entry.number for entry in self.ledger.entries)
+        if self._measured_at != held:
+            self._measured_at = held
             self.status("measuring all edits")
             self.results["final"], self.perplexities["final"] = self.measure(done, self.adapter)
             self.log_at_edit(flatten(self.summary_of("final", done), "final"))
@@ -230,34 +296,36 @@ class EditStream(LightningModule):
         return loader
 
     def committed_requests(self) -> list[EditRequest]:
-        """Return the edits made so far, in order.
+        """Return the edits that hold, in the order of making, those of earlier streams included.
 
         Raises:
             MisconfigurationException: If they are not those of the stream at hand.
         """
         requests = self.stream_requests()
-        self._position(requests, len(requests))
+        self._position(requests)
         by_id = {r.id: r for r in requests}
-        return [by_id[entry.id] for entry in self.ledger.entries]
+        return [
+            by_id[entry.id] if entry.number > self.ledger.history.carried else EditRequest.from_dict(entry.request)
+            for entry in self.ledger.entries
+        ]
 
-    def _position(self, requests: Sequence[EditRequest], handed_out: int) -> int:
-        """Return how many edits of the stream are behind us, and check that the committed ones are among them.
-
-        An edit may be missing among them (:meth:`apply_edit` may refuse), if the loader has handed it out.
-        """
-        place = {request.id: index for index, request in enumerate(requests)}
-        committed = [entry.id for entry in self.ledger.entries]
-        places = [place.get(name, -1) for name in committed]
-        expected = -1
-        for number, (name, at) in enumerate(zip(committed, places, strict=True)):
-            if at != expected + 1 and not expected < at < handed_out:
-                ahead = requests[expected + 1].id if expected + 1 < len(requests) else "missing"
+    def _position(self, requests: Sequence[EditRequest]) -> int:
+        """Return how many edits of the stream are behind us, made or refused, and check that they are its first."""
+        handled = self.ledger.history.handled
+        first = {request.id for request in requests[: len(handled)]}
+        for number, name in enumerate(handled):
+            if name not in first:
+                ahead = repr(requests[number].id) if number < len(requests) else "missing"
                 raise MisconfigurationException(
-                    f"the checkpoint's edit {number + 1} is {name!r}, the stream's is {ahead!r}: resume with the data "
+                    f"the checkpoint's edit {number + 1} is {name!r}, the stream's is {ahead}: resume with the data "
                     "it was made with"
                 )
-            expected = at
-        return expected + 1
+        if len(set(handled)) > len(requests):
+            raise MisconfigurationException(
+                f"the checkpoint has dealt with {len(handled)} edits, the stream has {len(requests)}: resume with the "
+                "data it was made with"
+            )
+        return len(handled)
 
     # ---- measuring ----------------------------------------------------------------------------------------------
 
@@ -288,6 +356,8 @@ class EditStream(LightningModule):
         seconds["per_edit"] = self.seconds.get("edits", 0.0) / max(1, len(done))
         return {
             "edits": len(done),
+            "undone": len(self.ledger.history.undone),
+            "refused": len(self.ledger.history.refused),
             **{stage: self.summary_of(stage, done) for stage in ("base", "immediate", "final")},
             "perplexity": self.perplexities,
             "seconds": seconds,
@@ -297,7 +367,7 @@ class EditStream(LightningModule):
     def log_at_edit(self, metrics: Mapping[str, float]) -> None:
         """Send metrics to every logger, with the number of committed edits as step."""
         for logger in self.loggers:
-            logger.log_metrics(dict(metrics), step=len(self.ledger))
+            logger.log_metrics(dict(metrics), step=self.edits_made)
 
     def _time(self, phase: str) -> Any:
         return Stopwatch(self.seconds)(phase)
@@ -368,13 +438,26 @@ class EditStream(LightningModule):
         saved = checkpoint.get("lit_edit")
         if not isinstance(saved, Mapping) or saved.get("format") != _FORMAT:
             raise ArgumentError("this checkpoint was not written by this version of lit-edit")
+        self.restore(saved)
+        stream = getattr(getattr(self.trainer, "datamodule", None), "requests", ())
+        if len(self.ledger.history.handled) < len(stream) and "loops" in checkpoint:
+            # A run stopped by max_steps counts its epoch as done, but the stream goes on.
+            for progress in ("total", "current"):
+                checkpoint["loops"]["fit_loop"]["epoch_progress"][progress] |= {"processed": 0, "completed": 0}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Write the updates that a checkpoint holds under ``lit_edit``.
+
+        Raises:
+            ArgumentError: If they belong to another model or another config.
+        """
         self.configure_model()
         if saved["base_hash"] != self.base_hash:
             raise ArgumentError(
                 f"the checkpoint edits other base weights than those of {self.language_model.name!r} "
                 f"(hash {saved['base_hash']} against {self.base_hash}); load the model it was made with"
             )
-        begun = bool(saved["ledger"]["entries"])  # a run cut before its first edit starts anew
+        begun = bool(saved["ledger"]["history"]["made"])  # a run cut before its first edit starts anew
         if begun:
             self.editor.check_state(saved["editor"], self.ledger.layers)
         self.ledger.load_state_dict(saved["ledger"])
@@ -385,11 +468,6 @@ class EditStream(LightningModule):
         self.perplexities = dict(saved["perplexities"])
         self.seconds = {**saved["seconds"], "load": self.seconds.get("load", 0.0)}
         self._restored = {"editor": saved["editor"]} if begun else None
-        stream = getattr(getattr(self.trainer, "datamodule", None), "requests", ())
-        if len(self.ledger) < len(stream) and "loops" in checkpoint:
-            # A run stopped by max_steps counts its epoch as done, but the stream goes on.
-            for progress in ("total", "current"):
-                checkpoint["loops"]["fit_loop"]["epoch_progress"][progress] |= {"processed": 0, "completed": 0}
 
     # ---- taking the model away ----------------------------------------------------------------------------------
 

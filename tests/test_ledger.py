@@ -247,7 +247,7 @@ def test_state_is_independent_of_the_ledger() -> None:
     saved = ledger.state_dict()
     ledger.commit([update(ledger, 1, delta(ledger, 1, 3))], [entry("b")])
     torch.testing.assert_close(saved["deltas"][ledger.names[1]], delta(ledger, 1), **exactly)
-    assert len(saved["entries"]) == 1
+    assert len(saved["history"]["made"]) == 1
 
 
 def broken_states(ledger: EditLedger) -> dict[str, tuple[dict[str, object], str]]:

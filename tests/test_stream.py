@@ -16,6 +16,7 @@ from lit_edit.callbacks import LayerNorms, Retention
 from torch.utils.data import DataLoader
 
 from lit_edit import EditStream
+from lit_edit.checkpoints import load_tree
 from lit_edit.editors import Proposal
 from lit_edit.errors import ArgumentError
 from lit_edit.ledger import EditRefusedError, LayerUpdate
@@ -92,7 +93,7 @@ def test_model_checkpoint_writes_what_it_should(tmp_path: Path) -> None:
 def test_checkpoints_hold_tensors_and_primitives_and_no_model(tmp_path: Path) -> None:
     stream = fit(tmp_path, callbacks=[checkpoint(tmp_path, every_n_train_steps=6)])
     (path,) = (tmp_path / "checkpoints").iterdir()
-    saved = torch.load(path, weights_only=True)
+    saved = load_tree(path)
     assert saved["state_dict"] == {}
     assert set(saved["lit_edit"]["ledger"]["deltas"]) == set(stream.ledger.names.values())
 
@@ -312,7 +313,7 @@ def test_export_before_fit_is_refused(tmp_path: Path) -> None:
 
 
 def saved_state(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)["lit_edit"]
+    return load_tree(path)["lit_edit"]
 
 
 def test_a_resume_that_fails_leaves_the_checkpoint_usable(tmp_path: Path) -> None:

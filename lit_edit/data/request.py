@@ -118,6 +118,35 @@ class EditRequest:
             prompt = f"{before}{{}}{after}"
         return cls(id=id, prompt=prompt, subject=subject, target_new=target_new, **optional)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the request as primitives, without what is empty."""
+        return {name: _plain(value) for name, value in vars(self).items() if value not in (None, "", (), {})}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> EditRequest:
+        """Restore :meth:`as_dict`.
+
+        Raises:
+            DataError: If it is none.
+
+        Example:
+            >>> request = EditRequest("1", "{} is in", "Rome", "Asia", neighborhood=(Probe("Oslo is in", "Europe"),))
+            >>> EditRequest.from_dict(request.as_dict()) == request
+            True
+        """
+        try:
+            fields = dict(record)
+            for name in ("paraphrases", "generation"):
+                fields[name] = tuple(fields.get(name, ()))
+            fields["neighborhood"] = tuple(Probe(**probe) for probe in fields.get("neighborhood", ()))
+            fields["portability"] = {
+                kind: tuple(Probe(**probe) for probe in probes)
+                for kind, probes in fields.get("portability", {}).items()
+            }
+            return cls(**fields)
+        except (TypeError, AttributeError) as error:
+            raise DataError(f"not a request: {error}") from None
+
     @property
     def text(self) -> str:
         """The prompt with the subject filled in."""
@@ -128,6 +157,14 @@ class EditRequest:
         """Start and end of the subject in :attr:`text`."""
         start = self.prompt.index("{}")
         return start, start + len(self.subject)
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, Probe):
+        return dict(vars(value))
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
 def _texts_in(value: object) -> Iterator[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.data.request import EditRequest
-from lit_edit.ledger import EditLedger, LayerUpdate, LedgerEntry
+from lit_edit.errors import ArgumentError
+from lit_edit.interrupts import deferred_interrupts
+from lit_edit.ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +41,7 @@ class Proposal:
         entries: For the ledger, one per request.
         pending: What :meth:`Editor.accept` takes into the editor's state after the commit.
         seconds: Time spent, by phase.
+        change: What the commit does beside making the edits, and what is recorded of it.
     """
 
     requests: tuple[EditRequest, ...]
@@ -46,10 +49,28 @@ class Proposal:
     entries: tuple[LedgerEntry, ...]
     pending: Any = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    change: Change = field(default_factory=Change)
+
+
+def commit_proposal(ledger: EditLedger, editor: Editor, proposal: Proposal) -> tuple[LedgerEntry, ...]:
+    """Write a proposal and take it into the editor's state: both or neither.
+
+    Raises:
+        EditRefusedError: If it must not be written; nothing has changed then.
+    """
+    with deferred_interrupts():  # a Ctrl-C in between would leave weights and editor apart
+        entries = ledger.commit(proposal.updates, proposal.entries, proposal.change)
+        editor.accept(replace(proposal, entries=entries))
+    return entries
 
 
 class Editor(ABC):
     """A method: requests in, updates out. It knows neither Lightning nor files."""
+
+    @property
+    def exact_undo(self) -> bool:
+        """Whether an edit that is taken out leaves what a stream without it would have made."""
+        return False
 
     @abstractmethod
     def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
@@ -68,7 +89,11 @@ class Editor(ABC):
 
     @abstractmethod
     def propose(
-        self, requests: Sequence[EditRequest], window: Sequence[EditRequest] = (), status: Status = silent
+        self,
+        requests: Sequence[EditRequest],
+        window: Sequence[EditRequest] = (),
+        status: Status = silent,
+        replaced: Sequence[RecordedFacts] = (),
     ) -> Proposal:
         """Work out the updates for some requests, without changing the model or what has been edited.
 
@@ -79,7 +104,62 @@ class Editor(ABC):
             window: The edits of the window that this step lies in, itself included; an editor may prepare them
                 together, and must arrive at the same result for the same window.
             status: Receives a line about what is going on.
+            replaced: Earlier edits that are taken out in the same step, before these are made.
         """
+
+    def similar(self, requests: Sequence[EditRequest], window: Sequence[EditRequest]) -> list[list[tuple[int, float]]]:
+        """Return, per request, the numbers of edits that hold and are most like it, with how much (1: the same)."""
+        return [[] for _ in requests]
+
+    def replay(self, change: Change, entries: Sequence[LedgerEntry], old: Sequence[RecordedFacts]) -> Proposal | None:
+        """Do again what is on record, bit for bit, without fitting anything.
+
+        Args:
+            change: What was done, with its tensors.
+            entries: The edits that were made.
+            old: The facts, as they were before, of all edits that are removed, restored or rewritten.
+
+        Returns:
+            ``None`` if this editor must work it out anew.
+        """
+        return None
+
+    def retract(self, facts: Sequence[RecordedFacts], reason: str = "", exact: bool = False) -> Proposal:
+        """Work out the updates without some edits.
+
+        Args:
+            facts: Those of the edits.
+            reason: Why, for people.
+            exact: Make the later edits again, as if these had never been; needed where :attr:`exact_undo` does not
+                hold, and takes longer.
+
+        Raises:
+            ArgumentError: If this editor cannot take edits out.
+        """
+        raise ArgumentError(f"{type(self).__name__} cannot take edits out")
+
+    def reinstate(self, facts: Sequence[RecordedFacts]) -> Proposal:
+        """Work out the updates with some edits that were taken out put back.
+
+        Raises:
+            ArgumentError: If this editor cannot do that.
+        """
+        raise ArgumentError(f"{type(self).__name__} cannot put edits back")
+
+    def deviation(self, proposal: Proposal) -> float:
+        """Estimate how far a retraction is from a stream without the edits, relative to the updates of later edits."""
+        return 0.0
+
+    def settings(self) -> dict[str, Any]:
+        """Return, as primitives, all settings that a result depends on: a journal is continued with the same ones."""
+        return {"editor": type(self).__name__}
+
+    def opening(self) -> dict[str, Any]:
+        """Return, as primitives, what was drawn at random before the first edit; :meth:`reopen` puts it back."""
+        return {}
+
+    def reopen(self, opening: Mapping[str, Any]) -> None:  # noqa: B027 - most have drawn nothing
+        """Go on with what an earlier process drew; called on a prepared editor."""
 
     @abstractmethod
     def accept(self, proposal: Proposal) -> None:

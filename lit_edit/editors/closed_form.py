@@ -7,21 +7,24 @@ the residual is spread over the layers, and whether earlier facts are remembered
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
-from lit_edit.editors.key_rows import KeyLine, KeyRows
+from lit_edit.editors.facts import Facts, join_facts
+from lit_edit.editors.key_index import KeyIndex
+from lit_edit.editors.key_rows import KeyRows
+from lit_edit.editors.trial import Group, Trial
+from lit_edit.editors.walk import ResidualMode, Walk, alone, as_columns
 from lit_edit.errors import ArgumentError
-from lit_edit.ledger import EditLedger, LayerUpdate, LedgerEntry
+from lit_edit.ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
 from lit_edit.models.presets import edit_layers
 from lit_edit.solvers.ridge import RidgeSolver, RidgeStep
 from lit_edit.solvers.storage import SolverStorage
-from lit_edit.targets.contexts import STARTS, Templates, check_templates, group_weights, sample_templates
+from lit_edit.targets.contexts import STARTS, Templates, check_templates, sample_templates
 from lit_edit.targets.optimize import DivergedError, Target, TargetSettings, optimise_targets
 from lit_edit.targets.problem import build_problem
 from lit_edit.tokens import check_tokenizer, pad_token
@@ -36,13 +39,16 @@ DEFAULT_TARGET = TargetSettings(probability=0.95)
 """The published settings, but an edit stops once its target is said everywhere with this probability: going on until
 the loss is 0.05 writes more and costs locality (measured: docs/settings.md)."""
 
-ResidualMode = Literal["shared", "remeasured", "uniform"]
 Contexts = Literal["sampled", "plain"]
+KeyMode = Literal["walked", "base"]
 
 
 @dataclass(frozen=True)
 class _Pending:
-    steps: dict[int, RidgeStep]
+    """What the editor takes in once it is written: steps by layer, and the keys to know the new edits by."""
+
+    steps: dict[int, list[RidgeStep]]
+    keys: Tensor
 
 
 class ClosedFormEditor(Editor):
@@ -56,6 +62,9 @@ class ClosedFormEditor(Editor):
             divides by the remaining layers (the released D4S code, which writes 2.28 times the residual over five
             layers); ``uniform`` writes :math:`r/n` everywhere.
         target: Settings of the target optimisation.
+        keys: Where keys are read: ``walked`` reads each layer's with all that has been written into the layers below
+            (MEMIT, the released D4S); ``base`` reads them, and measures residuals, as if the edit were the only one
+            ever made. Facts then depend on no other edit: the order does not matter, and undo is exact.
         contexts: ``sampled`` (short texts by the unedited model, as published), ``plain`` (none), or the groups of
             templates themselves.
         context_count: How many texts to sample, one to five; the time of an edit goes with it.
@@ -78,6 +87,7 @@ class ClosedFormEditor(Editor):
         covariance_weight: float = 200.0,
         residual: ResidualMode = "remeasured",
         target: TargetSettings = DEFAULT_TARGET,
+        keys: KeyMode = "walked",
         contexts: Contexts | list[list[str]] = "sampled",
         context_count: int = 5,
         seed: int = 0,
@@ -90,6 +100,10 @@ class ClosedFormEditor(Editor):
             raise ValueError(f"covariance_weight (lambda) must be positive and finite, got {covariance_weight}")
         if residual not in ("shared", "remeasured", "uniform"):
             raise ValueError(f"residual must be 'shared', 'remeasured' or 'uniform', got {residual!r}")
+        if keys not in ("walked", "base"):
+            raise ValueError(f"keys must be 'walked' or 'base', got {keys!r}")
+        if keys == "base" and not self.on_original:
+            raise ValueError(f"keys='base' reads the original model, {type(self).__name__} measures on the current one")
         if not ridge >= 0:
             raise ValueError(f"ridge must not be negative, got {ridge}")
         if isinstance(contexts, str) and contexts not in ("sampled", "plain"):
@@ -98,6 +112,7 @@ class ClosedFormEditor(Editor):
         self.covariance_weight = covariance_weight
         self.residual = residual
         self.target = target
+        self.keys = keys
         self.contexts = contexts if isinstance(contexts, str) else check_templates(contexts)
         if not 1 <= context_count <= len(STARTS):
             raise ValueError(f"context_count must be 1 to {len(STARTS)}, got {context_count}")
@@ -108,7 +123,9 @@ class ClosedFormEditor(Editor):
         self.solvers: dict[int, RidgeSolver] = {}
         self.templates: Templates = ()
         self.targets: dict[str, tuple[str, Target]] = {}  # by id: what was asked for, and its target
+        self.known: KeyIndex | None = None
         self._key_rows: KeyRows | None = None
+        self._failed: dict[str, FloatingPointError] = {}  # edits of the window whose targets diverged
 
     # ---- before the stream --------------------------------------------------------------------------------------
 
@@ -152,8 +169,42 @@ class ClosedFormEditor(Editor):
                 prior.diagonal().add_(self.ridge * prior.diagonal().mean())
             d_out = ledger.adapter.shape(layer)[0]
             self.solvers[layer] = RidgeSolver(prior, d_out, memory=self.memory, storage=self.storage)
+        self.known = KeyIndex(ledger.adapter.shape(ledger.layers[0])[1])
         self.targets.clear()
+        self._failed.clear()
         self._key_rows = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return all settings that a result depends on, and what the second moments were."""
+        target = asdict(self.target)
+        return {
+            **super().settings(),
+            "layers": list(self.ledger.layers),
+            "covariance_weight": self.covariance_weight,
+            "ridge": self.ridge,
+            "residual": self.residual,
+            "keys": self.keys,
+            **{f"target.{name}": value for name, value in target.items()},
+            "contexts": self.contexts if isinstance(self.contexts, str) else [list(group) for group in self.contexts],
+            "context_count": self.context_count,
+            "seed": self.seed,
+            "storage.inverse": self.storage.inverse,
+            "key statistics": [solver.prior_checksum for solver in self.solvers.values()],
+        }
+
+    def opening(self) -> dict[str, Any]:
+        """Return the sampled contexts."""
+        return {"templates": [list(group) for group in self.templates]}
+
+    def reopen(self, opening: Mapping[str, Any]) -> None:
+        """Go on with the contexts of an earlier process."""
+        self.templates = check_templates(opening["templates"])
+
+    @property
+    def exact_undo(self) -> bool:
+        """Whether facts depend on no other edit: targets and keys are those of the original model."""
+        layers = self.ledger.layers if self.solvers else self.layers or ()
+        return self.on_original and self.memory and (self.keys == "base" or len(layers) == 1)
 
     def _make_templates(self, original: ModelAdapter) -> Templates:
         if self.contexts == "plain":
@@ -165,39 +216,205 @@ class ClosedFormEditor(Editor):
     # ---- one step -----------------------------------------------------------------------------------------------
 
     def propose(
-        self, requests: Sequence[EditRequest], window: Sequence[EditRequest] = (), status: Status = silent
+        self,
+        requests: Sequence[EditRequest],
+        window: Sequence[EditRequest] = (),
+        status: Status = silent,
+        replaced: Sequence[RecordedFacts] = (),
     ) -> Proposal:
         """Work out the updates for some requests; see :meth:`Editor.propose`."""
         watch = Stopwatch()
+        trial = Trial(self.solvers)
+        with watch("solve"):
+            trial.remove(self._read(replaced))
+        model = self._model(trial, edited=bool(replaced))
         with watch("targets"):
-            targets = self._get_targets(requests, window, status)
+            targets = self._get_targets(requests, window, model, status)
+        columns = as_columns([t.value for t in targets]), as_columns([t.delta for t in targets])
         with self.ledger.adapter.fast_products():
             with watch("keys"):
                 rows = self._get_key_rows(requests, window)
-            steps = self._walk(rows, targets, watch)
-        updates = tuple(LayerUpdate(layer, self.ledger.names[layer], step.delta) for layer, step in steps.items())
+            facts = self._find(rows, [_asked(r) for r in requests], *columns, model, trial, watch)
         entries = tuple(
-            LedgerEntry(r.id, r.subject, r.text, r.target_new, _facts(t))
+            LedgerEntry(r.id, r.subject, r.text, r.target_new, _facts(t), r.as_dict())
             for r, t in zip(requests, targets, strict=True)
         )
-        return Proposal(tuple(requests), updates, entries, _Pending(steps), watch.seconds)
+        numbers = tuple(number for recorded in replaced for number in recorded.numbers)
+        change = Change(removed=numbers, tensors=facts.as_tensors())
+        return self._proposal(trial, change, facts, entries, tuple(requests), watch.seconds)
+
+    def _find(
+        self,
+        rows: KeyRows,
+        names: Sequence[str],
+        targets: Tensor,
+        shifts: Tensor,
+        model: ModelAdapter,
+        trial: Trial,
+        watch: Stopwatch,
+    ) -> Facts:
+        """Find keys and residuals of some edits and add them to the trial."""
+        walk = Walk(self.ledger, model, self.residual, self.templates, watch)
+        if self.keys == "walked":
+            return walk.facts(rows.of(names), targets, shifts, trial.add)
+        single = [slice(i, i + 1) for i in range(len(names))]
+        parts = [
+            walk.facts(rows.of([name]), targets[:, i], shifts[:, i], alone(self.solvers))
+            for name, i in zip(names, single, strict=True)
+        ]
+        facts = join_facts(parts).columns(range(len(names)))
+        with watch("solve"):
+            trial.add_blocks(facts)
+        return facts
+
+    def _model(self, trial: Trial, edited: bool) -> ModelAdapter:
+        """Return the model that targets and keys are measured on."""
+        if self.on_original:
+            return self.ledger.original()
+        if not edited:
+            return self.ledger.adapter
+        weights = {self.ledger.names[n]: self.ledger.edited_weight(n, delta) for n, delta in trial.deltas().items()}
+        return self.ledger.adapter.with_weights(weights)
+
+    def _proposal(
+        self,
+        trial: Trial,
+        change: Change,
+        facts: Facts | None,
+        entries: tuple[LedgerEntry, ...] = (),
+        requests: tuple[EditRequest, ...] = (),
+        seconds: Mapping[str, float] | None = None,
+    ) -> Proposal:
+        names = self.ledger.names
+        updates = tuple(LayerUpdate(layer, names[layer], delta) for layer, delta in trial.deltas().items())
+        first = self.ledger.layers[0]
+        keys = facts.keys[first] if facts is not None else self.solvers[first].delta.new_empty(0, 0)
+        return Proposal(requests, updates, entries, _Pending(trial.steps, keys), seconds or {}, change)
 
     def accept(self, proposal: Proposal) -> None:
         """Take the solved facts into the solvers."""
-        for layer, step in proposal.pending.steps.items():
-            self.solvers[layer].absorb(step)
-        for request in proposal.requests:
-            self.targets.pop(request.id, None)
+        pending, change = proposal.pending, proposal.change
+        for layer, steps in pending.steps.items():
+            for step in steps:
+                self.solvers[layer].absorb(step)
+        if self.known is not None:
+            self.known.remove([*change.removed, *change.rewritten])
+            self.known.add([*(e.number for e in proposal.entries), *change.rewritten, *change.restored], pending.keys)
+        for entry in proposal.entries:
+            self.targets.pop(entry.id, None)
+
+    def similar(self, requests: Sequence[EditRequest], window: Sequence[EditRequest]) -> list[list[tuple[int, float]]]:
+        """Return, per request, the edits with the nearest keys at the first edited layer, and the cosines."""
+        if self.known is None or not self.known.numbers:
+            return [[] for _ in requests]
+        walk = Walk(self.ledger, self.ledger.original(), self.residual, self.templates, Stopwatch())
+        with self.ledger.adapter.fast_products():
+            rows = self._get_key_rows(requests, window)
+            keys = walk.first_keys(rows.of([_asked(r) for r in requests]))
+        return [self.known.nearest(keys[:, column]) for column in range(len(requests))]
+
+    # ---- taking out and putting back ----------------------------------------------------------------------------
+
+    def replay(self, change: Change, entries: Sequence[LedgerEntry], old: Sequence[RecordedFacts]) -> Proposal:
+        """Do again what is on record; see :meth:`Editor.replay`."""
+        trial, groups = Trial(self.solvers), self._read(old)
+        if change.restored:
+            trial.restore(groups)
+            facts: Facts | None = join_facts([group.meant for group in groups])
+        else:
+            trial.remove(groups)
+            facts = None
+        if change.tensors:
+            facts = Facts.from_tensors(change.tensors, self.ledger.adapter.device)
+            trial.add_blocks(facts)
+        return self._proposal(trial, change, facts, tuple(entries))
+
+    def retract(self, facts: Sequence[RecordedFacts], reason: str = "", exact: bool = False) -> Proposal:
+        """Work out the updates without some edits; see :meth:`Editor.retract`."""
+        numbers = tuple(sorted(number for recorded in facts for number in recorded.numbers))
+        later = [e.number for e in self.ledger.entries if e.number > numbers[0] and e.number not in numbers]
+        if self.exact_undo or not exact or not later:
+            trial = Trial(self.solvers)
+            trial.remove(self._read(facts))
+            return self._proposal(trial, Change("undo", removed=numbers, reason=reason), None)
+        trial = Trial(self.solvers)
+        trial.remove(self._read(self.ledger.facts_of([*numbers, *later])))
+        made = [self._make_again(recorded, trial) for recorded in self.ledger.facts_of(later)]
+        joined = join_facts(made)
+        order = tuple(number for recorded in self.ledger.facts_of(later) for number in recorded.numbers)
+        change = Change("undo", removed=numbers, rewritten=order, tensors=joined.as_tensors(), reason=reason)
+        return self._proposal(trial, change, joined)
+
+    def _make_again(self, recorded: RecordedFacts, trial: Trial) -> Facts:
+        """Find keys and residuals of some edits anew, on what a trial has come to, and add them to it."""
+        requests = [EditRequest.from_dict(self.ledger.history.entry(n).request) for n in recorded.numbers]
+        model = self._model(trial, edited=True)
+        before = Group.of(recorded, self.ledger.adapter.device).meant
+        targets, shifts = before.targets, before.shifts
+        if not self.on_original:
+            fitted = self._optimise(requests, model, silent)
+            targets, shifts = as_columns([t.value for t in fitted]), as_columns([t.delta for t in fitted])
+        with self.ledger.adapter.fast_products():
+            rows = self._make_key_rows(requests)
+            return self._find(rows, [_asked(r) for r in requests], targets, shifts, model, trial, Stopwatch())
+
+    def reinstate(self, facts: Sequence[RecordedFacts]) -> Proposal:
+        """Work out the updates with some edits put back; see :meth:`Editor.reinstate`."""
+        numbers = tuple(number for recorded in facts for number in recorded.numbers)
+        return self.replay(Change("redo", restored=numbers), (), facts)
+
+    def deviation(self, proposal: Proposal, sample: int = 4) -> float:
+        """Estimate how far a retraction is from a stream without the edits; see :meth:`Editor.deviation`.
+
+        Keys and residuals of some later edits, those next in line and those with the nearest keys, are found anew
+        without the retracted ones: by how much they move, relative to their lengths, at most.
+        """
+        removed = proposal.change.removed
+        later = [e.number for e in self.ledger.entries if e.number > min(removed) and e.number not in removed]
+        if self.exact_undo or not later or self.known is None:
+            return 0.0
+        first = self.ledger.layers[0]
+        near: list[int] = []
+        for recorded in self.ledger.facts_of(removed):
+            keys = Group.of(recorded, self.ledger.adapter.device).meant.keys[first]
+            near += [n for c in range(keys.shape[1]) for n, _ in self.known.nearest(keys[:, c], 64) if n in later]
+        chosen = dict.fromkeys([*near[:sample], *later[:sample]])
+        moved = 0.0
+        for recorded in self.ledger.facts_of(list(chosen)):
+            group = Group.of(recorded, self.ledger.adapter.device)
+            shifts = []
+            for take_out in (False, True):
+                trial = Trial(self.solvers)
+                if take_out:
+                    trial.remove(self._read(self.ledger.facts_of(removed)))
+                trial.remove([group])
+                shifts.append(self._make_again(recorded, trial))
+            moved = max(moved, _distance(*shifts))
+        return moved
+
+    def _read(self, recorded: Sequence[RecordedFacts]) -> list[Group]:
+        return [Group.of(part, self.ledger.adapter.device) for part in recorded]
 
     def _get_targets(
-        self, requests: Sequence[EditRequest], window: Sequence[EditRequest], status: Status
+        self, requests: Sequence[EditRequest], window: Sequence[EditRequest], model: ModelAdapter, status: Status
     ) -> list[Target]:
         if not self.on_original:
-            return self._optimise(requests, self.ledger.adapter, status)
-        if any(r.id not in self.targets or self.targets[r.id][0] != _asked(r) for r in requests):
-            group = window if all(r in window for r in requests) else requests
-            made = self._optimise(group, self.ledger.original(), status)
-            self.targets = {r.id: (_asked(r), target) for r, target in zip(group, made, strict=True)}
+            return self._optimise(requests, model, status)
+        if any(r.id not in self._failed and self.targets.get(r.id, ("",))[0] != _asked(r) for r in requests):
+            group = list(window if all(r in window for r in requests) else requests)
+            self.targets, self._failed = {}, {}
+            while group:
+                try:
+                    made = self._optimise(group, model, status)
+                except _TargetDivergedError as error:  # the others are not to suffer for it
+                    self._failed[error.id] = error
+                    group = [r for r in group if r.id != error.id]
+                else:
+                    self.targets = {r.id: (_asked(r), target) for r, target in zip(group, made, strict=True)}
+                    break
+        for request in requests:
+            if request.id in self._failed:
+                raise self._failed.pop(request.id)
         return [self.targets[r.id][1] for r in requests]
 
     def _optimise(self, requests: Sequence[EditRequest], adapter: ModelAdapter, status: Status) -> list[Target]:
@@ -214,77 +431,22 @@ class ClosedFormEditor(Editor):
             )
         except DivergedError as error:
             request = requests[error.index]
-            raise FloatingPointError(
+            raise _TargetDivergedError(
+                request.id,
                 f"the target of edit {request.id!r} ({request.text!r} -> {request.target_new!r}) diverged at step "
                 f"{error.step}; nothing of it was written. Use a smaller learning rate "
-                f"(model.editor.init_args.target.lr, now {self.target.lr})"
+                f"(model.editor.init_args.target.lr, now {self.target.lr})",
             ) from None
 
-    @torch.no_grad()
-    def _walk(self, rows: KeyLine, targets: Sequence[Target], watch: Stopwatch) -> dict[int, RidgeStep]:
-        """Walk up the edited layers: read keys, solve, go on with the new weight."""
-        layers = self.ledger.layers
-        reference = self.ledger.original() if self.on_original else self.ledger.adapter
-        hidden, steps = rows.hidden, {}
-        weights = torch.tensor(group_weights(self.templates), dtype=torch.float64, device=hidden.device)
-        wanted = torch.stack([target.value for target in targets], 1).to(hidden.device)  # (d_out, n)
-        missing = torch.stack([target.delta for target in targets], 1).to(hidden.device)
-        for index, layer in enumerate(layers):
-            with watch("keys"):
-                found: dict[int, Tensor] = {}
-                after = rows.line.run(hidden, layer, layer + 1, keys=found, adapter=reference)
-                keys = found[layer]
-                key = torch.einsum("ncd,c->dn", keys[rows.lookups].double(), weights)
-                if self.residual == "remeasured" and index > 0:
-                    plain = rows.line.carry(after, rows.plain)
-                    reached = rows.plain.run(plain, layer + 1, layers[-1] + 1, adapter=reference)
-                    missing = wanted - reached[rows.plain_lookups].T.to(wanted)
-            with watch("solve"):
-                share = len(layers) if self.residual == "uniform" else len(layers) - index
-                residual = reference.to_weight_residual(layer, keys[rows.lookups[:, 0]], missing.double() / share)
-                step = self.solvers[layer].preview(key, residual)
-                steps[layer] = step
-                weight = self.ledger.edited_weight(layer, step.delta)
-            if layer != layers[-1]:
-                with watch("keys"):
-                    hidden = self._rewritten(reference, layer, weight, hidden, after, keys, rows)
-        return steps
-
-    def _rewritten(
-        self,
-        reference: ModelAdapter,
-        layer: int,
-        weight: Tensor,
-        hidden: Tensor,
-        after: Tensor,
-        keys: Tensor,
-        rows: KeyLine,
-    ) -> Tensor:
-        """Return a layer's output once its down projection has another weight.
-
-        Args:
-            reference: The model whose layer has run.
-            layer: Which.
-            weight: The new weight, in the layer's layout.
-            hidden: ``(tokens, d_model)``, the layer's input.
-            after: Its output so far.
-            keys: ``(tokens, d_in)``, the inputs of the down projection.
-            rows: The tokens.
-        """
-        if reference.spec.output_norm is not None:  # what is projected does not simply add to the stream
-            view = reference.with_weights({self.ledger.names[layer]: weight})
-            return rows.line.run(hidden, layer, layer + 1, adapter=view)
-        change = reference.to_layout(layer, weight - reference.weight(layer))  # (d_out, d_in)
-        return after + keys @ change.T
-
-    def _get_key_rows(self, requests: Sequence[EditRequest], window: Sequence[EditRequest]) -> KeyLine:
-        ids = [_asked(r) for r in requests]
-        if self._key_rows is None or not self._key_rows.holds(ids):
+    def _get_key_rows(self, requests: Sequence[EditRequest], window: Sequence[EditRequest]) -> KeyRows:
+        if self._key_rows is None or not self._key_rows.holds([_asked(r) for r in requests]):
             # The same rows together whatever was done before: a resumed run computes the very same batch.
-            group = window if all(r in window for r in requests) else requests
-            problems = {_asked(r): build_problem(self.tokenizer, r, self.templates) for r in group}
-            self._key_rows = KeyRows(self.ledger.adapter, problems, self.ledger.layers[0], pad_token(self.tokenizer))
-        return self._key_rows.of(ids)
+            self._key_rows = self._make_key_rows(window if all(r in window for r in requests) else requests)
+        return self._key_rows
+
+    def _make_key_rows(self, requests: Sequence[EditRequest]) -> KeyRows:
+        problems = {_asked(r): build_problem(self.tokenizer, r, self.templates) for r in requests}
+        return KeyRows(self.ledger.adapter, problems, self.ledger.layers[0], pad_token(self.tokenizer))
 
     # ---- state --------------------------------------------------------------------------------------------------
 
@@ -294,6 +456,7 @@ class ClosedFormEditor(Editor):
             "targets": {name: {"asked": asked, **target.as_state()} for name, (asked, target) in self.targets.items()},
             "templates": [list(group) for group in self.templates],
             "solvers": {str(layer): solver.state_dict(copy=False) for layer, solver in self.solvers.items()},
+            "known": None if self.known is None else self.known.state_dict(),
         }
 
     def check_state(self, state: Mapping[str, Any], layers: Sequence[int]) -> None:
@@ -322,8 +485,24 @@ class ClosedFormEditor(Editor):
         self.templates = check_templates(state["templates"])
         for layer, solver in self.solvers.items():
             solver.load_state_dict(state["solvers"][str(layer)])
+        if self.known is not None and state.get("known") is not None:
+            self.known.load_state_dict(state["known"])
         self.targets = {name: (saved["asked"], Target.from_state(saved)) for name, saved in state["targets"].items()}
         self._key_rows = None
+
+
+class _TargetDivergedError(FloatingPointError):
+    """The target of one edit left the finite numbers."""
+
+    def __init__(self, id: str, message: str) -> None:
+        super().__init__(message)
+        self.id = id
+
+
+def _distance(one: Facts, other: Facts) -> float:
+    """Return by how much keys or residuals differ, relative to their lengths, at most."""
+    pairs = [(a[n], b[n]) for a, b in ((one.keys, other.keys), (one.residuals, other.residuals)) for n in a]
+    return max(float(((b - a).norm(dim=0) / a.norm(dim=0).clamp(min=1e-300)).max()) for a, b in pairs)
 
 
 def _asked(request: EditRequest) -> str:

@@ -104,6 +104,7 @@ class ModelAdapter:
     ) -> None:
         self.model = model
         self.products = products
+        self._bfloat16: bool | None = None
         self.rounded_to: torch.dtype | None = None
         self.head_weight: Tensor | None = None
         self.spec = spec or find_spec(model)
@@ -258,9 +259,22 @@ class ModelAdapter:
 
     def bfloat16_pays(self) -> bool:
         """Tell whether this device multiplies in bfloat16 clearly faster than in float32."""
+        if self._bfloat16 is not None:
+            return self._bfloat16
         if self.device.type == "cpu":
             return bfloat16_pays(torch.get_num_threads())
         return self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+    def kernels(self) -> dict[str, Any]:
+        """Return what decides about round-off on this machine, as primitives for :meth:`pin_kernels`."""
+        threads = torch.get_num_threads()
+        exact = self.device.type != "cpu" or self.dtype != torch.float32
+        kernel = self.products if self.products != "auto" or exact else choose_kernel(threads)
+        return {"products": kernel, "bfloat16": self.bfloat16_pays(), "threads": threads, "device": self.device.type}
+
+    def pin_kernels(self, kernels: Mapping[str, Any]) -> None:
+        """Multiply as an earlier process did, whatever a measurement would say now."""
+        self.products, self._bfloat16 = kernels["products"], kernels["bfloat16"]
 
     def _module(self, path: str) -> Any:
         try:

@@ -8,6 +8,10 @@ from torch import Tensor
 from lit_edit.errors import ArgumentError
 
 
+class FactsError(ValueError):
+    """Facts that must not reach any state."""
+
+
 def check_facts(keys: Tensor, residuals: Tensor, d_in: int, d_out: int) -> None:
     """Check keys ``(d_in, n)`` and residuals ``(d_out, n)`` before they reach any state.
 
@@ -22,7 +26,7 @@ def check_facts(keys: Tensor, residuals: Tensor, d_in: int, d_out: int) -> None:
         raise ValueError(f"keys hold {keys.shape[1]} facts and residuals {residuals.shape[1]}; expected as many")
     for name, value in (("keys", keys), ("residuals", residuals)):
         if not torch.isfinite(value).all():
-            raise ValueError(
+            raise FactsError(
                 f"{name} hold NaN or infinite values; the edit is refused and the weights stay as they are"
             )
 
@@ -75,6 +79,31 @@ def ridge_gain(projected: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     lower, info = torch.linalg.cholesky_ex(inner)
     if info.item() != 0:
         raise ArgumentError(_NOT_POSITIVE)
+    factor = torch.linalg.solve_triangular(lower, projected.T, upper=False).T
+    gain = torch.linalg.solve_triangular(lower.T, factor.T, upper=True).T
+    return gain, factor
+
+
+def removal_gain(projected: Tensor, keys: Tensor, least: float = 1e-6) -> tuple[Tensor, Tensor] | None:
+    r"""Return what taking a block of facts out does to a solution :math:`D` and to :math:`P`: :func:`ridge_gain` back.
+
+    With :math:`S = I - K^\top P K = L L^\top`: the gain :math:`G = P K S^{-1}`, so that
+    :math:`D \leftarrow D - (R - D K) G^\top`, and the factor :math:`V = P K L^{-\top}`, so that
+    :math:`P \leftarrow P + V V^\top`.
+
+    Args:
+        projected: :math:`P K`, ``(d_in, b)``.
+        keys: ``(d_in, b)``, facts that :math:`P` knows.
+        least: Below this pivot of :math:`S` the difference has lost its digits.
+
+    Returns:
+        Gain and factor, each ``(d_in, b)``, or ``None`` if :math:`P` must be factorised anew.
+    """
+    inner = -(keys.T @ projected)
+    inner.diagonal().add_(1.0)
+    lower, info = torch.linalg.cholesky_ex(inner)
+    if info.item() != 0 or bool((lower.diagonal().square() < least).any()):
+        return None
     factor = torch.linalg.solve_triangular(lower, projected.T, upper=False).T
     gain = torch.linalg.solve_triangular(lower.T, factor.T, upper=True).T
     return gain, factor

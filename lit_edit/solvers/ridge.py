@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lit_edit.checksum import checksum
 from lit_edit.errors import ArgumentError
-from lit_edit.solvers.functional import check_facts, inverse_spd, ridge_gain
+from lit_edit.solvers.functional import check_facts, inverse_spd, removal_gain, ridge_gain, ridge_update
 from lit_edit.solvers.storage import SolverStorage
 
 log = logging.getLogger(__name__)
@@ -23,13 +26,30 @@ class RidgeStep:
         delta: ``(d_out, d_in)``, the layer's whole update after this block.
         keys: ``(d_in, b)``.
         residuals: ``(d_out, b)``.
-        factor: ``(d_in, b)``, what ``P`` loses: the next one is ``P - factor factor^T``.
+        factor: ``(d_in, b)``, what ``P`` loses: the next one is ``P - sign factor factor^T``.
+        sign: 1 for facts that are added, -1 for facts that are taken out.
+        anew: ``P``, where it had to be factorised anew instead of being updated.
     """
 
     delta: Tensor
     keys: Tensor
     residuals: Tensor
     factor: Tensor
+    sign: int = 1
+    anew: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Facts that were solved together.
+
+    Attributes:
+        keys: ``(d_in, b)``.
+        residuals: ``(d_out, b)``.
+    """
+
+    keys: Tensor
+    residuals: Tensor
 
 
 class RidgeSolver:
@@ -39,9 +59,12 @@ class RidgeSolver:
     and :math:`A = \sum r k^\top` (D4S, arXiv 2410.23843). :math:`P = (\Lambda + G)^{-1}` and :math:`\Delta` are carried
     along by the Woodbury identity; the state does not grow with the number of facts.
 
-    The latest facts are kept as columns (:math:`P = P_0 - V V^\top`) and folded into the matrices ``fold_every`` at a
-    time, by one matrix product: between two folds a fact reads ``P`` once and writes no matrix of that size. The sums
-    are the ground truth: when rounding makes :math:`P` drift, it is factorised anew from them.
+    The latest facts are kept as columns (:math:`P = P_0 - V S V^\top` with signs :math:`S`) and folded into the
+    matrices ``fold_every`` at a time, by one matrix product: between two folds a fact reads ``P`` once and writes no
+    matrix of that size. The sums are the ground truth: when rounding makes :math:`P` drift, it is factorised anew.
+
+    A fact is taken out again by down-dating (:meth:`preview_removal`): a column with the sign turned round. Keys and
+    residuals are not kept beyond a fold, so whoever wants to take facts out must bring them.
 
     The statistics are plain float64 tensors, no buffers: ``module.to(bfloat16)``, autocast and DDP do not reach them.
 
@@ -89,32 +112,46 @@ class RidgeSolver:
         self._inverse = inverse_spd(self._prior).to(storage.inverse_dtype)
         self._gram: Tensor | None = None  # of the folded facts; none yet
         self._cross: Tensor | None = None
-        self._columns = [self._prior.new_empty(n, 0) for n in (self.d_in, d_out, self.d_in)]
+        self._columns = [self._prior.new_empty(n, 0) for n in (self.d_in, d_out, self.d_in, 1)]
         self.delta = self._prior.new_zeros(d_out, self.d_in)
         self.blocks = 0
         self.refactorisations = 0
+        self._factorised: Tensor | None = None  # the prior's Cholesky factor, once it is wanted
+
+    @property
+    def prior_checksum(self) -> str:
+        """Digits that tell priors apart."""
+        return checksum(self._prior)
 
     @property
     def gram(self) -> Tensor:
         r"""``(d_in, d_in)``, :math:`G = \sum k k^\top` of the facts remembered; zero without memory."""
         if not self.memory:
             return torch.zeros_like(self._prior)
-        keys = self._columns[0]
-        return keys @ keys.T if self._gram is None else self._gram + keys @ keys.T
+        keys, _, _, signs = self._columns
+        latest = (keys * signs) @ keys.T
+        return latest if self._gram is None else self._gram + latest
 
     @property
     def cross(self) -> Tensor:
         r"""``(d_out, d_in)``, :math:`A = \sum r k^\top`."""
-        keys, residuals, _ = self._columns
-        return residuals @ keys.T if self._cross is None else self._cross + residuals @ keys.T
+        keys, residuals, _, signs = self._columns
+        latest = (residuals * signs) @ keys.T
+        return latest if self._cross is None else self._cross + latest
 
     @property
     def inverse(self) -> Tensor:
         r"""``(d_in, d_in)``, :math:`P = (\Lambda + G)^{-1}`; without memory that of the prior alone."""
         if not self.memory:
             return self._inverse
-        factor = self._columns[2]
-        return torch.addmm(self._inverse.double(), factor, factor.T, alpha=-1.0)
+        _, _, factor, signs = self._columns
+        return torch.addmm(self._inverse.double(), factor * signs, factor.T, alpha=-1.0)
+
+    def fork(self) -> RidgeSolver:
+        """Return a solver in the same state to try steps on; it shares the matrices and never writes to them."""
+        fork = copy.copy(self)
+        fork.fold_every = _NEVER
+        return fork
 
     def preview(self, keys: Tensor, residuals: Tensor) -> RidgeStep:
         """Solve with a further block of facts, without changing the state.
@@ -128,38 +165,116 @@ class RidgeSolver:
         """
         check_facts(keys, residuals, self.d_in, self.d_out)
         keys, residuals = keys.to(self._prior), residuals.to(self._prior)
-        projected = self._project(keys)
-        if self.memory and self._columns[2].shape[1]:
-            projected -= self._columns[2] @ (self._columns[2].T @ keys)
-        gain, factor = ridge_gain(projected, keys)
+        gain, factor = ridge_gain(self._project(keys), keys)
         missing = residuals - self.delta @ keys if self.memory else residuals
         return RidgeStep(torch.addmm(self.delta, missing, gain.T), keys, residuals, factor)
 
+    def preview_removal(self, keys: Tensor, residuals: Tensor) -> RidgeStep:
+        r"""Solve without some facts that are in, by down-dating, without changing the state.
+
+        With :math:`S = I - K^\top P K`: :math:`\Delta \leftarrow \Delta - (R - \Delta K) S^{-1} (P K)^\top` and
+        :math:`P \leftarrow P + P K S^{-1} (P K)^\top` (Woodbury with the sign turned round). Where :math:`S` is nearly
+        singular, a fact that outweighs the prior by far, :math:`P` is factorised anew from the sums.
+
+        Args:
+            keys: ``(d_in, b)``, exactly as they were absorbed.
+            residuals: ``(d_out, b)``, likewise.
+
+        Raises:
+            ValueError: If the shapes do not fit, a value is not finite, or the solver has no memory
+                (see :meth:`preview_exchange`).
+        """
+        if not self.memory:
+            raise ValueError("without memory blocks are exchanged, not removed: use preview_exchange")
+        check_facts(keys, residuals, self.d_in, self.d_out)
+        keys, residuals = keys.to(self._prior), residuals.to(self._prior)
+        down = removal_gain(self._project(keys), keys)
+        if down is None:
+            inverse = inverse_spd(self._prior + self.gram - keys @ keys.T)
+            delta = (self.cross - residuals @ keys.T) @ inverse
+            return RidgeStep(delta, keys, residuals, keys, -1, inverse)
+        gain, factor = down
+        return RidgeStep(torch.addmm(self.delta, self.delta @ keys - residuals, gain.T), keys, residuals, factor, -1)
+
+    def preview_exchange(self, old: Sequence[Block], new: Sequence[Block]) -> RidgeStep:
+        """Return the solution with some blocks in place of others, for a solver without memory.
+
+        Each block was solved against the prior alone, so its share of the sum can be computed again and exchanged.
+
+        Args:
+            old: Blocks that are in, as they were absorbed.
+            new: Blocks to be in instead.
+        """
+        prior = self._prior
+        delta = self.delta
+        for sign, blocks in ((-1.0, old), (1.0, new)):
+            for block in blocks:
+                if block.keys.shape[1]:
+                    delta = delta + sign * ridge_update(block.keys.to(prior), block.residuals.to(prior), prior)
+        empty = prior.new_empty(self.d_in, 0)
+        return RidgeStep(delta, empty, prior.new_empty(self.d_out, 0), empty)
+
+    def alone(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return what facts would do if each were alone: :math:`P_\Lambda k` and :math:`1 + k^\top P_\Lambda k`.
+
+        The update of fact :math:`i` alone is :math:`r_i (P_\Lambda k_i)^\top` divided by the second.
+
+        Args:
+            keys: ``(d_in, n)``.
+
+        Returns:
+            ``(d_in, n)`` and ``(n,)``, float64.
+        """
+        keys = keys.to(self._prior)
+        if self._gram is None:
+            projected = (self._inverse @ keys.to(self._inverse.dtype)).double()
+        else:
+            projected = torch.cholesky_solve(keys, self._prior_factor())
+        return projected, 1.0 + (keys * projected).sum(0)
+
+    def _prior_factor(self) -> Tensor:
+        if self._factorised is None:
+            self._factorised = self.storage.keep(torch.linalg.cholesky(self._prior))
+        return self._factorised
+
     def _project(self, keys: Tensor) -> Tensor:
-        """Return ``P0 K``, float64, with what is folded into ``P0``."""
-        return (self._inverse @ keys.to(self._inverse.dtype)).double()
+        """Return ``P K``, float64; without memory that of the prior."""
+        projected = (self._inverse @ keys.to(self._inverse.dtype)).double()
+        if self.memory and self._columns[2].shape[1]:
+            _, _, factor, signs = self._columns
+            projected -= (factor * signs) @ (factor.T @ keys)
+        return projected
 
     def absorb(self, step: RidgeStep) -> None:
         """Take a previewed block into the state."""
         self.delta = step.delta
         self.blocks += 1
-        new = (step.keys, step.residuals, step.factor)
+        if step.anew is not None:
+            gram, cross = self.gram, self.cross
+            self._gram = self.storage.keep(gram - step.keys @ step.keys.T)
+            self._cross = cross - step.residuals @ step.keys.T
+            self._inverse = step.anew.to(self.storage.inverse_dtype)
+            self._columns = [column[:, :0] for column in self._columns]
+            self.refactorisations += 1
+            return
+        signs = step.keys.new_full((1, step.keys.shape[1]), float(step.sign))
+        new = (step.keys, step.residuals, step.factor, signs)
         self._columns = [torch.cat([old, column], 1) for old, column in zip(self._columns, new, strict=True)]
         if self._columns[0].shape[1] >= self.fold_every:
             self._fold()
 
     def _fold(self) -> None:
         """Move the columns into the matrices."""
-        keys, residuals, factor = self._columns
+        keys, residuals, factor, signs = self._columns
         if self._cross is None:
             self._cross = torch.zeros_like(self.delta)
-        self._cross.addmm_(residuals, keys.T)
+        self._cross.addmm_(residuals * signs, keys.T)
         if self.memory:
             if self._gram is None:
                 self._gram = self.storage.keep(torch.zeros_like(self._prior))
-            self._gram.addmm_(keys, keys.T)
-            factor = factor.to(self._inverse.dtype)
-            self._inverse.addmm_(factor, factor.T, alpha=-1.0)
+            self._gram.addmm_(keys * signs, keys.T)
+            factor, signs = factor.to(self._inverse.dtype), signs.to(self._inverse.dtype)
+            self._inverse.addmm_(factor * signs, factor.T, alpha=-1.0)
         self._columns = [column[:, :0] for column in self._columns]
         if self.memory and not self.drift() <= self.drift_bound:
             try:
@@ -180,15 +295,13 @@ class RidgeSolver:
     def drift(self) -> float:
         """Return ``|P (prior + G) x - x| / |x|`` for a fixed probe: how far rounding has carried ``P`` away."""
         probe = torch.linspace(-1.0, 1.0, self.d_in, dtype=torch.float64, device=self._prior.device)
-        keys, _, factor = self._columns
+        keys, _, _, signs = self._columns
         image = self._prior @ probe
         if self._gram is not None:
             image += self._gram @ probe
         if self.memory:
-            image += keys @ (keys.T @ probe)
-        back = self._project(image)
-        if self.memory:
-            back -= factor @ (factor.T @ image)
+            image += (keys * signs) @ (keys.T @ probe)
+        back = self._project(image[:, None])[:, 0]
         return float(torch.linalg.vector_norm(back - probe) / torch.linalg.vector_norm(probe))
 
     def refactorise(self) -> None:
@@ -237,8 +350,8 @@ class RidgeSolver:
         if bool(state.get("memory", self.memory)) != self.memory:
             raise ValueError("the checkpoint was made by an editor with another memory setting; use the same config")
         square, wide, count = (self.d_in, self.d_in), (self.d_out, self.d_in), _columns_of(state.get("keys"))
-        expected = {"delta": wide, "keys": (self.d_in, count), "residuals": (self.d_out, count)}
-        expected["factor"] = (self.d_in, count)
+        heights = (self.d_in, self.d_out, self.d_in, 1)
+        expected = {"delta": wide} | {name: (rows, count) for name, rows in zip(_COLUMNS, heights, strict=True)}
         folded = {"cross": wide, "gram": square, "inverse": square} if self.memory else {"cross": wide}
         if any(name in state for name in folded):  # else they follow from the prior
             expected |= folded
@@ -257,7 +370,8 @@ class RidgeSolver:
         self._gram = self.storage.keep(loaded["gram"]) if "gram" in loaded else None
 
 
-_COLUMNS = ("keys", "residuals", "factor")
+_COLUMNS = ("keys", "residuals", "factor", "signs")
+_NEVER = 1 << 62  # facts
 
 
 def _columns_of(value: Tensor | int | None) -> int:

@@ -379,14 +379,14 @@ class SolverTester:
             solver.update(keys, residuals)
             sizes.append(state_bytes(solver))
         assert sizes[0] == 8 * D_OUT * D_IN  # the solution alone
-        column = 8 * (D_IN + D_OUT + D_IN)
+        column = 8 * (D_IN + D_OUT + D_IN + 1)  # keys, residuals, factor, sign
         assert [after - before for before, after in pairwise(sizes)] == [column * n for n in (1, 1, 3, 2, 2)]
 
     @both_memories
     def test_state_is_bounded_after_the_first_fold(self, case: Case) -> None:
         """Solution and sums, and at most one column less than a fold takes."""
         matrices = 8 * (2 * D_OUT * D_IN + (2 * D_IN * D_IN if case.joint else 0))
-        column = 8 * (D_IN + D_OUT + D_IN)
+        column = 8 * (D_IN + D_OUT + D_IN + 1)  # keys, residuals, factor, sign
         solver = case.make(make_prior(), D_OUT, fold_every=4)
         for count, (keys, residuals) in enumerate(make_facts((1,) * 40), 1):
             solver.update(keys, residuals)

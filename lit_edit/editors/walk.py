@@ -1,0 +1,123 @@
+"""One walk up the edited layers: keys are read, residuals shared out, and each layer is rewritten before the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_edit.editors.base import Stopwatch
+from lit_edit.editors.facts import Facts
+from lit_edit.editors.key_rows import KeyLine
+from lit_edit.ledger import EditLedger
+from lit_edit.models.adapter import ModelAdapter
+from lit_edit.solvers.ridge import RidgeSolver
+from lit_edit.targets.contexts import Templates, group_weights
+
+ResidualMode = Literal["shared", "remeasured", "uniform"]
+
+Solve = Callable[[int, Tensor, Tensor], Tensor]
+"""From a layer, keys ``(d_in, n)`` and residuals ``(d_out, n)`` to the update ``(d_out, d_in)`` to go on with."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How keys and residuals of a step are found.
+
+    Args:
+        ledger: Knows the edited layers and what an update makes of them.
+        reference: The model as it is before the step.
+        residual: How the residual is spread over the layers (:class:`lit_edit.editors.closed_form.ClosedFormEditor`).
+        templates: The contexts, whose keys are averaged.
+        watch: Takes the times.
+    """
+
+    ledger: EditLedger
+    reference: ModelAdapter
+    residual: ResidualMode
+    templates: Templates
+    watch: Stopwatch
+
+    @torch.no_grad()
+    def facts(self, rows: KeyLine, targets: Tensor, shifts: Tensor, solve: Solve) -> Facts:
+        """Walk up the layers.
+
+        Args:
+            rows: The prompts at the input of the first edited layer.
+            targets: ``(d_model, n)``, the wanted states behind the last edited layer.
+            shifts: ``(d_model, n)``, what is missing to them on the reference model.
+            solve: What to write into a layer before the next one is read.
+        """
+        layers, hidden = self.ledger.layers, rows.hidden
+        keys, residuals = {}, {}
+        missing = shifts.to(hidden.device)
+        for index, layer in enumerate(layers):
+            with self.watch("keys"):
+                after, inputs = self._run(rows, layer, hidden)
+                keys[layer] = self._mean_key(rows, inputs)
+                if self.residual == "remeasured" and index > 0:
+                    plain = rows.line.carry(after, rows.plain)
+                    reached = rows.plain.run(plain, layer + 1, layers[-1] + 1, adapter=self.reference)
+                    missing = targets.to(hidden.device) - reached[rows.plain_lookups].T.to(missing)
+            with self.watch("solve"):
+                share = len(layers) if self.residual == "uniform" else len(layers) - index
+                plain_inputs = inputs[rows.lookups[:, 0]]
+                residuals[layer] = self.reference.to_weight_residual(layer, plain_inputs, missing.double() / share)
+                delta = solve(layer, keys[layer], residuals[layer])
+            if layer != layers[-1]:
+                with self.watch("keys"):
+                    weight = self.ledger.edited_weight(layer, delta)
+                    hidden = self._rewritten(layer, weight, hidden, after, inputs, rows)
+        return Facts(keys, residuals, targets, shifts, (targets.shape[1],))
+
+    @torch.no_grad()
+    def first_keys(self, rows: KeyLine) -> Tensor:
+        """Return the keys ``(d_in, n)`` at the first edited layer, which no edit can change."""
+        return self._mean_key(rows, self._run(rows, self.ledger.layers[0], rows.hidden)[1])
+
+    def _run(self, rows: KeyLine, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Run a layer; return its output and the inputs of its down projection ``(tokens, d_in)``."""
+        found: dict[int, Tensor] = {}
+        after = rows.line.run(hidden, layer, layer + 1, keys=found, adapter=self.reference)
+        return after, found[layer]
+
+    def _mean_key(self, rows: KeyLine, inputs: Tensor) -> Tensor:
+        weights = torch.tensor(group_weights(self.templates), dtype=torch.float64, device=inputs.device)
+        return torch.einsum("ncd,c->dn", inputs[rows.lookups].double(), weights)
+
+    def _rewritten(
+        self, layer: int, weight: Tensor, hidden: Tensor, after: Tensor, inputs: Tensor, rows: KeyLine
+    ) -> Tensor:
+        """Return a layer's output once its down projection has another weight.
+
+        Args:
+            layer: Which has run.
+            weight: The new weight, in the layer's layout.
+            hidden: ``(tokens, d_model)``, the layer's input.
+            after: Its output so far.
+            inputs: ``(tokens, d_in)``, the inputs of the down projection.
+            rows: The tokens.
+        """
+        if self.reference.spec.output_norm is not None:  # what is projected does not simply add to the stream
+            view = self.reference.with_weights({self.ledger.names[layer]: weight})
+            return rows.line.run(hidden, layer, layer + 1, adapter=view)
+        change = self.reference.to_layout(layer, weight - self.reference.weight(layer))  # (d_out, d_in)
+        return after + inputs @ change.T
+
+
+def alone(solvers: Mapping[int, RidgeSolver]) -> Solve:
+    """Return a rule that goes on as if this one edit were the only one ever made: what it finds depends on no other."""
+
+    def solve(layer: int, keys: Tensor, residuals: Tensor) -> Tensor:
+        projected, scale = solvers[layer].alone(keys)
+        return (residuals.to(projected) / scale) @ projected.T
+
+    return solve
+
+
+def as_columns(vectors: Sequence[Tensor]) -> Tensor:
+    """Return vectors ``(d,)`` as the columns of a matrix ``(d, n)``."""
+    return torch.stack(list(vectors), 1)

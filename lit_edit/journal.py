@@ -1,0 +1,252 @@
+"""The journal: what was done to a model, one record after another, on disk before the model changes.
+
+A file of framed records. Each frame is a mark, the length and the digest of its payload, and the payload: a
+safetensors file in memory, whose metadata holds the record as JSON. Digests are chained, so a record vouches for all
+before it. A process that dies while it appends leaves half a frame at the end, which the next one cuts off; nothing
+before it is ever written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lit_edit.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+"""Primitives: text, numbers, lists and dictionaries of them."""
+
+_MARK = b"\x89LEDIT\r\n"
+_FRAME = struct.Struct("<8sQ16s")  # mark, length of the payload, digest
+_START = b"\0" * 16  # the digest before the first record
+
+
+class JournalError(UserError):
+    """A journal that cannot be read or does not fit; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a record stands, and what it says apart from its tensors."""
+
+    offset: int
+    length: int
+    digest: bytes
+    record: Record
+
+
+class Journal:
+    """Append-only records with tensors.
+
+    Args:
+        path: The file, made when it is not there; ``None`` keeps the records in memory.
+        repair: What to do about records that are damaged and followed by others: raise, or set everything from the
+            first damaged one on aside (``<name>.damaged``) and go on without it. Half a record at the very end is what
+            a crash leaves; it is cut off in any case.
+        writable: With ``False`` the file is only looked at: another process may be writing it.
+
+    Raises:
+        JournalError: If the file cannot be read, or is damaged before its end and ``repair`` is not set.
+
+    Example:
+        >>> import torch
+        >>> journal = Journal()
+        >>> journal.append({"kind": "edit"}, {"keys.6": torch.ones(2, 1)})
+        0
+        >>> journal.records[0], journal.tensors(0)["keys.6"].shape
+        ({'kind': 'edit'}, torch.Size([2, 1]))
+    """
+
+    def __init__(self, path: Path | None = None, repair: bool = False, writable: bool = True) -> None:
+        self.path, self.writable = path, writable
+        self._places: list[_Place] = []
+        self._file: Any = io.BytesIO() if path is None else _open(path, writable)
+        self._read(repair)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def records(self) -> list[Record]:
+        """All records without their tensors, oldest first."""
+        return [place.record for place in self._places]
+
+    def digest(self, count: int | None = None) -> str:
+        """Return what vouches for the first ``count`` records (by default all), as hexadecimal digits."""
+        count = len(self) if count is None else count
+        return (self._places[count - 1].digest if count else _START).hex()
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Return the tensors of a record, as they were."""
+        place = self._places[index]
+        self._file.seek(place.offset)
+        loaded = safetensors.torch.load(self._file.read(place.length))
+        # Into memory of their own: products of unaligned matrices may round otherwise.
+        return {name: value.clone() for name, value in loaded.items()}
+
+    def append(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> int:
+        """Add a record; when this returns it is on disk, and if it raises the file is as it was.
+
+        Args:
+            record: Primitives.
+            tensors: On any device; they are copied.
+
+        Returns:
+            Its index.
+
+        Raises:
+            OSError: If the disk is full or gone.
+        """
+        text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+        ready = {name: value.detach().cpu().contiguous() for name, value in (tensors or {}).items()}
+        payload = safetensors.torch.save(ready, metadata={"record": text})
+        digest = _chain(self._places[-1].digest if self._places else _START, payload)
+        end = self._end()
+        try:
+            self._file.seek(end)
+            rest = memoryview(_FRAME.pack(_MARK, len(payload), digest) + payload)
+            while rest:  # a disk that is getting full takes less than it is given
+                rest = rest[self._file.write(rest) :]
+            self._sync()
+        except BaseException:
+            self._cut(end)
+            raise
+        self._places.append(_Place(end + _FRAME.size, len(payload), digest, json.loads(text)))
+        return len(self) - 1
+
+    def copy_to(self, other: Journal, count: int | None = None) -> None:
+        """Append the first ``count`` records (by default all) to another journal."""
+        for index in range(len(self) if count is None else count):
+            other.append(self._places[index].record, self.tensors(index))
+
+    def as_bytes(self) -> bytes:
+        """Return all records as the bytes of a journal file."""
+        self._file.seek(0)
+        return self._file.read(self._end())
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Journal:
+        """Return a journal in memory with the records of a file."""
+        journal = cls()
+        journal._file = io.BytesIO(data)
+        journal._read(repair=False)
+        return journal
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    # ---- the file -----------------------------------------------------------------------------------------------
+
+    def _read(self, repair: bool) -> None:
+        self._file.seek(0, os.SEEK_END)
+        size = self._file.tell()
+        while (end := self._end()) < size:
+            place = self._read_frame(end)
+            if place is None:
+                self._give_up(end, size, repair)
+                return
+            self._places.append(place)
+
+    def _read_frame(self, offset: int) -> _Place | None:
+        self._file.seek(offset)
+        head = self._file.read(_FRAME.size)
+        if len(head) < _FRAME.size:
+            return None
+        mark, length, digest = _FRAME.unpack(head)
+        if mark != _MARK or length > 1 << 40:
+            return None
+        payload = self._file.read(length)
+        if len(payload) < length or _chain(self._places[-1].digest if self._places else _START, payload) != digest:
+            return None
+        return _Place(offset + _FRAME.size, length, digest, _record_of(payload))
+
+    def _give_up(self, end: int, size: int, repair: bool) -> None:
+        """Deal with what stands behind the last whole record."""
+        self._file.seek(end)
+        rest = self._file.read()
+        number = len(self) + 1
+        if not self.writable and _MARK not in rest[1:] and rest.startswith(_MARK[: len(rest)]):
+            return  # somebody is writing it just now, or was
+        if not self._places and rest and not rest.startswith(_MARK[: len(rest)]):
+            raise JournalError(f"{self.path} is not a journal of lit-edit")
+        if _MARK in rest[1:]:  # more records follow: this is no crash in the middle of an append
+            if not repair:
+                raise JournalError(
+                    f"{self.path}: record {number} (at byte {end}) is damaged and others follow it. Restore the file "
+                    "from a copy, or run the stream again with --resume auto: it sets the damaged part aside and makes "
+                    "those edits again"
+                )
+            if self.path is not None:
+                aside = self.path.with_name(f"{self.path.name}.damaged")
+                aside.write_bytes(rest)
+                log.warning(
+                    "%s: record %d is damaged; it and what follows is now in %s, and will be made again",
+                    self.path,
+                    number,
+                    aside,
+                )
+        else:
+            log.warning("%s: cut off half a record (%d bytes) that a crash left behind", self.path, size - end)
+        self._cut(end)
+
+    def _end(self) -> int:
+        return self._places[-1].offset + self._places[-1].length if self._places else 0
+
+    def _cut(self, end: int) -> None:
+        self._file.truncate(end)
+        self._sync()
+
+    def _sync(self) -> None:
+        self._file.flush()
+        if self.path is not None:
+            os.fsync(self._file.fileno())
+
+
+def _open(path: Path, writable: bool) -> Any:
+    """Open a file without buffers of its own; a new one is in its folder for good."""
+    try:
+        if not writable:
+            return path.open("rb", buffering=0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        file = path.open("x+b" if new else "r+b", buffering=0)
+        if new:
+            handle = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    except OSError as error:
+        raise JournalError(f"the journal {path} cannot be opened: {error.strerror or error}") from error
+    return file
+
+
+def _chain(before: bytes, payload: bytes) -> bytes:
+    return hashlib.blake2b(before + payload, digest_size=16).digest()
+
+
+def _record_of(payload: bytes) -> Record:
+    """Return the record that a payload carries; its digest is right, so it is as it was written."""
+    try:
+        (length,) = struct.unpack_from("<Q", payload)
+        record = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"]["record"])
+    except (struct.error, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise JournalError(f"a record of the journal is not one of lit-edit ({error})") from error
+    if not isinstance(record, dict):
+        raise JournalError("a record of the journal is not one of lit-edit")
+    return record
