@@ -7,10 +7,10 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from lit_edit.run_files import edit_rows
 from lit_edit.stream import EditStream
 
 from .base import RunEndCallback
-from .run_folder import edit_rows
 
 
 class WandbReport(RunEndCallback):
@@ -27,7 +27,7 @@ class WandbReport(RunEndCallback):
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         if not loggers:
             return
-        rows = edit_rows(stream)
+        rows = edit_rows(stream.ledger.history, stream.results)
         columns = list(dict.fromkeys(name for row in rows for name in row))
         figures = sorted((folder / "figures").glob("*.png"))
         for logger in loggers:

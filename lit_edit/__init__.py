@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lit_edit.api import Outcome, edit
     from lit_edit.data.datamodule import EditDataModule
     from lit_edit.data.request import EditRequest, Probe
+    from lit_edit.deltas import apply_delta
     from lit_edit.editors import D4S, MEMIT, TargetSettings
     from lit_edit.models import ArchSpec, LanguageModel
     from lit_edit.stats.second_moment import KeyStatistics
@@ -29,6 +30,7 @@ _HOMES = {
     "Outcome": "lit_edit.api",
     "Probe": "lit_edit.data.request",
     "TargetSettings": "lit_edit.editors",
+    "apply_delta": "lit_edit.deltas",
     "edit": "lit_edit.api",
 }
 
@@ -44,6 +46,7 @@ __all__ = [
     "Outcome",
     "Probe",
     "TargetSettings",
+    "apply_delta",
     "edit",
 ]
 

@@ -20,7 +20,11 @@ commands:
   validate   measure without editing:  lit-edit validate --config quickstart [--ckpt_path runs/x/checkpoints/last.ckpt]
   test       the same, under Lightning's test loop
   ask        compare answers:          lit-edit ask --run runs/x "The capital of Italy is"
-  export     take the model away:      lit-edit export --run runs/x --to my-model
+  export     take the edits away:      lit-edit export --run runs/x --as model (or delta, or lora)
+  apply      put them into the base:   lit-edit apply --delta edited.safetensors --model smollm2-135m
+  log        list a run's edits:       lit-edit log --run runs/x
+  undo       take edits out again:     lit-edit undo --run runs/x --edit 17 (or --last 3, --subject Italy)
+  redo       put them back:            lit-edit redo --run runs/x --edit 17
   stats      compute key statistics ahead of a run
   models     list known models, what is cached, and the configs that ship
   version    print the version
@@ -44,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"lit-edit {version('lit-edit')}\n")
         return 0
-    if command not in (*LIGHTNING_COMMANDS, "ask", "export", "stats", "models"):
+    if command not in (*LIGHTNING_COMMANDS, "ask", "export", "apply", "log", "undo", "redo", "stats", "models"):
         sys.stderr.write(f"lit-edit: error: unknown command {command!r}\n\n{HELP}")
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,4 +1,4 @@
-"""Taking the edited model away: a Hugging Face folder with a card that says what was edited."""
+"""Taking the edited model away: a Hugging Face folder with a card that says what was edited, and a run's own deltas."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lit_edit.errors import UserError
-from lit_edit.ledger import EditLedger, LayerUpdate, LedgerEntry
+from lit_edit.ledger import EditLedger, LayerUpdate, LedgerEntry, weights_state
 from lit_edit.paths import write_atomically
 
 if TYPE_CHECKING:
@@ -41,13 +42,36 @@ def export_model(
     Raises:
         ExportError: If the folder holds files, or is one.
     """
-    folder = folder.expanduser()
-    check_export_folder(folder)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        ready = Path(scratch) / "model"
+
+    def fill(ready: Path) -> None:
         model.save_pretrained(ready)
         tokenizer.save_pretrained(ready)
         (ready / "README.md").write_text(model_card(ledger.entries, base_name, ledger.layer_norms()), encoding="utf-8")
+
+    return write_folder(folder, fill)
+
+
+def write_folder(folder: Path, fill: Callable[[Path], object]) -> Path:
+    """Let ``fill`` write a folder beside its place, then put it there in one step; on any exception nothing stays.
+
+    Args:
+        folder: Where to; must be empty or not exist.
+        fill: Writes the files, ``README.md`` among them.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: If ``folder`` holds files, or is one.
+    """
+    folder = folder.expanduser()
+    check_export_folder(folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        ready = Path(scratch) / "ready"
+        ready.mkdir()  # with the user's permissions; the scratch folder is closed to others
+        fill(ready)
+        for file in ready.glob("*.safetensors"):  # which its library writes for the owner alone
+            shutil.copymode(ready / "README.md", file)
         if folder.exists():
             folder.rmdir()
         shutil.move(ready, folder)
@@ -60,12 +84,25 @@ def check_export_folder(folder: Path) -> None:
         raise ExportError(f"{folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise ExportError(f"{folder} is not empty; name a new folder")
+    _check_parent(folder)
+
+
+def check_export_file(path: Path) -> None:
+    """Raise :class:`ExportError` unless ``path`` can be made: nothing of that name is there."""
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder; name a new file")
+    if path.exists() or path.is_symlink():
+        raise ExportError(f"{path} exists and is not overwritten; name a new file")
+    _check_parent(path)
+
+
+def _check_parent(path: Path) -> None:
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ExportError(f"{folder} cannot be made: {error.strerror or error}") from error
-    if not os.access(folder.parent, os.W_OK):
-        raise ExportError(f"{folder} cannot be made: {folder.parent} is not writable")
+        raise ExportError(f"{path} cannot be made: {error.strerror or error}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise ExportError(f"{path} cannot be made: {path.parent} is not writable")
 
 
 def model_card(entries: Sequence[LedgerEntry], base_name: str, norms: dict[str, dict[str, float]]) -> str:
@@ -76,9 +113,6 @@ def model_card(entries: Sequence[LedgerEntry], base_name: str, norms: dict[str, 
         >>> "<b>" in card, "&lt;b&gt;Vienna" in card
         (False, True)
     """
-    rows = "\n".join(
-        f"| {i} | {escape(e.subject)} | {escape(e.prompt)} | {escape(e.target_new)} |" for i, e in enumerate(entries, 1)
-    )
     layers = "\n".join(f"| `{name}` | {v['relative_change']:.4f} |" for name, v in norms.items())
     return f"""---
 library_name: transformers
@@ -91,9 +125,7 @@ This is {escape(base_name)} with {len(entries)} facts changed by lit-edit: close
 projections (D4S, [arXiv 2410.23843](https://arxiv.org/abs/2410.23843), and relatives). The statements below are what
 the model was **made to say**; they need not be true.
 
-| # | subject | prompt | new object |
-|---|---|---|---|
-{rows}
+{edits_table(entries)}
 
 ## Changed weights
 
@@ -101,6 +133,14 @@ the model was **made to say**; they need not be true.
 |---|---|
 {layers}
 """
+
+
+def edits_table(entries: Sequence[LedgerEntry]) -> str:
+    """Return the edits as a Markdown table, escaped."""
+    rows = (
+        f"| {i} | {escape(e.subject)} | {escape(e.prompt)} | {escape(e.target_new)} |" for i, e in enumerate(entries, 1)
+    )
+    return "\n".join(("| # | subject | prompt | new object |", "|---|---|---|---|", *rows))
 
 
 def escape(text: str) -> str:
@@ -113,8 +153,27 @@ def escape(text: str) -> str:
 def save_deltas(ledger: EditLedger, path: Path, base_hash: str) -> None:
     """Write the updates of a ledger as safetensors, float64, with the hash of the weights they belong to."""
     tensors = {name: delta.contiguous().cpu() for name, delta in ledger.deltas.items()}
-    meta = {"format": "lit-edit-deltas", "version": "1", "base_hash": base_hash, "edits": str(len(ledger))}
+    meta = {
+        "format": "lit-edit-deltas",
+        "version": "1",
+        "base_hash": base_hash,
+        "edits": str(len(ledger)),
+        "state": weights_state(ledger.journal),
+    }
     write_atomically(path, lambda target: save_file(tensors, target, metadata=meta))
+
+
+def read_tensors(path: Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
+    """Return metadata and tensors of a safetensors file.
+
+    Raises:
+        ExportError: If there is no such file or it is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ExportError(f"{path} cannot be read: {error}") from error
 
 
 @torch.no_grad()
@@ -124,12 +183,7 @@ def apply_deltas(ledger: EditLedger, path: Path, base_hash: str) -> None:
     Raises:
         ExportError: If the file is damaged or belongs to other weights.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            meta = file.metadata() or {}
-            deltas = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise ExportError(f"{path} cannot be read: {error}") from error
+    meta, deltas = read_tensors(path)
     if meta.get("base_hash") != base_hash:
         raise ExportError(f"{path} belongs to other base weights (hash {meta.get('base_hash')} against {base_hash})")
     by_name = {name: layer for layer, name in ledger.names.items()}

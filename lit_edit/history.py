@@ -171,6 +171,13 @@ class EditHistory:
             history.apply(record, index)
         return history
 
+    @classmethod
+    def listing(cls, entries: Sequence[LedgerEntry]) -> EditHistory:
+        """Return a history of edits that hold, of which nothing else is known."""
+        history = cls()
+        history._add([replace(entry, number=number) for number, entry in enumerate(entries, 1)])
+        return history
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything as primitives."""
         return {

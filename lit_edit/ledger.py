@@ -22,7 +22,16 @@ from lit_edit.history import EditHistory, LedgerEntry
 from lit_edit.journal import Journal, JournalError, Record
 from lit_edit.models.adapter import ModelAdapter
 
-__all__ = ["Change", "EditLedger", "EditRefusedError", "LayerUpdate", "LedgerEntry", "Origin", "RecordedFacts"]
+__all__ = [
+    "Change",
+    "EditLedger",
+    "EditRefusedError",
+    "LayerUpdate",
+    "LedgerEntry",
+    "Origin",
+    "RecordedFacts",
+    "weights_state",
+]
 
 Origin = Literal["stream", "guard", "user"]
 
@@ -383,6 +392,12 @@ class _Remembered(Journal):
 _MISSING = (
     "the journal of these edits is missing: keep the folder 'ledger' of the run beside the folder of its checkpoints"
 )
+
+
+def weights_state(journal: Journal) -> str:
+    """Return digits for the state of the weights that a journal leads to; records that write none do not change it."""
+    changing = [i for i, record in enumerate(journal.records) if record["kind"] in ("edit", "undo", "redo")]
+    return journal.digest(changing[-1] + 1 if changing else 0)
 
 
 def _essence(record: Record) -> Any:

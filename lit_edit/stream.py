@@ -339,6 +339,10 @@ class EditStream(LightningModule):
 
     def _perplexity(self, adapter: ModelAdapter) -> dict[str, float]:
         texts = getattr(getattr(self.trainer, "datamodule", None), "perplexity_texts", [])
+        return self.measure_texts(texts, adapter)
+
+    def measure_texts(self, texts: Sequence[str], adapter: ModelAdapter) -> dict[str, float]:
+        """Return mean, median and corpus perplexity of texts; nothing if there are none."""
         if not texts:
             return {}
         with self._time("metrics"), torch.no_grad():

@@ -1,4 +1,4 @@
-"""``ask``, ``export``, ``stats`` and ``models``."""
+"""``ask``, ``stats`` and ``models``; ``export`` and ``apply`` have a module of their own."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lit_edit.commands.arguments import make_parser, positive
+from lit_edit.commands.history import run_log, run_redo, run_undo
+from lit_edit.commands.taking import run_apply, run_export
+
 
 def run_tool(command: str, args: list[str]) -> None:
     """Run one of the tools; each parses its own arguments before anything heavy is imported."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lit_edit").setLevel(logging.INFO)
-    {"ask": _ask, "export": _export, "stats": _stats, "models": _models}[command](args)
-
-
-def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"lit-edit {command}",
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    tools = {"ask": _ask, "export": run_export, "apply": run_apply, "stats": _stats, "models": _models}
+    {**tools, "log": run_log, "undo": run_undo, "redo": run_redo}[command](args)
 
 
 def _ask(args: list[str]) -> None:
-    parser = _parser("ask", "Show how the base model and the edited model of a run continue a prompt.")
+    parser = make_parser("ask", "Show how the base model and the edited model of a run continue a prompt.")
     parser.add_argument("prompt", nargs="+", type=_prompt, help="one or more prompts, each in quotes")
     parser.add_argument("--run", required=True, type=Path, help="the run folder, for example runs/x")
-    parser.add_argument("--tokens", type=_positive, default=20, help="length of the continuation")
+    parser.add_argument("--tokens", type=positive, default=20, help="length of the continuation")
     options = parser.parse_args(args)
 
     from rich.console import Console
@@ -50,28 +47,10 @@ def _ask(args: list[str]) -> None:
     Console().print(table)
 
 
-def _export(args: list[str]) -> None:
-    parser = _parser("export", "Write the edited model of a run as a Hugging Face folder, with a model card.")
-    parser.add_argument("--run", required=True, type=Path, help="the run folder, for example runs/x")
-    parser.add_argument("--to", type=Path, default=None, help="a new folder; by default RUN/edited")
-    options = parser.parse_args(args)
-
-    from lit_edit.export import check_export_folder, export_model
-    from lit_edit.runs import open_run
-
-    target = options.to or options.run / "edited"
-    check_export_folder(target)
-    run = open_run(options.run)
-    run.apply()
-    export_model(run.ledger.adapter.model, run.tokenizer, run.ledger, target, run.language_model.name)
-    sys.stdout.write(
-        f"The edited model is in {target}. Load it with\n"
-        f'  transformers.AutoModelForCausalLM.from_pretrained("{target}")\n'
-    )
-
-
 def _stats(args: list[str]) -> None:
-    parser = _parser("stats", "Compute the second moments of the keys ahead of a run; they are kept and found again.")
+    parser = make_parser(
+        "stats", "Compute the second moments of the keys ahead of a run; they are kept and found again."
+    )
     parser.add_argument("--model", default="smollm2-135m", help="packaged model, folder or hub id")
     parser.add_argument("--layers", type=int, nargs="+", default=None, help="layers; by default the model's preset")
     parser.add_argument("--corpus", default="sampled", help="'sampled', a text file, or a hub data set id")
@@ -121,7 +100,7 @@ def _stats(args: list[str]) -> None:
 
 
 def _models(args: list[str]) -> None:
-    _parser("models", "List known models, what is cached, and the configs that ship.").parse_args(args)
+    make_parser("models", "List known models, what is cached, and the configs that ship.").parse_args(args)
 
     from rich.console import Console
     from rich.table import Table
@@ -156,10 +135,3 @@ def _prompt(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("a prompt must not be empty")
     return text
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

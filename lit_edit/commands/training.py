@@ -8,19 +8,26 @@ import re
 import shutil
 import sys
 import warnings
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from lit_edit.checkpoints import CheckpointError, load_tree
 from lit_edit.commands.configs import expand_arguments
+from lit_edit.commands.resuming import adopt_journal, find_run, has_ended, run_of_config
 from lit_edit.data.datamodule import EditDataModule
 from lit_edit.errors import ArgumentError, UserError
+from lit_edit.paths import write_atomically
+from lit_edit.run_files import journal_path, run_lock
+from lit_edit.runs import carry_over, find_checkpoint
 from lit_edit.stream import EditStream
+
+log = logging.getLogger(__name__)
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "accelerator": "auto",
@@ -70,6 +77,14 @@ def run_training(command: str, args: list[str]) -> None:
 class SaveRunConfig(SaveConfigCallback):
     """Keeps ``config.yaml`` in the run folder and shows the config to the loggers."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file, whole or not at all (Lightning's own way can be cut in the middle)."""
+        if trainer.is_global_zero:
+            text = self.parser.dump(self.config, skip_none=False)
+            path = Path(trainer.default_root_dir) / self.config_filename
+            write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
+            self.save_config(trainer, pl_module, stage)
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Send the config to every logger."""
         text = self.parser.dump(self.config, skip_none=False)
@@ -80,10 +95,27 @@ class SaveRunConfig(SaveConfigCallback):
 class EditCLI(LightningCLI):
     """LightningCLI with run folders."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self._lock:  # the folder's, until the run is over
+            super().__init__(*args, **kwargs)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that say where a run is kept."""
         parser.add_argument("--run_name", type=str | None, default=None, help="Name of the run; by default the time.")
         parser.add_argument("--runs_dir", type=str, default="runs", help="Folder in which run folders are made.")
+        parser.add_argument(
+            "--resume",
+            type=Literal["never", "auto"],
+            default="never",
+            help="auto: go on where an earlier run of this name (or, without a name, of this config) was cut; begin "
+            "where there is none; do nothing where it has come to its end.",
+        )
+        parser.add_argument(
+            "--continue",
+            type=str | None,
+            default=None,
+            help="Folder of an earlier run whose edits this one begins with: the same model, edited further.",
+        )
         parser.add_argument(
             "--overwrite", type=bool, default=False, help="Delete an earlier run of the same name instead of refusing."
         )
@@ -93,6 +125,8 @@ class EditCLI(LightningCLI):
         config = self.config[self.subcommand]
         folder = self._run_folder(config)
         self.run_folder = folder
+        if self.subcommand == "fit":
+            self._enter(folder)
         trainer = config.trainer
         trainer.default_root_dir = str(folder)
         _check_devices(trainer)
@@ -119,14 +153,17 @@ class EditCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Fit, and say how to go on when the user interrupts."""
+        self.model.journal = str(journal_path(self.run_folder))
         try:
             self.trainer.fit(**kwargs)
         except (KeyboardInterrupt, SystemExit):
             folder = self.run_folder
-            last = folder / "checkpoints" / "last.ckpt"
-            hint = f"go on with\n  lit-edit fit --config {folder}/config.yaml --ckpt_path {last}\n"
-            sys.stderr.write(f"\nlit-edit: interrupted; {hint if last.is_file() else 'nothing was saved yet'}\n")
+            hint = f"go on with\n  lit-edit fit --config {folder}/config.yaml --resume auto\n"
+            begun = (folder / "config.yaml").is_file()
+            sys.stderr.write(f"\nlit-edit: interrupted; {hint if begun else 'nothing was saved yet'}\n")
             raise SystemExit(130) from None
+        if self.model.is_at_end:
+            self.model.ledger.note({"kind": "end"})
 
     def instantiate_classes(self) -> None:
         """Instantiate, and turn what constructors say of bad values into an error for the user."""
@@ -141,6 +178,12 @@ class EditCLI(LightningCLI):
         """Read the data before the model is loaded: a broken line should not cost a minute."""
         self.datamodule.read()
         self._begin_run()
+        if checkpoint := self.config["fit"].get("ckpt_path"):
+            adopt_journal(Path(checkpoint), self.run_folder)
+        source = self.config["fit"]["continue"]
+        if source and not journal_path(self.run_folder).is_file():
+            edits = carry_over(Path(source), self.run_folder)
+            log.info("beginning with the %d edits of %s", edits, source)
 
     def before_validate(self) -> None:
         """Read the data before the model is loaded."""
@@ -152,7 +195,7 @@ class EditCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where the results are."""
-        where = os.path.relpath(self.run_folder) if self.run_folder.is_relative_to(Path.cwd()) else self.run_folder
+        where = _shown(self.run_folder)
         sys.stdout.write(
             f"\nEverything is in {where}/. Try:\n"
             f'  lit-edit ask --run {where} "{self.datamodule.requests[0].text}"\n'
@@ -187,29 +230,57 @@ class EditCLI(LightningCLI):
             folder = Path(checkpoint).resolve().parent.parent
             if name in (None, folder.name):
                 return folder  # resumed where it was, from whatever folder
+        runs = Path(config.runs_dir).expanduser().resolve()
+        if name is None and self.subcommand == "fit" and config.resume == "auto":
+            text = self._parser("fit").dump(config, skip_none=False)
+            found = run_of_config(config.get("config") or []) or find_run(runs, text)
+            if found is not None:
+                return found
         if name is None:
             stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
             name = stamp if self.subcommand == "fit" else f"{stamp}_{self.subcommand}"
         if not re.fullmatch(r"[\w.+=@-]+", name) or name.strip(".") == "":
             raise ArgumentError(f"--run_name {name!r} must be a plain folder name (letters, digits, and . _ + = @ -)")
-        return Path(config.runs_dir).expanduser().resolve() / name
+        return runs / name
+
+    def _enter(self, folder: Path) -> None:
+        """Keep other processes out of the run folder, and find out where to go on."""
+        config = self.config["fit"]
+        if not folder.is_dir():
+            return
+        self._lock.enter_context(run_lock(folder))
+        if config.resume == "auto" and not config.get("ckpt_path"):
+            if has_ended(folder):
+                where = _shown(folder)
+                sys.stdout.write(f"{where} has come to its end already: see {where}/summary.json\n")
+                raise SystemExit(0)
+            if (found := find_checkpoint(folder)) is not None:
+                config.ckpt_path = str(found)
 
     def _begin_run(self) -> None:
         config, folder = self.config[self.subcommand], self.run_folder
-        if folder.exists() and any(folder.iterdir()) and not config.get("ckpt_path"):
+        left = [path for path in folder.iterdir() if path.name != ".lock"] if folder.is_dir() else []
+        if left and not config.get("ckpt_path") and config.resume != "auto":
             if not config.overwrite:
                 raise ArgumentError(
-                    f"the run folder {folder} exists; choose another --run_name, go on with --ckpt_path "
-                    f"{folder}/checkpoints/last.ckpt, or delete the old run with --overwrite true"
+                    f"the run folder {folder} exists; go on where it was cut with --resume auto, choose another "
+                    "--run_name, or delete the old run with --overwrite true"
                 )
             if not (folder / "config.yaml").is_file():
                 raise ArgumentError(f"{folder} is not a run folder (it has no config.yaml); it is not deleted")
-            shutil.rmtree(folder)
+            for path in left:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         config.overwrite = False  # not for whoever starts again from the run's config.yaml
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(run_lock(folder))
         except OSError as error:
             raise ArgumentError(f"the run folder {folder} cannot be made: {error.strerror}") from error
+
+
+def _shown(folder: Path) -> str:
+    """Return a folder as a person would write it here."""
+    return os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
 
 
 def check_checkpoint(path: Path) -> None:
@@ -217,10 +288,9 @@ def check_checkpoint(path: Path) -> None:
     if not path.is_file():
         raise ArgumentError(f"--ckpt_path {path}: no such file")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file fails in many ways, which mean the same to the user
-        reason = str(error).partition("\n")[0][:100]
-        raise ArgumentError(f"--ckpt_path {path}: damaged, or not a checkpoint of lit-edit ({reason})") from None
+        saved = load_tree(path, "meta")
+    except CheckpointError as error:
+        raise ArgumentError(f"--ckpt_path {error}") from None
     if not isinstance(saved, dict) or "lit_edit" not in saved:
         raise ArgumentError(f"--ckpt_path {path}: not a checkpoint of lit-edit")
 
@@ -240,12 +310,12 @@ def _check_devices(trainer: Any) -> None:
 
 def _point_logger(class_path: str, init_args: Any, folder: Path) -> None:
     kind = class_path.rpartition(".")[2]
-    if kind in ("RunCSVLogger", "WandbLogger"):
+    if kind in ("RunCSVLogger", "WandbLogger", "RunWandbLogger"):
         init_args["save_dir"] = str(folder)
     elif kind in ("TensorBoardLogger", "CSVLogger"):
         for name, value in (("save_dir", str(folder.parent)), ("name", folder.name), ("version", "")):
             init_args[name] = value
-    if kind == "WandbLogger":
+    if kind in ("WandbLogger", "RunWandbLogger"):
         init_args["name"] = init_args.get("name") or folder.name
         # Nothing leaves the machine unless the user says so.
         os.environ.setdefault("WANDB_MODE", "offline")

@@ -147,13 +147,7 @@ class EditDataModule(LightningDataModule):
             )
             self._shuffle()
         if not self.perplexity_texts:
-            self.perplexity_texts = (
-                builtin_text("plain_sentences.txt").splitlines()
-                if self.perplexity_path is None
-                else read_documents(Path(self.perplexity_path).expanduser())
-            )
-            if not any(len(text.split()) > 1 for text in self.perplexity_texts):
-                raise DataError(f"{self.perplexity_path}: perplexity needs texts of two words or more")
+            self.perplexity_texts = perplexity_texts(self.perplexity_path)
         return self
 
     def _shuffle(self) -> None:
@@ -177,3 +171,17 @@ class EditDataModule(LightningDataModule):
     def test_dataloader(self) -> StreamLoader:
         """Return all edits for measurement."""
         return StreamLoader(self.requests, batch_size=64)
+
+
+def perplexity_texts(path: str | None = None) -> list[str]:
+    """Return the texts whose perplexity is measured: those of a file, or sentences written for this project.
+
+    Raises:
+        DataError: If the file cannot be read or holds no text of two words.
+    """
+    if path is None:
+        return builtin_text("plain_sentences.txt").splitlines()
+    texts = read_documents(Path(path).expanduser())
+    if not any(len(text.split()) > 1 for text in texts):
+        raise DataError(f"{path}: perplexity needs texts of two words or more")
+    return texts

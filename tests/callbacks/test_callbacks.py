@@ -17,7 +17,6 @@ from lit_edit.callbacks import LayerNorms, Retention
 from lit_edit.callbacks.base import as_stream, is_due
 from lit_edit.callbacks.closing_table import layers_table, summary_table
 from lit_edit.callbacks.figures import draw_all
-from lit_edit.callbacks.run_folder import edit_rows
 from rich.console import Console
 from rich.table import Table
 
