@@ -14,7 +14,8 @@ import json
 import logging
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,9 @@ class Journal:
     def __init__(self, path: Path | None = None, repair: bool = False, writable: bool = True) -> None:
         self.path, self.writable = path, writable
         self._places: list[_Place] = []
-        self._file: Any = io.BytesIO() if path is None else _open(path, writable)
+        self._memory = io.BytesIO()
+        if path is not None and writable:
+            _make(path)
         self._read(repair)
 
     def __len__(self) -> int:
@@ -93,8 +96,9 @@ class Journal:
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Return the tensors of a record, as they were."""
         place = self._places[index]
-        self._file.seek(place.offset)
-        loaded = safetensors.torch.load(self._file.read(place.length))
+        with self._open() as file:
+            file.seek(place.offset)
+            loaded = safetensors.torch.load(file.read(place.length))
         # Into memory of their own: products of unaligned matrices may round otherwise.
         return {name: value.clone() for name, value in loaded.items()}
 
@@ -117,13 +121,15 @@ class Journal:
         digest = _chain(self._places[-1].digest if self._places else _START, payload)
         end = self._end()
         try:
-            self._file.seek(end)
-            rest = memoryview(_FRAME.pack(_MARK, len(payload), digest) + payload)
-            while rest:  # a disk that is getting full takes less than it is given
-                rest = rest[self._file.write(rest) :]
-            self._sync()
+            with self._open(write=True) as file:
+                file.seek(end)
+                rest = memoryview(_FRAME.pack(_MARK, len(payload), digest) + payload)
+                while rest:  # a disk that is getting full takes less than it is given
+                    rest = rest[file.write(rest) :]
+                self._sync(file)
         except BaseException:
-            self._cut(end)
+            with suppress(OSError):  # what is left is half a record: the next process cuts it off
+                self._cut(end)
             raise
         self._places.append(_Place(end + _FRAME.size, len(payload), digest, json.loads(text)))
         return len(self) - 1
@@ -135,50 +141,60 @@ class Journal:
 
     def as_bytes(self) -> bytes:
         """Return all records as the bytes of a journal file."""
-        self._file.seek(0)
-        return self._file.read(self._end())
+        with self._open() as file:
+            file.seek(0)
+            return bytes(file.read(self._end()))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Journal:
         """Return a journal in memory with the records of a file."""
         journal = cls()
-        journal._file = io.BytesIO(data)
+        journal._memory = io.BytesIO(data)
         journal._read(repair=False)
         return journal
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
     # ---- the file -----------------------------------------------------------------------------------------------
 
-    def _read(self, repair: bool) -> None:
-        self._file.seek(0, os.SEEK_END)
-        size = self._file.tell()
-        while (end := self._end()) < size:
-            place = self._read_frame(end)
-            if place is None:
-                self._give_up(end, size, repair)
-                return
-            self._places.append(place)
+    @contextmanager
+    def _open(self, write: bool = False) -> Iterator[Any]:
+        """Open the file, without buffers of its own; held open for a moment only."""
+        if self.path is None:
+            yield self._memory
+            return
+        with self.path.open("r+b" if write else "rb", buffering=0) as file:
+            yield file
 
-    def _read_frame(self, offset: int) -> _Place | None:
-        self._file.seek(offset)
-        head = self._file.read(_FRAME.size)
+    def _read(self, repair: bool) -> None:
+        try:
+            with self._open() as file:
+                size = file.seek(0, os.SEEK_END)
+                while (end := self._end()) < size:
+                    place = self._read_frame(file, end)
+                    if place is None:
+                        break
+                    self._places.append(place)
+                file.seek(end)
+                rest = file.read()
+        except OSError as error:
+            raise JournalError(f"the journal {self.path} cannot be read: {error.strerror or error}") from error
+        if rest:
+            self._give_up(end, rest, repair)
+
+    def _read_frame(self, file: Any, offset: int) -> _Place | None:
+        file.seek(offset)
+        head = file.read(_FRAME.size)
         if len(head) < _FRAME.size:
             return None
         mark, length, digest = _FRAME.unpack(head)
         if mark != _MARK or length > 1 << 40:
             return None
-        payload = self._file.read(length)
+        payload = file.read(length)
         if len(payload) < length or _chain(self._places[-1].digest if self._places else _START, payload) != digest:
             return None
         return _Place(offset + _FRAME.size, length, digest, _record_of(payload))
 
-    def _give_up(self, end: int, size: int, repair: bool) -> None:
+    def _give_up(self, end: int, rest: bytes, repair: bool) -> None:
         """Deal with what stands behind the last whole record."""
-        self._file.seek(end)
-        rest = self._file.read()
         number = len(self) + 1
         if not self.writable and _MARK not in rest[1:] and rest.startswith(_MARK[: len(rest)]):
             return  # somebody is writing it just now, or was
@@ -201,30 +217,28 @@ class Journal:
                     aside,
                 )
         else:
-            log.warning("%s: cut off half a record (%d bytes) that a crash left behind", self.path, size - end)
+            log.warning("%s: cut off half a record (%d bytes) that a crash left behind", self.path, len(rest))
         self._cut(end)
 
     def _end(self) -> int:
         return self._places[-1].offset + self._places[-1].length if self._places else 0
 
     def _cut(self, end: int) -> None:
-        self._file.truncate(end)
-        self._sync()
+        with self._open(write=True) as file:
+            file.truncate(end)
+            self._sync(file)
 
-    def _sync(self) -> None:
-        self._file.flush()
+    def _sync(self, file: Any) -> None:
         if self.path is not None:
-            os.fsync(self._file.fileno())
+            os.fsync(file.fileno())
 
 
-def _open(path: Path, writable: bool) -> Any:
-    """Open a file without buffers of its own; a new one is in its folder for good."""
+def _make(path: Path) -> None:
+    """Make sure that a file can be written; a new one is in its folder for good."""
     try:
-        if not writable:
-            return path.open("rb", buffering=0)
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
-        file = path.open("x+b" if new else "r+b", buffering=0)
+        path.open("ab").close()
         if new:
             handle = os.open(path.parent, os.O_RDONLY)
             try:
@@ -232,8 +246,7 @@ def _open(path: Path, writable: bool) -> Any:
             finally:
                 os.close(handle)
     except OSError as error:
-        raise JournalError(f"the journal {path} cannot be opened: {error.strerror or error}") from error
-    return file
+        raise JournalError(f"the journal {path} cannot be written: {error.strerror or error}") from error
 
 
 def _chain(before: bytes, payload: bytes) -> bytes:

@@ -279,6 +279,5 @@ def carry_over(source: Path, target: Path) -> int:
         marked = {**record, **({"entries": entries} if entries else {})}
         journal.append(marked, earlier.tensors(index))
     journal.append({"kind": "continued", "from": str(source.expanduser().resolve()), "facts": False})
-    journal.close()
     part.replace(journal_path(target))  # whole, or not at all
     return len(history.live)

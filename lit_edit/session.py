@@ -172,7 +172,7 @@ class EditSession:
             EditRefusedError: If an edit must not be written and the policy is to stop.
             JournalError: If the record goes on with something else.
         """
-        self._repeat_between_steps()
+        self.repeat_between_steps()
         handled = set(self.ledger.history.handled)
         wanted = [request for request in requests if request.id not in handled]
         while (record := self.ledger.next_record()) is not None and record["kind"] == "refused":
@@ -190,7 +190,7 @@ class EditSession:
             )
         return self._recorded(record)
 
-    def _repeat_between_steps(self) -> None:
+    def repeat_between_steps(self) -> None:
         """Do again what was done by hand between two steps, and pass over the end of an earlier run."""
         while (record := self.ledger.next_record()) is not None:
             if record["kind"] != "end" and record.get("origin") != "user":

@@ -153,6 +153,7 @@ class EditStream(LightningModule):
     def on_fit_start(self) -> None:
         """Bring the ledger to the model's device and type, and hide Lightning's advice that does not apply."""
         self.ledger.align()
+        self._attach_journal()
         for message in (".*does not have many workers.*", ".*is in eval mode.*", ".*module.s. in eval mode.*"):
             warnings.filterwarnings("ignore", message)
 
@@ -179,11 +180,14 @@ class EditStream(LightningModule):
 
     def _take_up(self) -> None:
         """Open the journal, prepare the editor, and begin a stream or go on where an earlier process left it."""
-        if self.journal is not None and self.ledger.journal.path is None:
-            self.ledger.take_up(Journal(Path(self.journal).expanduser(), repair=True))
+        self._attach_journal()
         self.session.pin_kernels()
         self._prepare_editor()
         self.session.begin()
+
+    def _attach_journal(self) -> None:
+        if self.journal is not None and self.ledger.journal.path is None:
+            self.ledger.take_up(Journal(Path(self.journal).expanduser(), repair=True))
 
     def open(self, saved: Mapping[str, Any] | None = None) -> EditSession:
         """Bring the model to where its journal ends, without a Trainer: to take edits out, for example.
@@ -265,6 +269,10 @@ class EditStream(LightningModule):
 
     def finish(self) -> Summary:
         """Measure all committed edits once more, at the end; does it once and returns the whole summary."""
+        if self.ledger.ahead:  # edits may have been taken out by hand since the run came to its end
+            if not self._prepared:  # and then there was nothing to train
+                self._take_up()
+            self.session.repeat_between_steps()
         done = self.committed_requests()
         held = tuple(entry.number for entry in self.ledger.entries)
         if self._measured_at != held:

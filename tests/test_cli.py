@@ -185,8 +185,9 @@ def test_ctrl_c_says_how_to_go_on(
     signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
     assert stop.value.code == 130
     last = tmp_path / "runs" / "cut" / "checkpoints" / "last.ckpt"
-    assert f"--ckpt_path {last}" in capsys.readouterr().err
-    assert run_in(f"--ckpt_path={last}") == 0
+    config = last.parents[1] / "config.yaml"
+    assert f"lit-edit fit --config {config} --resume auto" in capsys.readouterr().err
+    assert main(["fit", "--config", str(config), "--resume", "auto"]) == 0
     assert json.loads((last.parents[1] / "summary.json").read_text())["edits"] == 3
 
 
@@ -275,7 +276,7 @@ def test_a_broken_line_is_named_before_the_model_is_loaded(run_in: Any, tmp_path
 def test_an_existing_run_is_not_overwritten_unasked(finished: Path, run_in: Any, capsys: Any) -> None:
     before = (finished / "summary.json").read_bytes()
     assert run_in("--run_name=x") == 2
-    assert "exists; choose another --run_name" in capsys.readouterr().err
+    assert "exists; go on where it was cut with --resume auto" in capsys.readouterr().err
     assert (finished / "summary.json").read_bytes() == before
     assert run_in("--run_name=x", "--overwrite=true") == 0
 

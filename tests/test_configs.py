@@ -97,7 +97,7 @@ def test_the_method_can_be_changed_by_name(capsys: pytest.CaptureFixture[str]) -
 def test_loggers_by_name(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     config = parsed(capsys, "--config", "quickstart", *arguments)
     kinds = [logger["class_path"].rpartition(".")[2] for logger in config["trainer"]["logger"]]
-    assert kinds == ["RunCSVLogger", "WandbLogger"]
+    assert kinds == ["RunCSVLogger", "RunWandbLogger"]
 
 
 def test_a_file_goes_before_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

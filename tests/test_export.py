@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import lit_edit
+from lit_edit.deltas import edit_with, export_delta, read_delta
 from lit_edit.export import ExportError, apply_deltas, escape, export_model, model_card, save_deltas
 from lit_edit.generation import continue_greedily
 from lit_edit.ledger import EditLedger, LayerUpdate, LedgerEntry
 from lit_edit.models.adapter import ModelAdapter
+from lit_edit.models.language_model import LanguageModel
+from lit_edit.models.spec import ArchSpec
 from lit_edit.runs import RunError, open_run
 from lit_edit.stats.second_moment import weights_hash
 from lit_edit.testing import tiny_model, tiny_tokenizer
@@ -60,6 +68,8 @@ def test_the_exported_folder_loads_and_gives_the_same_logits(tmp_path: Path, fam
     text = "The capital of Italy is"
     assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert len(modes) == 1  # whoever may read the card may read the weights
 
 
 def test_a_folder_that_holds_something_is_refused_untouched(tmp_path: Path) -> None:
@@ -171,6 +181,229 @@ def test_a_damaged_file_is_an_export_error(tmp_path: Path, damage: str) -> None:
     with pytest.raises(ExportError, match="cannot be read"):
         apply_deltas(target, path, base_hash)
     assert unchanged(target)
+
+
+# ---- a delta to take away -----------------------------------------------------------------------------------------
+
+
+def delta_of(ledger: EditLedger, path: Path, **base: Any) -> Path:
+    family, dtype = ledger.adapter.spec.family, ledger.adapter.dtype
+    settings = {"name": "some/model", "dtype": str(dtype).removeprefix("torch."), **base}
+    return export_delta(ledger, path, weights_hash(tiny_model(family, dtype)), LanguageModel(**settings))
+
+
+def tampered(path: Path, change: dict[str, str | None] | None = None, **tensors: torch.Tensor | None) -> Path:
+    """Write a delta anew with other metadata or tensors; ``None`` leaves one out."""
+    with safe_open(path, "pt") as file:
+        meta = {**file.metadata(), **(change or {})}
+        content = {**{name: file.get_tensor(name) for name in file.keys()}, **tensors}  # noqa: SIM118
+    save_file(
+        {k: v for k, v in content.items() if v is not None}, path, {k: v for k, v in meta.items() if v is not None}
+    )
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_delta_makes_the_edited_model_from_the_base(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    source = edited(family, dtype)
+    path = delta_of(source, tmp_path / "new" / "x.safetensors")
+    base = tiny_model(family, dtype)
+    before = base(IDS).logits
+    assert lit_edit.apply_delta(base, str(path)) is base
+    for name, value in source.adapter.model.named_parameters():
+        assert torch.equal(value, base.get_parameter(name)), name
+    assert torch.equal(base(IDS).logits, source.adapter.model(IDS).logits)
+    assert not torch.allclose(base(IDS).logits, before)
+    assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
+
+
+def test_a_delta_is_applied_to_a_model_as_users_have_it(tmp_path: Path) -> None:
+    path = delta_of(edited(), tmp_path / "x.safetensors")
+    model = tiny_model().requires_grad_(True).train()
+    lit_edit.apply_delta(model, path)
+    assert model.training
+    assert all(p.requires_grad and p.grad is None and p.grad_fn is None for p in model.parameters())
+
+
+def test_the_ledger_of_a_delta_takes_it_back(tmp_path: Path) -> None:
+    model = tiny_model()
+    ledger = edit_with(model, read_delta(delta_of(edited(), tmp_path / "x.safetensors")))
+    assert not unchanged(ledger)
+    ledger.restore_base()
+    assert unchanged(ledger)
+
+
+def test_a_delta_says_what_it_is(tmp_path: Path) -> None:
+    with safe_open(delta_of(edited(), tmp_path / "x.safetensors", revision="v2"), "pt") as file:
+        meta, names = file.metadata(), set(file.keys())
+    assert names == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)}
+    assert (meta["format"], meta["version"]) == ("lit-edit-export", "1")
+    assert (meta["base_model"], meta["base_revision"], meta["base_dtype"]) == ("some/model", "v2", "float32")
+    assert meta["base_hash"] == weights_hash(tiny_model())
+    assert meta["lit_edit_version"]
+    assert "(d_out, d_in)" in meta["layout"]
+    wanted = {"id": "1", "prompt": "The capital of Italy is", "subject": "Italy", "target_new": NASTY}
+    assert json.loads(meta["edits"]) == [wanted]
+    file = read_delta(tmp_path / "x.safetensors")
+    assert [(e.subject, e.target_new) for e in file.entries] == [("Italy", NASTY)]
+
+
+def test_a_delta_knows_how_its_base_is_loaded(tmp_path: Path) -> None:
+    arch = asdict(ModelAdapter(tiny_model()).spec) | {"family": "mine", "model_types": ()}
+    path = delta_of(edited(), tmp_path / "x.safetensors", dtype="auto", revision="v2", arch=ArchSpec(**arch))
+    file = read_delta(path)
+    assert file.base == LanguageModel("some/model", "v2", "float32", arch=ArchSpec(**arch))  # not auto
+    assert file.base_at("some/model").revision == "v2"
+    assert file.base_at("/a/folder").revision is None
+    assert file.base_at("/a/folder").name == "/a/folder"
+    assert not file.base.trust_remote_code
+    lit_edit.apply_delta(tiny_model(), path)
+
+
+def test_a_delta_does_not_overwrite(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_text("mine")
+    with pytest.raises(ExportError, match="exists and is not overwritten"):
+        delta_of(edited(), path)
+    assert path.read_text() == "mine"
+    with pytest.raises(ExportError, match="is a folder; name a new file"):
+        delta_of(edited(), tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ExportError, match="exists and is not overwritten"):
+        delta_of(edited(), tmp_path / "link")
+    with pytest.raises(ExportError, match="cannot be made"):
+        delta_of(edited(), path / "below")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "x.safetensors"]
+
+
+def test_a_delta_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("lit_edit.deltas.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        delta_of(edited(), tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_edits_make_no_delta(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no edit holds"):
+        delta_of(ledger_of(tiny_model()), tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def refused(model: PreTrainedModel, path: Path, what: str) -> None:
+    """Applying fails with such a message, and the model is as it was."""
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with pytest.raises(ExportError, match=what):
+        lit_edit.apply_delta(model, path)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_a_delta_on_other_weights_is_refused_with_both_hashes(tmp_path: Path) -> None:
+    path, other = delta_of(edited(), tmp_path / "x.safetensors"), tiny_model(seed=1)
+    refused(other, path, weights_hash(tiny_model()))
+    refused(other, path, weights_hash(other))
+    refused(other, path, "made on 'some/model' in float32")
+    refused(tiny_model(dtype=torch.bfloat16), path, "this model is in bfloat16")
+    refused(tiny_model("gpt2"), path, "belongs to other base weights")
+
+
+def test_a_delta_is_not_applied_twice(tmp_path: Path) -> None:
+    path = delta_of(edited(), tmp_path / "x.safetensors")
+    refused(lit_edit.apply_delta(tiny_model(), path), path, "belongs to other base weights")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.9.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.weight", "../../x", "\x1b[31m", "lm_head"],
+)
+def test_a_delta_of_unknown_weights_is_refused(tmp_path: Path, name: str) -> None:
+    path = tampered(delta_of(edited(), tmp_path / "x.safetensors"), **{name: torch.zeros(32, 48, dtype=torch.float64)})
+    refused(tiny_model(), path, re.escape(f"edits {name!r}, which this model does not have"))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "what"),
+    [
+        (torch.zeros(48, 32, dtype=torch.float64), r"must be \(d_out, d_in\) = \(32, 48\), got \(48, 32\)"),
+        (torch.zeros(0, 48, dtype=torch.float64), "must be"),
+        (torch.zeros(32 * 48, dtype=torch.float64), "must be a matrix in float64"),
+        (torch.zeros(32, 48), "must be a matrix in float64, got torch.float32"),
+        (torch.zeros(32, 48, dtype=torch.int64), "must be a matrix in float64"),
+        (torch.full((32, 48), float("nan"), dtype=torch.float64), "holds NaN or infinite"),
+        (torch.full((32, 48), float("inf"), dtype=torch.float64), "holds NaN or infinite"),
+        (torch.full((32, 48), 1e300, dtype=torch.float64), "would write NaN or infinite"),
+    ],
+)
+def test_a_delta_with_wrong_tensors_is_refused(tmp_path: Path, tensor: torch.Tensor, what: str) -> None:
+    name = "model.layers.2.mlp.down_proj.weight"  # the first layer's is good
+    refused(tiny_model(), tampered(delta_of(edited(), tmp_path / "x.safetensors"), **{name: tensor}), what)
+
+
+@pytest.mark.parametrize("name", ["base_hash", "base_model", "base_revision", "base_dtype", "base_arch", "edits"])
+def test_a_delta_without_some_metadata_is_refused(tmp_path: Path, name: str) -> None:
+    path = tampered(delta_of(edited(), tmp_path / "x.safetensors"), {name: None})
+    refused(tiny_model(), path, f"damaged metadata: KeyError\\('{name}'\\)")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("format", None, "not a file of deltas"),
+        ("format", "pt", "not a file of deltas"),
+        ("version", "2", "version '1', and say 'lit-edit-export', '2'"),
+        ("format", "lit-edit-deltas", "belongs to a run folder"),
+        ("base_hash", "0", "belongs to other base weights"),
+        ("base_dtype", "auto", "damaged metadata"),
+        ("base_dtype", "uint8", "damaged metadata"),
+        ("base_arch", "{", "damaged metadata"),
+        ("base_arch", '["a"]', "damaged metadata"),
+        ("base_arch", '{"family": "x"}', "damaged metadata"),
+        ("base_arch", '{"family": "x", "layers": 1, "down_proj": "b", "norm": null}', "damaged metadata"),
+        (
+            "base_arch",
+            '{"family": "x", "layers": "a", "down_proj": "b", "norm": null, "more": "c"}',
+            "damaged metadata",
+        ),
+        ("edits", "{", "damaged metadata"),
+        ("edits", "7", "damaged metadata"),
+        ("edits", "[7]", "damaged metadata"),
+        ("edits", '[{"id": "1"}]', "damaged metadata"),
+        ("edits", '[{"id": "1", "prompt": "p", "subject": "s", "target_new": 7}]', "damaged metadata"),
+        ("edits", '[{"id": "1", "prompt": "p", "subject": "s", "target_new": "\\ud800"}]', "damaged metadata"),
+        ("edits", "[" * 100_000, "damaged metadata"),
+    ],
+)
+def test_a_delta_with_wrong_metadata_is_refused(tmp_path: Path, name: str, value: str | None, what: str) -> None:
+    refused(tiny_model(), tampered(delta_of(edited(), tmp_path / "x.safetensors"), {name: value}), what)
+
+
+def test_a_delta_of_nothing_is_refused(tmp_path: Path) -> None:
+    path = delta_of(edited(), tmp_path / "x.safetensors")
+    refused(tiny_model(), tampered(path, **dict.fromkeys(edited().deltas)), "holds no deltas")
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "missing", "folder"])
+def test_a_damaged_delta_is_refused(tmp_path: Path, damage: str) -> None:
+    path = delta_of(edited(), tmp_path / "x.safetensors")
+    raw = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage != "missing":
+        path.write_bytes({"cut": raw[:-8], "text": b"hello, this is text", "empty": b""}[damage])
+    refused(tiny_model(), path, "cannot be read")
+
+
+def test_a_runs_own_deltas_are_not_taken_for_an_export(tmp_path: Path) -> None:
+    path = tmp_path / "deltas.safetensors"
+    save_deltas(edited(), path, weights_hash(tiny_model()))
+    refused(tiny_model(), path, "lit-edit export --run RUN --as delta")
+
+
+# ---- runs ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

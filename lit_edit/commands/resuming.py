@@ -56,7 +56,6 @@ def adopt_journal(checkpoint: Path, folder: Path) -> None:
     part.unlink(missing_ok=True)
     journal = Journal(part)
     Journal(source, writable=False).copy_to(journal, position)
-    journal.close()
     part.replace(target)
 
 

@@ -96,6 +96,7 @@ class EditCLI(LightningCLI):
     """LightningCLI with run folders."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._locked = False
         with ExitStack() as self._lock:  # the folder's, until the run is over
             super().__init__(*args, **kwargs)
 
@@ -248,7 +249,7 @@ class EditCLI(LightningCLI):
         config = self.config["fit"]
         if not folder.is_dir():
             return
-        self._lock.enter_context(run_lock(folder))
+        self._lock_out_others()
         if config.resume == "auto" and not config.get("ckpt_path"):
             if has_ended(folder):
                 where = _shown(folder)
@@ -256,6 +257,11 @@ class EditCLI(LightningCLI):
                 raise SystemExit(0)
             if (found := find_checkpoint(folder)) is not None:
                 config.ckpt_path = str(found)
+
+    def _lock_out_others(self) -> None:
+        if not self._locked:
+            self._lock.enter_context(run_lock(self.run_folder))
+            self._locked = True
 
     def _begin_run(self) -> None:
         config, folder = self.config[self.subcommand], self.run_folder
@@ -273,7 +279,7 @@ class EditCLI(LightningCLI):
         config.overwrite = False  # not for whoever starts again from the run's config.yaml
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock.enter_context(run_lock(folder))
+            self._lock_out_others()
         except OSError as error:
             raise ArgumentError(f"the run folder {folder} cannot be made: {error.strerror}") from error
 

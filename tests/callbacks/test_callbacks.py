@@ -20,8 +20,9 @@ from lit_edit.callbacks.figures import draw_all
 from rich.console import Console
 from rich.table import Table
 
-from lit_edit.ledger import LedgerEntry
+from lit_edit.history import EditHistory, LedgerEntry
 from lit_edit.metrics.evaluation import EditResult, ProbeResult
+from lit_edit.run_files import edit_rows
 from lit_edit.stream import EditStream
 
 NAME = "model.layers.2.mlp.down_proj.weight"
@@ -91,6 +92,10 @@ def result(number: int, nll: float) -> EditResult:
     return EditResult(str(number), (ProbeResult(nll, 2.0, (True,), (1,)),), (), ())
 
 
+def rows_of(stream: Any) -> list[dict[str, Any]]:
+    return edit_rows(stream.ledger.history, stream.results)
+
+
 def recorded(edits: int, value: float | None = 0.75, immediate: bool = True) -> Any:
     """What the figures ask of a finished stream."""
     entries = [LedgerEntry(str(i), "s", "p", "t", {"target_probability": 0.5}) for i in range(edits)]
@@ -104,7 +109,7 @@ def recorded(edits: int, value: float | None = 0.75, immediate: bool = True) -> 
         def __len__(self) -> int:
             return edits
 
-    ledger = Ledger(entries=entries)
+    ledger = Ledger(entries=entries, history=EditHistory.listing(entries))
     summaries = {"base": metrics(0.1, 20.0), "final": metrics(value, 22.0)}
     return SimpleNamespace(
         ledger=ledger,
@@ -216,9 +221,9 @@ def test_the_layers_table_shows_growth() -> None:
 
 
 def test_edit_rows_join_ledger_and_results() -> None:
-    rows = edit_rows(recorded(2))
+    rows = rows_of(recorded(2))
     assert [r["number"] for r in rows] == [1, 2]
     assert rows[1]["id"] == "1"
     assert (rows[1]["base_success"], rows[1]["final_success"], rows[1]["final_accuracy"]) == (False, True, True)
     assert rows[1]["final_target_nll"] == pytest.approx(0.2)
-    assert "immediate_success" not in edit_rows(recorded(1, immediate=False))[0]
+    assert "immediate_success" not in rows_of(recorded(1, immediate=False))[0]
