@@ -428,6 +428,8 @@ class EditStream(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put updates and state into the checkpoint, in place of the model's weights."""
+        for logger in self.loggers:  # what the checkpoint knows of must not be in a logger's hands only
+            logger.save()
         checkpoint["state_dict"] = {}
         checkpoint["lit_edit"] = {
             "format": _FORMAT,
