@@ -2,6 +2,7 @@
 
 from .closing_table import ClosingTable
 from .figures import RunFigures
+from .guard import HarmError, HarmGuard
 from .layer_norms import LayerNorms
 from .progress import EditProgressBar
 from .retention import Retention
@@ -11,6 +12,8 @@ from .wandb_report import WandbReport
 __all__ = [
     "ClosingTable",
     "EditProgressBar",
+    "HarmError",
+    "HarmGuard",
     "LayerNorms",
     "Retention",
     "RunFigures",

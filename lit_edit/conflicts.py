@@ -19,8 +19,12 @@ log = logging.getLogger(__name__)
 
 ConflictPolicy = Literal["replace", "average", "refuse"]
 
-SAME_KEY = 0.98
-"""Keys of a larger cosine are one key to the solver. Measured on SmolLM2 (docs/reliability.md)."""
+SAME_KEY = 0.999
+"""Keys of a larger cosine are one and the same.
+
+Nothing below tells facts apart: on SmolLM2-135M "The mother tongue of X is" and "The profession of X is" come to 0.992,
+"The mother tongue of X is" and "The native language of X is" to 0.990 (docs/reliability.md). The subject makes the key.
+"""
 
 
 @dataclass(frozen=True)

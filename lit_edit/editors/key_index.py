@@ -36,12 +36,17 @@ class KeyIndex:
 
     def add(self, numbers: Sequence[int], keys: Tensor) -> None:
         """Add the keys ``(d_in, n)`` of some edits."""
+        if not numbers:
+            return
         self.numbers += numbers
         self._sketches = torch.cat([self._sketches, self._sketch(keys)])
 
     def remove(self, numbers: Sequence[int]) -> None:
         """Forget some edits."""
-        kept = [row for row, number in enumerate(self.numbers) if number not in set(numbers)]
+        if not numbers:
+            return
+        gone = set(numbers)
+        kept = [row for row, number in enumerate(self.numbers) if number not in gone]
         self.numbers, self._sketches = [self.numbers[row] for row in kept], self._sketches[kept]
 
     def nearest(self, key: Tensor, count: int = 8) -> list[tuple[int, float]]:
