@@ -6,7 +6,7 @@
 Starts ``lit-edit fit ... --resume auto`` in a process of its own, kills it with SIGKILL at random instants, and starts
 the very same command again, until the run has come to its end. Then it replays the journal from the first record,
 without any checkpoint, and compares the weights bit for bit with those the run has left. With ``--compare`` the stream
-is run once more without kills, and everything is compared: weights, solver state, summary, metrics.csv, wandb's history.
+is run once more without kills, and everything is compared: weights, solver state, summary, metrics, wandb's history.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RECORD = 92_000  # bytes of an edit in the journal, about; only to spread the ki
 def command(options: argparse.Namespace, name: str) -> list[str]:
     """The command that is given again and again."""
     words = [sys.executable, "-m", "lit_edit", "fit", "--config", "counterfact", "--config", options.method]
-    words += ["--data.path", options.data, "--data.limit", str(options.edits), "--runs_dir", options.runs]
+    words += ["--config", str(Path(__file__).with_suffix(".yaml")), "--data.path", options.data, "--data.limit", str(options.edits), "--runs_dir", options.runs]
     words += ["--run_name", name, "--resume", "auto", "--trainer.enable_progress_bar", "false"]
     if options.compare:
         words += ["--trainer.logger", "wandb"]
