@@ -31,8 +31,9 @@ RECORD = 92_000  # bytes of an edit in the journal, about; only to spread the ki
 def command(options: argparse.Namespace, name: str) -> list[str]:
     """The command that is given again and again."""
     words = [sys.executable, "-m", "lit_edit", "fit", "--config", "counterfact", "--config", options.method]
-    words += ["--config", str(Path(__file__).with_suffix(".yaml")), "--data.path", options.data, "--data.limit", str(options.edits), "--runs_dir", options.runs]
-    words += ["--run_name", name, "--resume", "auto", "--trainer.enable_progress_bar", "false"]
+    words += ["--config", str(Path(__file__).with_suffix(".yaml")), "--data.path", options.data]
+    words += ["--data.limit", str(options.edits), "--runs_dir", options.runs, "--run_name", name]
+    words += ["--resume", "auto", "--trainer.enable_progress_bar", "false"]
     if options.compare:
         words += ["--trainer.logger", "wandb"]
     return [*words, *options.more]

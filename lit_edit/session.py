@@ -206,8 +206,10 @@ class EditSession:
             proposal = self.editor.propose(requests, window, self.status, facts)
             self._try(proposal)
         except _HARMFUL as error:
-            if self.on_refused == "stop":
+            if self.on_refused == "stop" and isinstance(error, FactsError):
                 raise EditRefusedError(str(error)) from error
+            if self.on_refused == "stop":
+                raise
             return self._without_harmful(requests, window, str(error))
         for reason in replaced.values():
             log.warning("%s", reason)
