@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
-from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
+from lit_edit.editors.base import Proposal, Status, Stopwatch, silent
 from lit_edit.editors.facts import Facts, join_facts
 from lit_edit.editors.key_index import KeyIndex
 from lit_edit.editors.key_rows import KeyRows
-from lit_edit.editors.trial import Group, Trial
+from lit_edit.editors.reversible import ReversibleEditor, asked
+from lit_edit.editors.trial import Trial
 from lit_edit.editors.walk import ResidualMode, Walk, alone, as_columns
 from lit_edit.errors import ArgumentError
 from lit_edit.ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
@@ -51,7 +52,7 @@ class _Pending:
     keys: Tensor
 
 
-class ClosedFormEditor(Editor):
+class ClosedFormEditor(ReversibleEditor):
     r"""Locate, fit a target, and solve least squares in the MLP down projections of some layers.
 
     Args:
@@ -234,7 +235,7 @@ class ClosedFormEditor(Editor):
         with self.ledger.adapter.fast_products():
             with watch("keys"):
                 rows = self._get_key_rows(requests, window)
-            facts = self._find(rows, [_asked(r) for r in requests], *columns, model, trial, watch)
+            facts = self._find(rows, [asked(r) for r in requests], *columns, model, trial, watch)
         entries = tuple(
             LedgerEntry(r.id, r.subject, r.text, r.target_new, _facts(t), r.as_dict())
             for r, t in zip(requests, targets, strict=True)
@@ -310,97 +311,17 @@ class ClosedFormEditor(Editor):
         walk = Walk(self.ledger, self.ledger.original(), self.residual, self.templates, Stopwatch())
         with self.ledger.adapter.fast_products():
             rows = self._get_key_rows(requests, window)
-            keys = walk.first_keys(rows.of([_asked(r) for r in requests]))
+            keys = walk.first_keys(rows.of([asked(r) for r in requests]))
         return [self.known.nearest(keys[:, column]) for column in range(len(requests))]
 
-    # ---- taking out and putting back ----------------------------------------------------------------------------
-
-    def replay(self, change: Change, entries: Sequence[LedgerEntry], old: Sequence[RecordedFacts]) -> Proposal:
-        """Do again what is on record; see :meth:`Editor.replay`."""
-        trial, groups = Trial(self.solvers), self._read(old)
-        if change.restored:
-            trial.restore(groups)
-            facts: Facts | None = join_facts([group.meant for group in groups])
-        else:
-            trial.remove(groups)
-            facts = None
-        if change.tensors:
-            facts = Facts.from_tensors(change.tensors, self.ledger.adapter.device)
-            trial.add_blocks(facts)
-        return self._proposal(trial, change, facts, tuple(entries))
-
-    def retract(self, facts: Sequence[RecordedFacts], reason: str = "", exact: bool = False) -> Proposal:
-        """Work out the updates without some edits; see :meth:`Editor.retract`."""
-        numbers = tuple(sorted(number for recorded in facts for number in recorded.numbers))
-        later = [e.number for e in self.ledger.entries if e.number > numbers[0] and e.number not in numbers]
-        if self.exact_undo or not exact or not later:
-            trial = Trial(self.solvers)
-            trial.remove(self._read(facts))
-            return self._proposal(trial, Change("undo", removed=numbers, reason=reason), None)
-        trial = Trial(self.solvers)
-        trial.remove(self._read(self.ledger.facts_of([*numbers, *later])))
-        made = [self._make_again(recorded, trial) for recorded in self.ledger.facts_of(later)]
-        joined = join_facts(made)
-        order = tuple(number for recorded in self.ledger.facts_of(later) for number in recorded.numbers)
-        change = Change("undo", removed=numbers, rewritten=order, tensors=joined.as_tensors(), reason=reason)
-        return self._proposal(trial, change, joined)
-
-    def _make_again(self, recorded: RecordedFacts, trial: Trial) -> Facts:
-        """Find keys and residuals of some edits anew, on what a trial has come to, and add them to it."""
-        requests = [EditRequest.from_dict(self.ledger.history.entry(n).request) for n in recorded.numbers]
-        model = self._model(trial, edited=True)
-        before = Group.of(recorded, self.ledger.adapter.device).meant
-        targets, shifts = before.targets, before.shifts
-        if not self.on_original:
-            fitted = self._optimise(requests, model, silent)
-            targets, shifts = as_columns([t.value for t in fitted]), as_columns([t.delta for t in fitted])
-        with self.ledger.adapter.fast_products():
-            rows = self._make_key_rows(requests)
-            return self._find(rows, [_asked(r) for r in requests], targets, shifts, model, trial, Stopwatch())
-
-    def reinstate(self, facts: Sequence[RecordedFacts]) -> Proposal:
-        """Work out the updates with some edits put back; see :meth:`Editor.reinstate`."""
-        numbers = tuple(number for recorded in facts for number in recorded.numbers)
-        return self.replay(Change("redo", restored=numbers), (), facts)
-
-    def deviation(self, proposal: Proposal, sample: int = 4) -> float:
-        """Estimate how far a retraction is from a stream without the edits; see :meth:`Editor.deviation`.
-
-        Keys and residuals of some later edits, those next in line and those with the nearest keys, are found anew
-        without the retracted ones: by how much they move, relative to their lengths, at most.
-        """
-        removed = proposal.change.removed
-        later = [e.number for e in self.ledger.entries if e.number > min(removed) and e.number not in removed]
-        if self.exact_undo or not later or self.known is None:
-            return 0.0
-        first = self.ledger.layers[0]
-        near: list[int] = []
-        for recorded in self.ledger.facts_of(removed):
-            keys = Group.of(recorded, self.ledger.adapter.device).meant.keys[first]
-            near += [n for c in range(keys.shape[1]) for n, _ in self.known.nearest(keys[:, c], 64) if n in later]
-        chosen = dict.fromkeys([*near[:sample], *later[:sample]])
-        moved = 0.0
-        for recorded in self.ledger.facts_of(list(chosen)):
-            group = Group.of(recorded, self.ledger.adapter.device)
-            shifts = []
-            for take_out in (False, True):
-                trial = Trial(self.solvers)
-                if take_out:
-                    trial.remove(self._read(self.ledger.facts_of(removed)))
-                trial.remove([group])
-                shifts.append(self._make_again(recorded, trial))
-            moved = max(moved, _distance(*shifts))
-        return moved
-
-    def _read(self, recorded: Sequence[RecordedFacts]) -> list[Group]:
-        return [Group.of(part, self.ledger.adapter.device) for part in recorded]
+    # ---- targets ------------------------------------------------------------------------------------------------
 
     def _get_targets(
         self, requests: Sequence[EditRequest], window: Sequence[EditRequest], model: ModelAdapter, status: Status
     ) -> list[Target]:
         if not self.on_original:
             return self._optimise(requests, model, status)
-        if any(r.id not in self._failed and self.targets.get(r.id, ("",))[0] != _asked(r) for r in requests):
+        if any(r.id not in self._failed and self.targets.get(r.id, ("",))[0] != asked(r) for r in requests):
             group = list(window if all(r in window for r in requests) else requests)
             self.targets, self._failed = {}, {}
             while group:
@@ -410,7 +331,7 @@ class ClosedFormEditor(Editor):
                     self._failed[error.id] = error
                     group = [r for r in group if r.id != error.id]
                 else:
-                    self.targets = {r.id: (_asked(r), target) for r, target in zip(group, made, strict=True)}
+                    self.targets = {r.id: (asked(r), target) for r, target in zip(group, made, strict=True)}
                     break
         for request in requests:
             if request.id in self._failed:
@@ -439,13 +360,13 @@ class ClosedFormEditor(Editor):
             ) from None
 
     def _get_key_rows(self, requests: Sequence[EditRequest], window: Sequence[EditRequest]) -> KeyRows:
-        if self._key_rows is None or not self._key_rows.holds([_asked(r) for r in requests]):
+        if self._key_rows is None or not self._key_rows.holds([asked(r) for r in requests]):
             # The same rows together whatever was done before: a resumed run computes the very same batch.
             self._key_rows = self._make_key_rows(window if all(r in window for r in requests) else requests)
         return self._key_rows
 
     def _make_key_rows(self, requests: Sequence[EditRequest]) -> KeyRows:
-        problems = {_asked(r): build_problem(self.tokenizer, r, self.templates) for r in requests}
+        problems = {asked(r): build_problem(self.tokenizer, r, self.templates) for r in requests}
         return KeyRows(self.ledger.adapter, problems, self.ledger.layers[0], pad_token(self.tokenizer))
 
     # ---- state --------------------------------------------------------------------------------------------------
@@ -497,17 +418,6 @@ class _TargetDivergedError(FloatingPointError):
     def __init__(self, id: str, message: str) -> None:
         super().__init__(message)
         self.id = id
-
-
-def _distance(one: Facts, other: Facts) -> float:
-    """Return by how much keys or residuals differ, relative to their lengths, at most."""
-    pairs = [(a[n], b[n]) for a, b in ((one.keys, other.keys), (one.residuals, other.residuals)) for n in a]
-    return max(float(((b - a).norm(dim=0) / a.norm(dim=0).clamp(min=1e-300)).max()) for a, b in pairs)
-
-
-def _asked(request: EditRequest) -> str:
-    """Tell requests apart by all that their targets depend on."""
-    return "\x1f".join((request.id, request.prompt, request.subject, request.target_new))
 
 
 def _facts(target: Target) -> dict[str, float]:

@@ -41,6 +41,11 @@ class Facts:
             (len(index),),
         )
 
+    def to(self, device: torch.device) -> Facts:
+        """Return the facts on another device."""
+        keys, residuals = ({n: v.to(device) for n, v in part.items()} for part in (self.keys, self.residuals))
+        return Facts(keys, residuals, self.targets.to(device), self.shifts.to(device), self.blocks)
+
     def as_tensors(self) -> dict[str, Tensor]:
         """Return the facts for the journal."""
         tensors = {"targets": self.targets, "shifts": self.shifts, "blocks": torch.tensor(self.blocks)}
@@ -52,13 +57,14 @@ class Facts:
     def from_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Facts:
         """Restore :meth:`as_tensors`."""
         layers = sorted(int(name.partition(".")[2]) for name in tensors if name.startswith("keys."))
-        return cls(
-            {layer: tensors[f"keys.{layer}"].to(device) for layer in layers},
-            {layer: tensors[f"residuals.{layer}"].to(device) for layer in layers},
-            tensors["targets"].to(device),
-            tensors["shifts"].to(device),
+        facts = cls(
+            {layer: tensors[f"keys.{layer}"] for layer in layers},
+            {layer: tensors[f"residuals.{layer}"] for layer in layers},
+            tensors["targets"],
+            tensors["shifts"],
             tuple(tensors["blocks"].tolist()),
         )
+        return facts.to(device)
 
 
 def join_facts(parts: Sequence[Facts]) -> Facts:

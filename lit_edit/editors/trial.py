@@ -15,16 +15,32 @@ from lit_edit.solvers.ridge import Block, RidgeSolver, RidgeStep
 
 @dataclass(frozen=True)
 class Group:
-    """Facts of one record: those that are meant, and those beside them that hold."""
+    """Facts of one block: those that are meant, and those beside them that hold."""
 
     meant: Facts
     beside: Facts
 
     @classmethod
-    def of(cls, recorded: RecordedFacts, device: torch.device) -> Group:
-        """Read a record."""
-        facts = Facts.from_tensors(recorded.tensors, device)
-        return cls(facts.columns(recorded.columns), facts.columns(recorded.rest))
+    def of(cls, block: RecordedFacts, device: torch.device) -> Group:
+        """Read a block, one of :func:`by_block`."""
+        facts = Facts.from_tensors(block.tensors, torch.device("cpu"))
+        return cls(facts.columns(block.columns).to(device), facts.columns(block.rest).to(device))
+
+
+def by_block(recorded: Sequence[RecordedFacts]) -> list[RecordedFacts]:
+    """Return recorded facts by the blocks that they were solved in, in the order of making.
+
+    A record holds one block, but for those of edits that were made again: these stand in one record together.
+    """
+    blocks = []
+    for record in recorded:
+        owner = [block for block, size in enumerate(record.tensors["blocks"].tolist()) for _ in range(size)]
+        for block in dict.fromkeys(owner[column] for column in record.columns):
+            pairs = [(n, c) for n, c in zip(record.numbers, record.columns, strict=True) if owner[c] == block]
+            numbers, columns = zip(*pairs, strict=True)
+            rest = tuple(column for column in record.rest if owner[column] == block)
+            blocks.append(RecordedFacts(numbers, columns, rest, record.tensors))
+    return sorted(blocks, key=lambda block: block.numbers[0])
 
 
 class Trial:
