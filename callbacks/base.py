@@ -25,10 +25,10 @@ def as_stream(module: LightningModule, callback: object) -> EditStream:
     return module
 
 
-def check_every(value: int, name: str) -> int:
-    """Return a number of edits, checked to be at least one."""
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+def check_every(value: int, name: str, low: int = 1) -> int:
+    """Return a number of edits, checked to be at least one (or another bound)."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
     return value
 
 

@@ -22,6 +22,9 @@ _ROWS = (
 )
 
 
+_BESIDE = (("undone", "taken out or replaced"), ("refused", "not made"))
+
+
 class ClosingTable(Callback):
     """Prints the summary of a finished stream."""
 
@@ -34,7 +37,8 @@ class ClosingTable(Callback):
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """Return the metrics before, right after each edit, and at the end."""
-    table = Table(title=f"{summary['edits']} edits", title_justify="left")
+    beside = [f"{summary[name]} {what}" for name, what in _BESIDE if summary.get(name)]
+    table = Table(title=", ".join([f"{summary['edits']} edits", *beside]), title_justify="left")
     for column in ("", "before", "after each edit", "after all edits"):
         table.add_column(column, justify="left" if not column else "right")
     stages = [summary[stage] for stage in ("base", "immediate", "final")]

@@ -17,7 +17,7 @@ class LayerNorms(Callback):
     """
 
     def __init__(self, every: int = 1) -> None:
-        self.every = check_every(every, "every")
+        self.every = check_every(every, "LayerNorms: every")
         self.history: list[dict[str, Any]] = []
         self._seen = 0
 

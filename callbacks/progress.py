@@ -9,18 +9,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from .base import as_stream
+from .base import as_stream, check_every
 
 
 class EditProgressBar(TQDMProgressBar):
     """Shows the current edit, the probability of its target, and what is being worked on.
 
     Args:
-        refresh_rate: Redraw after every so many steps.
+        refresh_rate: Redraw after every so many steps; 0 shows no bar.
     """
 
     def __init__(self, refresh_rate: int = 1) -> None:
-        super().__init__(refresh_rate=refresh_rate)
+        super().__init__(refresh_rate=check_every(refresh_rate, "EditProgressBar: refresh_rate", 0))
         self._last = ""
 
     def init_train_tqdm(self) -> Tqdm:

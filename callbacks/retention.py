@@ -26,9 +26,9 @@ class Retention(Callback):
     """
 
     def __init__(self, every: int = 10, sample: int = 50, perplexity: bool = True, seed: int = 0) -> None:
-        self.every = check_every(every, "every")
-        if sample < 0:
-            raise ValueError(f"sample must not be negative, got {sample}")
+        self.every = check_every(every, "Retention: every")
+        if sample is None or sample < 0:
+            raise ValueError(f"Retention: sample must not be negative, got {sample}")
         self.sample, self.perplexity, self.seed = sample, perplexity, seed
         self.history: list[dict[str, Any]] = []
         self._seen = 0

@@ -483,6 +483,18 @@ class EditStream(LightningModule):
         self.seconds = {**saved["seconds"], "load": self.seconds.get("load", 0.0)}
         self._restored = {"editor": saved["editor"]} if begun else None
 
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> EditStream:
+        """Refuse: a checkpoint holds edits, not a model, and Lightning's way of reading it unpickles.
+
+        Raises:
+            MisconfigurationException: Always; it says what to do.
+        """
+        raise MisconfigurationException(
+            "a checkpoint of an edit stream holds its edits, not the model: give it to Trainer.fit, validate or test as "
+            "ckpt_path, or take the edited model of a run with lit-edit export"
+        )
+
     # ---- taking the model away ----------------------------------------------------------------------------------
 
     def export(self, folder: str | Path) -> Path:
