@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(
                 f"the disk is full ({error}); what was being written is incomplete. Make room and run again", 1
             )
+        if isinstance(error, OSError) and error.filename is not None:  # a place that the user has named
+            return _fail(f"{error.filename}: {error.strerror}", 2)
         if type(error).__name__ == "EditRefusedError" or isinstance(error, FloatingPointError):
             return _fail(error, 1)
         raise

@@ -13,7 +13,7 @@ from typing import Literal
 
 from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import Editor
-from lit_edit.history import EditHistory, LedgerEntry
+from lit_edit.history import EditHistory, LedgerEntry, fact_name
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def find_conflicts(
         numbers = history.same(request.subject, request.text)
         for number, cosine in similar:
             earlier = history.entry(number)
-            if cosine < SAME_KEY or number in numbers:
+            if not cosine >= SAME_KEY or number in numbers:  # a key of no number is like no other
                 continue
             if _opening(request) and _opening_of(earlier):
                 numbers.append(number)
@@ -79,7 +79,7 @@ def superseded(requests: Sequence[EditRequest], policy: ConflictPolicy) -> dict[
     kept: dict[tuple[str, str], EditRequest] = {}
     reasons: dict[str, str] = {}
     for request in requests if policy == "refuse" else reversed(requests):
-        name = (request.subject.casefold(), request.text.casefold())
+        name = fact_name(request.subject, request.text)
         if name in kept:
             reasons[request.id] = f"edit {kept[name].id!r} of the same step is of the same fact ({request.text!r})"
         kept.setdefault(name, request)

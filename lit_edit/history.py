@@ -116,7 +116,7 @@ class EditHistory:
 
     def same(self, subject: str, prompt: str) -> list[int]:
         """Return the edits that hold and are of the same fact: same subject and prompt, but for case and space."""
-        return [n for n in self._by_text.get((_fold(subject), _fold(prompt)), ()) if n not in self.undone]
+        return [n for n in self._by_text.get(fact_name(subject, prompt), ()) if n not in self.undone]
 
     def number(self, entries: Sequence[LedgerEntry]) -> tuple[LedgerEntry, ...]:
         """Return new edits with the numbers that they will have."""
@@ -161,7 +161,7 @@ class EditHistory:
     def _add(self, entries: Sequence[LedgerEntry]) -> None:
         self.made += entries
         for entry in entries:
-            self._by_text.setdefault((_fold(entry.subject), _fold(entry.prompt)), []).append(entry.number)
+            self._by_text.setdefault(fact_name(entry.subject, entry.prompt), []).append(entry.number)
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> EditHistory:
@@ -201,5 +201,11 @@ class EditHistory:
         return history
 
 
-def _fold(text: str) -> str:
-    return " ".join(text.casefold().split())
+def fact_name(subject: str, prompt: str) -> tuple[str, str]:
+    """Return what is equal for edits of the same fact: subject and filled prompt, but for case and space.
+
+    Example:
+        >>> fact_name("Italy", "The capital  of Italy is") == fact_name("ITALY", "the capital of italy is ")
+        True
+    """
+    return " ".join(subject.casefold().split()), " ".join(prompt.casefold().split())

@@ -98,7 +98,13 @@ class Journal:
         place = self._places[index]
         with self._open() as file:
             file.seek(place.offset)
-            loaded = safetensors.torch.load(file.read(place.length))
+            payload = file.read(place.length)
+        try:
+            loaded = safetensors.torch.load(payload)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise JournalError(
+                f"{self._name}: record {index + 1} holds no tensors that can be read ({error})"
+            ) from error
         # Into memory of their own: products of unaligned matrices may round otherwise.
         return {name: value.clone() for name, value in loaded.items()}
 
@@ -157,19 +163,26 @@ class Journal:
 
     @contextmanager
     def _open(self, write: bool = False) -> Iterator[Any]:
-        """Open the file, without buffers of its own; held open for a moment only."""
+        """Open the file, held open for a moment only; what is written goes through no buffer, which could fail late."""
         if self.path is None:
             yield self._memory
-            return
-        with self.path.open("r+b" if write else "rb", buffering=0) as file:
-            yield file
+        elif write:
+            with self.path.open("r+b", buffering=0) as file:
+                yield file
+        else:  # with a buffer: a bare file reads two gigabytes at most
+            with self.path.open("rb") as file:
+                yield file
+
+    @property
+    def _name(self) -> str:
+        return "the journal in memory" if self.path is None else str(self.path)
 
     def _read(self, repair: bool) -> None:
         try:
             with self._open() as file:
                 size = file.seek(0, os.SEEK_END)
                 while (end := self._end()) < size:
-                    place = self._read_frame(file, end)
+                    place = self._read_frame(file, end, size)
                     if place is None:
                         break
                     self._places.append(place)
@@ -180,30 +193,35 @@ class Journal:
         if rest:
             self._give_up(end, rest, repair)
 
-    def _read_frame(self, file: Any, offset: int) -> _Place | None:
+    def _read_frame(self, file: Any, offset: int, size: int) -> _Place | None:
         file.seek(offset)
         head = file.read(_FRAME.size)
         if len(head) < _FRAME.size:
             return None
         mark, length, digest = _FRAME.unpack(head)
-        if mark != _MARK or length > 1 << 40:
+        if mark != _MARK or length > size - offset - _FRAME.size:  # no memory for what a damaged length promises
             return None
         payload = file.read(length)
         if len(payload) < length or _chain(self._places[-1].digest if self._places else _START, payload) != digest:
             return None
-        return _Place(offset + _FRAME.size, length, digest, _record_of(payload))
+        try:
+            return _Place(offset + _FRAME.size, length, digest, _record_of(payload))
+        except JournalError as error:
+            raise JournalError(f"{self._name}: record {len(self) + 1} (at byte {offset}): {error}") from error
 
     def _give_up(self, end: int, rest: bytes, repair: bool) -> None:
         """Deal with what stands behind the last whole record."""
         number = len(self) + 1
-        if not self.writable and _MARK not in rest[1:] and rest.startswith(_MARK[: len(rest)]):
+        followed = _MARK in rest[1:]  # by more records: this is no crash in the middle of an append
+        begun = rest.startswith(_MARK[: len(rest)]) or not rest.strip(b"\0")  # zeros: of a machine that went down
+        if not (self._places or begun or followed):
+            raise JournalError(f"{self._name} is not a journal of lit-edit")
+        if not followed and not self.writable:
             return  # somebody is writing it just now, or was
-        if not self._places and rest and not rest.startswith(_MARK[: len(rest)]):
-            raise JournalError(f"{self.path} is not a journal of lit-edit")
-        if _MARK in rest[1:]:  # more records follow: this is no crash in the middle of an append
-            if not repair:
+        if followed:
+            if not (repair and self.writable):
                 raise JournalError(
-                    f"{self.path}: record {number} (at byte {end}) is damaged and others follow it. Restore the file "
+                    f"{self._name}: record {number} (at byte {end}) is damaged and others follow it. Restore the file "
                     "from a copy, or run the stream again with --resume auto: it sets the damaged part aside and makes "
                     "those edits again"
                 )
@@ -217,7 +235,7 @@ class Journal:
                     aside,
                 )
         else:
-            log.warning("%s: cut off half a record (%d bytes) that a crash left behind", self.path, len(rest))
+            log.warning("%s: cut off half a record (%d bytes), as a crash leaves it", self._name, len(rest))
         self._cut(end)
 
     def _end(self) -> int:
@@ -259,7 +277,7 @@ def _record_of(payload: bytes) -> Record:
         (length,) = struct.unpack_from("<Q", payload)
         record = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"]["record"])
     except (struct.error, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        raise JournalError(f"a record of the journal is not one of lit-edit ({error})") from error
+        raise JournalError(f"not a record of lit-edit ({error})") from error
     if not isinstance(record, dict):
-        raise JournalError("a record of the journal is not one of lit-edit")
+        raise JournalError("not a record of lit-edit")
     return record

@@ -174,8 +174,8 @@ class EditStream(LightningModule):
             self.log_at_edit(flatten(self.summary_of("base", requests), "base"))
         elif self.measure_each:
             # The run may have been cut after the last commit and before its measurement.
-            last = self.committed_requests()[-loader.batch_size :]
-            if cut := [r for r in last if r.id not in self.results["immediate"]]:
+            own = {e.id for e in self.ledger.entries[-loader.batch_size :] if e.number > self.ledger.history.carried}
+            if cut := [r for r in requests if r.id in own and r.id not in self.results["immediate"]]:
                 self.log_at_edit(self._measure_immediate(cut))
 
     def _take_up(self) -> None:
@@ -319,8 +319,9 @@ class EditStream(LightningModule):
 
     def _position(self, requests: Sequence[EditRequest]) -> int:
         """Return how many edits of the stream are behind us, made or refused, and check that they are its first."""
-        handled = self.ledger.history.handled
-        first = {request.id for request in requests[: len(handled)]}
+        handled, step = self.ledger.history.handled, self._loader().batch_size
+        # Of the last step some may have been refused and nothing said of the others yet: a process died in between.
+        first = {request.id for request in requests[: -(-len(handled) // step) * step]}
         for number, name in enumerate(handled):
             if name not in first:
                 ahead = repr(requests[number].id) if number < len(requests) else "missing"
@@ -422,7 +423,9 @@ class EditStream(LightningModule):
     def _report_measured(self, stage: str) -> None:
         assert self._measured is not None  # noqa: S101
         summary = {**self._measured.compute(), "perplexity": self._measured_perplexity.get("mean")}
-        self.log_dict(flatten(summary, stage))
+        metrics = flatten(summary, stage)
+        self.log_dict(metrics, logger=False)
+        self.log_at_edit(metrics)  # not as step 0, where Lightning would put them
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
@@ -491,8 +494,8 @@ class EditStream(LightningModule):
             MisconfigurationException: Always; it says what to do.
         """
         raise MisconfigurationException(
-            "a checkpoint of an edit stream holds its edits, not the model: give it to Trainer.fit, validate or test as "
-            "ckpt_path, or take the edited model of a run with lit-edit export"
+            "a checkpoint of an edit stream holds its edits, not the model: give it to Trainer.fit, validate or test "
+            "as ckpt_path, or take the edited model of a run with lit-edit export"
         )
 
     # ---- taking the model away ----------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_edit.data.request import DataError, shorten
+
 
 @dataclass(frozen=True)
 class LocatedPrompt:
@@ -57,14 +59,17 @@ def locate(tokenizer: PreTrainedTokenizerBase, text: str, span: tuple[int, int])
         span: Start and end of the subject in ``text``.
 
     Raises:
-        ValueError: If no token covers the subject's end.
+        DataError: If no token covers the subject's end.
     """
     lead = leading_tokens(tokenizer)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     last = span[1] - 1
     covering = [i for i, (start, end) in enumerate(encoding["offset_mapping"]) if start <= last < end]
     if not covering:
-        raise ValueError(f"no token covers the end of {text[slice(*span)]!r} in {text!r}")
+        raise DataError(
+            f"no token covers the end of the subject {shorten(text[slice(*span)])!r} in {shorten(text)!r}: this "
+            "tokenizer leaves out what stands there"
+        )
     # A character of several bytes may be split over several tokens; the subject ends with the last of them.
     return LocatedPrompt(lead + tuple(encoding["input_ids"]), len(lead) + covering[-1])
 
@@ -77,6 +82,9 @@ def continuation(
     Prompt and target, joined by a space, are tokenised together and cut where the target begins. Where a token spans
     the border, both are tokenised apart, the target with its leading space.
 
+    Raises:
+        DataError: If the tokenizer makes nothing of one of them.
+
     Example:
         >>> from lit_edit.testing import tiny_tokenizer
         >>> tokenizer = tiny_tokenizer()
@@ -86,6 +94,14 @@ def continuation(
     """
     prompt = prompt.rstrip()
     target = target.strip()
+    head, tail = _joined(tokenizer, prompt, target)
+    for text, ids in ((prompt, head), (target, tail)):
+        if not ids:
+            raise DataError(f"this tokenizer makes no token of {shorten(text)!r}")
+    return head, tail
+
+
+def _joined(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     lead = leading_tokens(tokenizer)
     encoding = tokenizer(f"{prompt} {target}", add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]

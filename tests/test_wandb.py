@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from time import time
+from time import sleep, time
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from lit_edit.cli import main
 from lit_edit.loggers import RunCSVLogger
 from lit_edit.wandb_logger import RunWandbLogger
 from tests.test_cli import FAST
-from tests.wandb_files import read_run
+from tests.wandb_files import read_records, read_run
 
 ROOT = Path(__file__).parents[1]
 Rows = list[dict[str, Any]]
@@ -28,16 +28,26 @@ Rows = list[dict[str, Any]]
 
 def run_fit(folder: Path, tiny_folder: Path, *args: str) -> dict[str, Any]:
     """Run a stream of three edits in ``runs/w`` with wandb, and return what wandb was sent."""
-    import wandb
-
     base = ["fit", "--config", "quickstart", "--trainer.logger", "wandb", f"--model.language_model.name={tiny_folder}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIT_EDIT_CACHE", str(folder / "cache"))
         patch.delenv("WANDB_MODE")
         patch.chdir(folder)
         assert main([*base, *FAST, "--data.limit=3", "--run_name=w", "--trainer.accelerator=cpu", *args]) == 0
-        wandb.finish()
-    return read_run(folder / "runs" / "w")
+        return finished(folder / "runs" / "w")
+
+
+def finished(folder: Path) -> dict[str, Any]:
+    """Finish the wandb run and return what it was sent, when wandb's service, which takes its time, has it on disk."""
+    import wandb
+
+    wandb.finish()
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    for _ in range(500):
+        if any(record.WhichOneof("record_type") == "exit" for record in read_records(path)):
+            break
+        sleep(0.02)
+    return read_run(folder)
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +128,6 @@ def log_to_the_end(folder: Path, first: int = 0, kinds: Kinds = BOTH) -> dict[st
     for logger in log_calls(folder, first, len(CALLS), kinds=kinds):
         logger.finalize("success")
     return finished(folder)
-
-
-def finished(folder: Path) -> dict[str, Any]:
-    import wandb
-
-    wandb.finish()
-    return read_run(folder)
 
 
 def log_and_die(folder: Path, first: int, end: int, save_after: int) -> None:

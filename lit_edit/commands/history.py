@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.commands.arguments import make_parser
+from lit_edit.commands.arguments import make_parser, positive
 
 if TYPE_CHECKING:
     from lit_edit.history import EditHistory, LedgerEntry
@@ -68,7 +68,7 @@ def run_log(args: list[str]) -> None:
     parser = make_parser("log", "List the edits of a run, also while it runs: what was written, and whether it holds.")
     parser.add_argument("--run", required=True, type=Path, help="the run folder, for example runs/x")
     parser.add_argument("--subject", default=None, help="only edits of this subject")
-    parser.add_argument("--last", type=int, default=None, metavar="N", help="only the last N")
+    parser.add_argument("--last", type=positive, default=None, metavar="N", help="only the last N")
     parser.add_argument("--json", action="store_true", help="a JSON object per line instead of a table")
     options = parser.parse_args(args)
 
@@ -188,9 +188,10 @@ def parse_numbers(text: str) -> list[int]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise ArgumentError(f"--edit {text}: expected numbers like 17, 3,5,9 or 20-25")
-        numbers += range(int(first), int(last or first) + 1)
-        if len(numbers) > 10_000_000:
+        found = range(int(first), int(last or first) + 1)
+        if len(numbers) + found.stop - found.start > 10_000_000:
             raise ArgumentError(f"--edit {text}: too many numbers")
+        numbers += found
     return numbers
 
 

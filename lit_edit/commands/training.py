@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import re
@@ -16,9 +17,11 @@ from typing import Any, Literal
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
 
 from lit_edit.checkpoints import CheckpointError, load_tree
-from lit_edit.commands.configs import expand_arguments
+from lit_edit.commands.configs import changed_settings, check_settings, expand_arguments, explain
 from lit_edit.commands.resuming import adopt_journal, find_run, has_ended, run_of_config
 from lit_edit.data.datamodule import EditDataModule
 from lit_edit.errors import ArgumentError, UserError
@@ -63,7 +66,11 @@ def run_training(command: str, args: list[str]) -> None:
             EditStream,
             EditDataModule,
             args=words,
-            parser_kwargs={"parser_mode": "omegaconf"},
+            parser_kwargs={
+                "parser_mode": "omegaconf",
+                "exit_on_error": False,
+                command: {"exit_on_error": False},
+            },
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -121,6 +128,14 @@ class EditCLI(LightningCLI):
             "--overwrite", type=bool, default=False, help="Delete an earlier run of the same name instead of refusing."
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and say in a line what cannot be right."""
+        try:
+            super().parse_arguments(parser, args)
+        except (argparse.ArgumentError, OmegaConfBaseException, KeyError) as error:
+            raise ArgumentError(f"{explain(str(error))} (lit-edit {args[0]} --help lists all settings)") from None
+        check_settings(self.config[self.config.subcommand])
+
     def before_instantiate_classes(self) -> None:
         """Point everything that writes at the run folder."""
         config = self.config[self.subcommand]
@@ -131,6 +146,8 @@ class EditCLI(LightningCLI):
         trainer = config.trainer
         trainer.default_root_dir = str(folder)
         _check_devices(trainer)
+        if trainer.callbacks is not None and not isinstance(trainer.callbacks, list):
+            trainer.callbacks = [trainer.callbacks]
         if trainer.enable_progress_bar is False:
             trainer.callbacks = [c for c in trainer.callbacks or [] if not c.class_path.endswith("ProgressBar")]
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
@@ -149,7 +166,7 @@ class EditCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Check a checkpoint before anything is built on it (Lightning looks for hyper-parameters, we keep none)."""
         checkpoint = self.config[self.config.subcommand].get("ckpt_path")
-        if checkpoint:
+        if checkpoint is not None:
             check_checkpoint(Path(checkpoint))
 
     def fit(self, **kwargs: Any) -> None:
@@ -173,7 +190,17 @@ class EditCLI(LightningCLI):
         except UserError:
             raise
         except (ValueError, TypeError) as error:
-            raise ArgumentError(str(error)) from error
+            raise ArgumentError(explain(str(error))) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer, and name the settings that it was given where it cannot be."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except UserError:
+            raise
+        except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
+            given = changed_settings(self.config[self.subcommand].trainer)
+            raise ArgumentError(f"{error} (the Trainer was given {given})") from error
 
     def before_fit(self) -> None:
         """Read the data before the model is loaded: a broken line should not cost a minute."""
@@ -277,11 +304,18 @@ class EditCLI(LightningCLI):
             for path in left:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         config.overwrite = False  # not for whoever starts again from the run's config.yaml
+        if not folder.is_dir():
+            self._lock.push(self._tidy)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock_out_others()
         except OSError as error:
             raise ArgumentError(f"the run folder {folder} cannot be made: {error.strerror}") from error
+
+    def _tidy(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Take a new run's folder away if the run has failed before its first edit: nothing is in it to go on with."""
+        if isinstance(error, Exception) and not getattr(self.model, "edits_made", 0):
+            shutil.rmtree(self.run_folder, ignore_errors=True)
 
 
 def _shown(folder: Path) -> str:
@@ -291,7 +325,7 @@ def _shown(folder: Path) -> str:
 
 def check_checkpoint(path: Path) -> None:
     """Raise :class:`ArgumentError` unless ``path`` is a checkpoint of an edit stream."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ArgumentError(f"--ckpt_path {path}: no such file")
     try:
         saved = load_tree(path, "meta")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lit_edit.data.files import expand
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.data.sources import OnError, Source, builtin_text, load_requests
 from lit_edit.stats.corpus import read_documents
@@ -181,7 +181,7 @@ def perplexity_texts(path: str | None = None) -> list[str]:
     """
     if path is None:
         return builtin_text("plain_sentences.txt").splitlines()
-    texts = read_documents(Path(path).expanduser())
+    texts = read_documents(expand(path))
     if not any(len(text.split()) > 1 for text in texts):
         raise DataError(f"{path}: perplexity needs texts of two words or more")
     return texts

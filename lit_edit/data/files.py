@@ -5,13 +5,53 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lit_edit.data.request import DataError
+from lit_edit.data.request import DataError, shorten
 
 SUFFIXES = (".json", ".jsonl", ".csv")
+
+
+def expand(name: str | Path) -> Path:
+    """Return a path with ``~`` replaced by the home folder.
+
+    Raises:
+        DataError: If nobody has such a home.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise DataError(f"{name}: there is no such home folder") from None
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file in UTF-8.
+
+    Raises:
+        DataError: If it cannot be read; names the file and, where the text is at fault, the line.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe might never end
+        kind = "a folder" if os.path.isdir(path) else "no ordinary file"
+        raise DataError(f"{path}: is {kind}; expected a file ({', '.join(SUFFIXES)})")
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except OSError as error:
+        raise DataError(f"{shorten(str(path))}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL in the name
+        raise DataError(f"{str(path)!r}: cannot be read: {error}") from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    if (at := text.find("\x00")) >= 0:
+        raise DataError(f"{path}:{_line(text, at)}: holds a NUL character; save the file as UTF-8 (is it UTF-16?)")
+    return text
 
 
 def read_file(path: Path) -> Iterator[tuple[int, Any | DataError]]:
@@ -23,53 +63,40 @@ def read_file(path: Path) -> Iterator[tuple[int, Any | DataError]]:
     Raises:
         DataError: If the file as a whole cannot be read; names file and line.
     """
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; expected a file ({', '.join(SUFFIXES)})")
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES and not os.path.isdir(path):
         raise DataError(f"{path}: unknown kind of file {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    read = {".json": _json, ".jsonl": _jsonl, ".csv": _csv}[path.suffix.lower()]
-    yield from read(path, text)
+    text = read_text(path)
+    yield from {".json": _json, ".jsonl": _jsonl, ".csv": _csv}[path.suffix.lower()](path, text)
 
 
 def _json(path: Path, text: str) -> Iterator[tuple[int, Any | DataError]]:
     """A list of records, decoded one by one so that each has its line."""
-    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+    decoder = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
     at = _skip_space(text, 0)
     if text[at : at + 1] != "[":
-        raise DataError(f"{path}:{_line(text, at)}: expected a JSON list of records ('[')")
+        hint = "; a file with a record per line is named .jsonl" if text[at : at + 1] == "{" else ""
+        raise DataError(f"{path}:{_line(text, at)}: expected a JSON list of records ('['){hint}")
     at = _skip_space(text, at + 1)
-    if text[at : at + 1] == "]":
-        return
-    while True:
-        line = _line(text, at)
-        try:
-            record, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{error.lineno}: bad JSON: {error.msg}") from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{line}: bad JSON: {error}") from None
-        yield line, record
-        at = _skip_space(text, at)
-        mark = text[at : at + 1]
-        if mark == "]":
+    line, counted = 1, 0
+    if text[at : at + 1] != "]":
+        while True:
+            line, counted = line + text.count("\n", counted, at), at
+            try:
+                record, at = decoder.raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{error.lineno}: bad JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}:{line}: bad JSON: {error}") from None
+            yield line, record
+            at = _skip_space(text, at)
+            if text[at : at + 1] != ",":
+                break
             at = _skip_space(text, at + 1)
-            if at < len(text):
-                raise DataError(f"{path}:{_line(text, at)}: text after the end of the list")
-            return
-        if mark != ",":
-            raise DataError(f"{path}:{_line(text, min(at, len(text) - 1))}: bad JSON: expected ',' or ']'")
-        at = _skip_space(text, at + 1)
+    if text[at : at + 1] != "]":
+        raise DataError(f"{path}:{_line(text, min(at, len(text) - 1))}: bad JSON: expected ',' or ']'")
+    at = _skip_space(text, at + 1)
+    if at < len(text):
+        raise DataError(f"{path}:{_line(text, at)}: text after the end of the list")
 
 
 def _jsonl(path: Path, text: str) -> Iterator[tuple[int, Any | DataError]]:
@@ -77,7 +104,7 @@ def _jsonl(path: Path, text: str) -> Iterator[tuple[int, Any | DataError]]:
         if not row.strip():
             continue
         try:
-            yield line, json.loads(row, parse_constant=_refuse_constant)
+            yield line, json.loads(row, parse_constant=_refuse_constant, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             yield line, DataError(f"bad JSON: {error.msg}")
         except (ValueError, RecursionError) as error:
@@ -86,12 +113,10 @@ def _jsonl(path: Path, text: str) -> Iterator[tuple[int, Any | DataError]]:
 
 def _csv(path: Path, text: str) -> Iterator[tuple[int, Any | DataError]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line = 1  # where the record at hand begins
     try:
         names = [name.strip() for name in next(reader, [])]
-        if not names:
-            raise DataError(f"{path}:1: the file is empty; expected a header (prompt,subject,target_new)")
-        if len(set(names)) < len(names):
-            raise DataError(f"{path}:1: a column name occurs twice")
+        _check_header(path, names)
         line = reader.line_num + 1
         for cells in reader:
             if len(cells) > len(names):
@@ -100,7 +125,29 @@ def _csv(path: Path, text: str) -> Iterator[tuple[int, Any | DataError]]:
                 yield line, {name: value for name, value in zip(names, cells, strict=False) if value}
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: bad CSV: {error}") from None
+        open_quote = "a quoted cell of this row does not end" if "unexpected end" in str(error) else error
+        raise DataError(f"{path}:{line}: bad CSV: {open_quote}") from None
+
+
+def _check_header(path: Path, names: list[str]) -> None:
+    if not any(names):
+        raise DataError(f"{path}:1: the file is empty; expected a header (prompt,subject,target_new)")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path}:1: a column name occurs twice: {shorten(twice)!r}")
+    for mark in (";", "\t"):
+        if len(names) == 1 and mark in names[0]:
+            raise DataError(f"{path}:1: expected commas between the columns, got {mark!r}: {shorten(names[0])!r}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its members; JSON itself would silently keep the last of two with one name."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{shorten(twice)!r} occurs twice in an object")
+    return made
 
 
 def _refuse_constant(name: str) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
-from lit_edit.data.request import DataError, EditRequest, Probe
+from lit_edit.data.request import DataError, EditRequest, Probe, shorten
 
 FORMATS = ("auto", "counterfact", "counterfact_flat", "zsre", "facts")
 
@@ -66,16 +67,12 @@ def _counterfact(record: Mapping[str, Any], number: int) -> EditRequest:
             Probe(prompt, true) for prompt in _texts(record.get("neighborhood_prompts"), "neighborhood_prompts")
         ),
         generation=_texts(record.get("generation_prompts"), "generation_prompts"),
-        relation=str(rewrite.get("relation_id") or ""),
+        relation=_optional(rewrite, "relation_id") or "",
     )
 
 
 def _flat(record: Mapping[str, Any], number: int) -> EditRequest:
     """CounterFact in the flat form of EasyEdit."""
-    neighbour = _optional(record, "locality_prompt")
-    answer = _optional(record, "locality_ground_truth")
-    if neighbour and not answer:
-        raise DataError("locality_prompt has no locality_ground_truth")
     return EditRequest.from_text(
         id=_id(record, number, "case_id"),
         prompt=_text(record, "prompt"),
@@ -83,16 +80,13 @@ def _flat(record: Mapping[str, Any], number: int) -> EditRequest:
         target_new=_text(record, "target_new"),
         target_true=_optional(record, "ground_truth"),
         paraphrases=tuple(p for p in [_optional(record, "rephrase_prompt")] if p),
-        neighborhood=(Probe(neighbour, answer),) if neighbour and answer else (),
+        neighborhood=_probe(record, "locality_prompt", "locality_ground_truth"),
     )
 
 
 def _zsre(record: Mapping[str, Any], number: int) -> EditRequest:
     """ZsRE as prepared for MEND: the question is the prompt, ``alt`` the new answer."""
     answers = _texts(record.get("answers"), "answers")
-    location, answer = _optional(record, "loc"), _optional(record, "loc_ans")
-    # The questions of Natural Questions come without a question mark; published evaluations add it.
-    probe = f"{location.rstrip('?')}?" if location else ""
     true = answers[0] if answers else None
     target = _text(record, "alt")
     return EditRequest.from_text(
@@ -102,7 +96,10 @@ def _zsre(record: Mapping[str, Any], number: int) -> EditRequest:
         target_new=target,
         target_true=None if true is None or true.strip() == target.strip() else true,
         paraphrases=tuple(p for p in [_optional(record, "rephrase")] if p),
-        neighborhood=(Probe(probe, answer),) if probe and answer else (),
+        # The questions of Natural Questions come without a question mark; published evaluations add it.
+        neighborhood=tuple(
+            Probe(f"{probe.prompt.rstrip('?')}?", probe.answer) for probe in _probe(record, "loc", "loc_ans")
+        ),
     )
 
 
@@ -110,8 +107,8 @@ def _facts(record: Mapping[str, Any], number: int) -> EditRequest:
     """lit-edit's own form, and the user's: ``prompt, subject, target_new``, the rest optional."""
     missing = sorted(_FACT_FIELDS - {name for name, value in record.items() if value is not None})
     if missing:
-        fields = ", ".join(sorted(str(name) for name in record)) or "none"
-        raise DataError(f"missing field {', '.join(missing)} (the record has: {fields})")
+        fields = ", ".join(sorted(_shown(name) for name in record)) or "none"
+        raise DataError(f"missing field {', '.join(missing)} (the record has: {shorten(fields)})")
     return EditRequest.from_text(
         id=_id(record, number, "id", "case_id"),
         prompt=_text(record, "prompt"),
@@ -131,9 +128,10 @@ def _facts(record: Mapping[str, Any], number: int) -> EditRequest:
 
 def _id(record: Mapping[str, Any], number: int, *names: str) -> str:
     value = next((record[name] for name in names if record.get(name) is not None), f"#{number}")
-    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+    text = _written(value)
+    if text is None:
         raise DataError(f"id must be text or a number, got {type(value).__name__}")
-    text = str(value).strip()
+    text = text.strip()
     if not text:
         raise DataError("id is empty; leave it out to have the records numbered")
     return text
@@ -143,13 +141,29 @@ def _text(record: Mapping[str, Any], name: str) -> str:
     value = record.get(name)
     if value is None:
         raise DataError(f"missing field {name}")
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        value = str(value)  # years and numbers are written without quotes now and then
-    if not isinstance(value, str):
+    text = _written(value)
+    if text is None:
         raise DataError(f"{name} must be text, got {type(value).__name__}")
-    if not value.strip():
+    if not text.strip():
         raise DataError(f"{name} is empty")
-    return value.strip()
+    return text.strip()
+
+
+def _written(value: object) -> str | None:
+    """Return a text as it is and a number as text: years and numbers are written without quotes now and then."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        with suppress(ValueError):  # Python refuses to write out integers of thousands of digits
+            return str(value)
+    return None
+
+
+def _shown(name: object) -> str:
+    """Return a field's name for a message: as it is, or quoted where it holds something that does not show."""
+    return str(name) if str(name).isprintable() else repr(name)
 
 
 def _optional(record: Mapping[str, Any], name: str) -> str | None:
@@ -184,7 +198,7 @@ def _probes(value: object, name: str) -> tuple[Probe, ...]:
     if value is None or value == "":
         return ()
     if isinstance(value, str):  # CSV: "prompt => answer | prompt => answer"
-        value = [dict(zip(("prompt", "answer"), part.split("=>"), strict=False)) for part in value.split("|")]
+        value = [_probe_in_cell(part, name) for part in value.split("|")]
     if not isinstance(value, Iterable):
         raise DataError(f"{name} must be a list of {{prompt, answer}}")
     probes = []
@@ -196,6 +210,23 @@ def _probes(value: object, name: str) -> tuple[Probe, ...]:
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
     return tuple(probes)
+
+
+def _probe_in_cell(cell: str, name: str) -> dict[str, str]:
+    prompt, *answers = cell.split("=>")
+    if len(answers) > 1:
+        raise DataError(f"{name}: {shorten(cell.strip())!r} has more than one '=>'; several probes are parted by '|'")
+    return {"prompt": prompt, "answer": answers[0]} if answers else {"prompt": prompt}
+
+
+def _probe(record: Mapping[str, Any], prompt: str, answer: str) -> tuple[Probe, ...]:
+    """Return the one probe of a record whose prompt and answer stand in two fields, if it has one."""
+    asked, said = _optional(record, prompt), _optional(record, answer)
+    if asked is None and said is None:
+        return ()
+    if asked is None or said is None:
+        raise DataError(f"{answer} has no {prompt}" if asked is None else f"{prompt} has no {answer}")
+    return (Probe(asked, said),)
 
 
 def _mapping(value: object, name: str) -> Mapping[Any, Any]:

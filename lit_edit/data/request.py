@@ -14,6 +14,16 @@ class DataError(UserError):
     """A record or file that cannot be used; the message names the place and what is wrong."""
 
 
+def shorten(text: str, most: int = 160) -> str:
+    """Return a text for an error message, cut where it is long.
+
+    Example:
+        >>> shorten("a text of many words", 7)
+        'a text…'
+    """
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 @dataclass(frozen=True)
 class Probe:
     """A prompt and the answer that is right for it."""
@@ -24,7 +34,7 @@ class Probe:
     def __post_init__(self) -> None:
         for name in ("prompt", "answer"):
             if not getattr(self, name).strip():
-                raise DataError(f"a probe's {name} is empty: {self}")
+                raise DataError(f"a probe's {name} is empty: {shorten(str(self))}")
 
 
 @dataclass(frozen=True)
@@ -74,20 +84,22 @@ class EditRequest:
                 raise DataError(f"{name} must be text, got {type(value).__name__}")
             if not value.strip():
                 raise DataError(f"{name} is empty")
-            if "\x00" in value:
-                raise DataError(f"{name} holds a NUL character")
         for name, value in vars(self).items():
-            if any("\ud800" <= letter <= "\udfff" for text in _texts_in(value) for letter in text):
-                raise DataError(f"{name} holds half a character (a lone surrogate such as \\ud800)")
+            if fault := next((fault for text in _texts_in(value) if (fault := find_fault(text))), None):
+                raise DataError(f"{name} holds {fault}")
+        if self.subject.strip() == "{}":
+            raise DataError("the subject is not filled in: it is {}, which stands for it in the prompt")
         if self.prompt.count("{}") != 1:
             raise DataError(
-                f"prompt must have exactly one {{}} where the subject stands, got {self.prompt!r}; "
+                f"prompt must have exactly one {{}} where the subject stands, got {shorten(self.prompt)!r}; "
                 "use EditRequest.from_text for a prompt with the subject written out"
             )
         if self.target_true is not None and not self.target_true.strip():
             raise DataError("target_true is empty; leave it out when it is not known")
         if self.target_true is not None and self.target_true.strip() == self.target_new.strip():
-            raise DataError(f"target_true and target_new are both {self.target_new!r}: there is nothing to edit")
+            raise DataError(
+                f"target_true and target_new are both {shorten(self.target_new)!r}: there is nothing to edit"
+            )
 
     @classmethod
     def from_text(cls, id: str, prompt: str, subject: str, target_new: str, **optional: Any) -> EditRequest:
@@ -112,7 +124,7 @@ class EditRequest:
         if prompt.count("{}") != 1:
             start = find_subject(prompt, subject)
             if start is None:
-                raise DataError(f"the subject {subject!r} does not occur in the prompt {prompt!r}")
+                raise DataError(f"the subject {shorten(subject)!r} does not occur in the prompt {shorten(prompt)!r}")
             # Other braces in the text would be taken for the subject's place.
             before, after = prompt[:start].replace("{}", ""), prompt[start + len(subject) :].replace("{}", "")
             prompt = f"{before}{{}}{after}"
@@ -172,9 +184,26 @@ def _texts_in(value: object) -> Iterator[str]:
         yield value
     elif isinstance(value, Probe):
         yield from (value.prompt, value.answer)
-    elif isinstance(value, (Mapping, tuple)):
-        for part in value.values() if isinstance(value, Mapping) else value:
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from (str(name), *_texts_in(part))
+    elif isinstance(value, tuple):
+        for part in value:
             yield from _texts_in(part)
+
+
+def find_fault(text: str) -> str | None:
+    """Return what makes a text impossible to tokenise or to write to a file, or ``None``.
+
+    Example:
+        >>> find_fault("Zürich"), find_fault(chr(0))
+        (None, 'a NUL character')
+    """
+    if "\x00" in text:
+        return "a NUL character"
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        return "half a character (a lone surrogate such as \\ud800)"
+    return None
 
 
 def find_subject(text: str, subject: str) -> int | None:

@@ -6,10 +6,9 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
-from lit_edit.data.files import read_file
+from lit_edit.data.files import expand, read_file
 from lit_edit.data.records import FORMATS, parse_record
 from lit_edit.data.request import DataError, EditRequest
 
@@ -53,7 +52,7 @@ def load_requests(
     elif source == "hub":
         records = _hub(path, split)
     else:
-        records = ((f"{path}:{line}", record) for line, record in read_file(Path(path).expanduser()))
+        records = ((f"{path}:{line}", record) for line, record in read_file(expand(path)))
     form = source if source in FORMATS else "auto"
     requests: list[EditRequest] = []
     skipped: list[str] = []

@@ -126,7 +126,7 @@ class ClosedFormEditor(ReversibleEditor):
         self.targets: dict[str, tuple[str, Target]] = {}  # by id: what was asked for, and its target
         self.known: KeyIndex | None = None
         self._key_rows: KeyRows | None = None
-        self._failed: dict[str, FloatingPointError] = {}  # edits of the window whose targets diverged
+        self._failed: dict[str, FloatingPointError] = {}  # what was asked for in the window and diverged
 
     # ---- before the stream --------------------------------------------------------------------------------------
 
@@ -321,22 +321,38 @@ class ClosedFormEditor(ReversibleEditor):
     ) -> list[Target]:
         if not self.on_original:
             return self._optimise(requests, model, status)
-        if any(r.id not in self._failed and self.targets.get(r.id, ("",))[0] != asked(r) for r in requests):
+        if any(asked(r) not in self._failed and self.targets.get(r.id, ("",))[0] != asked(r) for r in requests):
             group = list(window if all(r in window for r in requests) else requests)
             self.targets, self._failed = {}, {}
             while group:
                 try:
                     made = self._optimise(group, model, status)
                 except _TargetDivergedError as error:  # the others are not to suffer for it
-                    self._failed[error.id] = error
-                    group = [r for r in group if r.id != error.id]
+                    self._failed |= self._blame(group, error, model)
+                    group = [r for r in group if asked(r) not in self._failed]
                 else:
                     self.targets = {r.id: (asked(r), target) for r, target in zip(group, made, strict=True)}
                     break
         for request in requests:
-            if request.id in self._failed:
-                raise self._failed.pop(request.id)
+            if asked(request) in self._failed:
+                raise self._failed[asked(request)]
         return [self.targets[r.id][1] for r in requests]
+
+    def _blame(
+        self, group: Sequence[EditRequest], error: _TargetDivergedError, model: ModelAdapter
+    ) -> dict[str, FloatingPointError]:
+        """Return which targets of a group diverge by themselves: one row without numbers may take others along."""
+        first = next(request for request in group if request.id == error.id)
+        found: dict[str, FloatingPointError] = {}
+        for suspects in ([first], group):
+            for request in suspects:
+                try:
+                    self._optimise([request], model, silent)
+                except _TargetDivergedError as own:
+                    found[asked(request)] = own
+            if found:
+                return found
+        return {asked(first): error}
 
     def _optimise(self, requests: Sequence[EditRequest], adapter: ModelAdapter, status: Status) -> list[Target]:
         problems = [build_problem(self.tokenizer, r, self.templates) for r in requests]

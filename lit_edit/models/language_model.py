@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -79,7 +79,7 @@ class LanguageModel:
             with _quiet_loading():
                 tokenizer = AutoTokenizer.from_pretrained(source, **common)
                 model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **extra)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged folder fails in many ways, which mean the same to the user
             raise ModelUnavailableError(
                 f"the model {self.name!r} cannot be loaded: {error}\nUse a packaged model "
                 f"({', '.join(PACKAGED)}), a local model folder, or a hub id that this machine can reach."
@@ -87,13 +87,15 @@ class LanguageModel:
         return model.eval().requires_grad_(False), tokenizer
 
     def _resolve(self) -> str:
-        path = Path(self.name).expanduser()
-        if path.is_dir():
-            return str(path)
-        if path.exists() or self.name.startswith((".", "/", "~")) or "/" not in self.name:
+        folder = os.path.expanduser(self.name)
+        if self.name and os.path.isdir(folder):
+            if not os.path.isfile(os.path.join(folder, "config.json")):
+                raise ModelUnavailableError(f"{self.name} is no model folder: it holds no config.json")
+            return folder
+        if os.path.exists(folder) or self.name.startswith((".", "/", "~")) or "/" not in self.name:
             raise ModelUnavailableError(
-                f"there is no model {self.name!r}: not a packaged model ({', '.join(PACKAGED)}), not a folder, and not "
-                "a hub id (owner/name)"
+                f"there is no model {self.name!r} (model.language_model.name): not a packaged model "
+                f"({', '.join(PACKAGED)}), not a folder, and not a hub id (owner/name)"
             )
         return self.name
 

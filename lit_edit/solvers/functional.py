@@ -84,7 +84,7 @@ def ridge_gain(projected: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return gain, factor
 
 
-def removal_gain(projected: Tensor, keys: Tensor, least: float = 1e-6) -> tuple[Tensor, Tensor] | None:
+def removal_gain(projected: Tensor, keys: Tensor, least: float) -> tuple[Tensor, Tensor] | None:
     r"""Return what taking a block of facts out does to a solution :math:`D` and to :math:`P`: :func:`ridge_gain` back.
 
     With :math:`S = I - K^\top P K = L L^\top`: the gain :math:`G = P K S^{-1}`, so that
@@ -130,7 +130,8 @@ def inverse_spd(matrix: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
     if info.item() != 0:
         raise ArgumentError(_NOT_POSITIVE)
-    return torch.cholesky_inverse(factor)
+    # In rows whatever LAPACK returns: the order of a sum goes with the layout, and a saved matrix comes back in rows.
+    return torch.cholesky_inverse(factor).contiguous()
 
 
 _NOT_POSITIVE = (

@@ -164,7 +164,7 @@ class RidgeSolver:
             ValueError: If the shapes do not fit or a value is not finite.
         """
         check_facts(keys, residuals, self.d_in, self.d_out)
-        keys, residuals = keys.to(self._prior), residuals.to(self._prior)
+        keys, residuals = self._in_rows(keys), self._in_rows(residuals)
         gain, factor = ridge_gain(self._project(keys), keys)
         missing = residuals - self.delta @ keys if self.memory else residuals
         return RidgeStep(torch.addmm(self.delta, missing, gain.T), keys, residuals, factor)
@@ -174,7 +174,8 @@ class RidgeSolver:
 
         With :math:`S = I - K^\top P K`: :math:`\Delta \leftarrow \Delta - (R - \Delta K) S^{-1} (P K)^\top` and
         :math:`P \leftarrow P + P K S^{-1} (P K)^\top` (Woodbury with the sign turned round). Where :math:`S` is nearly
-        singular, a fact that outweighs the prior by far, :math:`P` is factorised anew from the sums.
+        singular, a fact that outweighs the prior by far, or rounding has left too few of its digits,
+        :math:`P` is factorised anew from the sums.
 
         Args:
             keys: ``(d_in, b)``, exactly as they were absorbed.
@@ -187,10 +188,13 @@ class RidgeSolver:
         if not self.memory:
             raise ValueError("without memory blocks are exchanged, not removed: use preview_exchange")
         check_facts(keys, residuals, self.d_in, self.d_out)
-        keys, residuals = keys.to(self._prior), residuals.to(self._prior)
-        down = removal_gain(self._project(keys), keys)
+        keys, residuals = self._in_rows(keys), self._in_rows(residuals)
+        # About what rounding has done to S, for a small difference of large numbers looks like any other.
+        noise = float((keys.square() * self._inverse.diagonal().double()[:, None]).sum(0).max())
+        noise *= torch.finfo(self._inverse.dtype).eps
+        down = removal_gain(self._project(keys), keys, max(1e-6, noise / self.drift_bound))
         if down is None:
-            inverse = inverse_spd(self._prior + self.gram - keys @ keys.T)
+            inverse = inverse_spd(self._prior + (self.gram - keys @ keys.T))  # what the sums will be
             delta = (self.cross - residuals @ keys.T) @ inverse
             return RidgeStep(delta, keys, residuals, keys, -1, inverse)
         gain, factor = down
@@ -210,7 +214,8 @@ class RidgeSolver:
         for sign, blocks in ((-1.0, old), (1.0, new)):
             for block in blocks:
                 if block.keys.shape[1]:
-                    delta = delta + sign * ridge_update(block.keys.to(prior), block.residuals.to(prior), prior)
+                    facts = self._in_rows(block.keys), self._in_rows(block.residuals)
+                    delta = delta + sign * ridge_update(*facts, prior)
         empty = prior.new_empty(self.d_in, 0)
         return RidgeStep(delta, empty, prior.new_empty(self.d_out, 0), empty)
 
@@ -225,12 +230,19 @@ class RidgeSolver:
         Returns:
             ``(d_in, n)`` and ``(n,)``, float64.
         """
-        keys = keys.to(self._prior)
+        keys = self._in_rows(keys)
         if self._gram is None:
             projected = (self._inverse @ keys.to(self._inverse.dtype)).double()
         else:
             projected = torch.cholesky_solve(keys, self._prior_factor())
         return projected, 1.0 + (keys * projected).sum(0)
+
+    def _in_rows(self, facts: Tensor) -> Tensor:
+        """Return facts in the solver's type, laid out in rows whatever they come from.
+
+        A product may sum in another order for another layout; facts from the record are to give the same bits.
+        """
+        return facts.to(self._prior.device, self._prior.dtype).clone(memory_format=torch.contiguous_format)
 
     def _prior_factor(self) -> Tensor:
         if self._factorised is None:

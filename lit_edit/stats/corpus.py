@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
-from collections.abc import Iterator
+import os
+from itertools import islice
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lit_edit.data.request import DataError
+from lit_edit.data.files import SUFFIXES, expand, read_file, read_text
+from lit_edit.data.request import DataError, find_fault
 from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.tokens import encode
@@ -122,8 +121,8 @@ def open_corpus(corpus: str, seed: int, hub_split: str = "train", hub_column: st
     """
     if corpus == "sampled":
         return SampledText(seed=seed)
-    path = Path(corpus).expanduser()
-    if path.is_file():
+    path = expand(corpus)
+    if os.path.isfile(path):
         return DocumentText(read_documents(path), name=path.stem)
     if "/" in corpus and not corpus.startswith((".", "/", "~")) and not path.suffix:
         return DocumentText(_hub_documents(corpus, hub_split, hub_column), name=corpus.replace("/", "--"))
@@ -136,22 +135,16 @@ def read_documents(path: Path) -> list[str]:
     """Read texts from a file: lines of text, or records with a ``text`` or ``Text`` field.
 
     Raises:
-        DataError: If it cannot be read or holds no text; names the file.
+        DataError: If it cannot be read or holds no text; names the file and, where one is at fault, the line.
     """
-    try:
-        raw, suffix = path.read_text(encoding="utf-8-sig"), path.suffix.lower()
-        if suffix == ".json":
-            records = json.loads(raw)
-        elif suffix == ".jsonl":
-            records = [json.loads(line) for line in raw.split("\n") if line.strip()]
-        elif suffix == ".csv":
-            records = list(csv.DictReader(io.StringIO(raw, newline="")))
-        else:
-            records = raw.splitlines()
-    except (OSError, ValueError, RecursionError, csv.Error) as error:  # decoding errors are ValueErrors
-        raise DataError(f"{path}: cannot be read as text: {error}") from error
-    texts = [_text_of(record) for record in records] if isinstance(records, list) else []
-    texts = [text for text in texts if text.strip()]
+    records = read_file(path) if path.suffix.lower() in SUFFIXES else enumerate(read_text(path).splitlines(), 1)
+    texts = []
+    for line, record in records:
+        text = _text_of(record)
+        if problem := record if isinstance(record, DataError) else find_fault(text):
+            raise DataError(f"{path}:{line}: {problem}")
+        if text.strip():
+            texts.append(text)
     if not texts:
         raise DataError(f"{path}: holds no text (expected lines, or records with a 'text' field)")
     return texts
@@ -166,8 +159,14 @@ def _text_of(record: object) -> str:
 def _hub_documents(name: str, split: str, column: str, limit: int = 20_000) -> list[str]:
     from datasets import load_dataset
 
-    rows: Iterator[dict[str, str]] = iter(load_dataset(name, split=split, streaming=True))
-    return [row[column] for row, _ in zip(rows, range(limit), strict=False)]
+    try:
+        rows = islice(load_dataset(name, split=split, streaming=True), limit)
+        texts = [row[column] for row in rows if isinstance(row[column], str)]
+    except Exception as error:  # the hub client raises many kinds; all mean the same to the user
+        raise DataError(
+            f"hub data set {name!r} (split {split!r}, column {column!r}) cannot be read: {error}"
+        ) from error
+    return texts
 
 
 def hash_seed(*parts: object) -> int:

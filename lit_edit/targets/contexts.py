@@ -12,6 +12,7 @@ from typing import TypeAlias
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.tokens import encode, pad_token
 
@@ -72,7 +73,12 @@ def sample_templates(
         starts: First words.
         length: Tokens of each text, the start included.
         top_k: Sample among this many most probable tokens.
+
+    Raises:
+        ArgumentError: If the seed is none that PyTorch takes.
     """
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63 - len(starts):
+        raise ArgumentError(f"the seed of the contexts (model.editor.init_args.seed) must fit 64 bits, got {seed}")
     texts = []
     for number, start in enumerate(starts):
         ids = torch.tensor([encode(tokenizer, start)], device=adapter.device)

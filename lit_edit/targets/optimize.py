@@ -80,8 +80,15 @@ class TargetSettings:
     precision: Literal["float32", "bfloat16", "fastest"] = "float32"
 
     def __post_init__(self) -> None:
+        for name in ("steps", "lr", "weight_decay", "clamp", "kl_factor", "loss_threshold", "probability", "trust",
+                     "margin"):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+            if not math.isfinite(value) and name not in ("clamp", "trust"):  # without these two no step is cut
+                raise ValueError(f"{name} must be finite, got {value}")
         for name, low in (("steps", 1), ("weight_decay", 0), ("kl_factor", 0), ("margin", 0)):
-            if not getattr(self, name) >= low:
+            if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         for name in ("lr", "clamp", "trust"):
             if not getattr(self, name) > 0:
@@ -89,8 +96,6 @@ class TargetSettings:
         for name, known in (("rule", ("adam", "polyak")), ("precision", ("float32", "bfloat16", "fastest"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
-        if not math.isfinite(self.loss_threshold):
-            raise ValueError(f"loss_threshold must be finite, got {self.loss_threshold}")
         if not 0.0 <= self.probability < 1.0:
             raise ValueError(f"probability must be in [0, 1), got {self.probability}")
 

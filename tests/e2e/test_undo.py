@@ -1,0 +1,146 @@
+"""Undo and conflicts on the real model: what is taken out is as if it had never been, and what stays, stays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_edit import D4S, EditRequest, KeyStatistics, LanguageModel, TargetSettings
+from lit_edit.data.sources import load_requests
+from lit_edit.generation import continue_greedily
+from lit_edit.ledger import EditLedger
+from lit_edit.models.adapter import ModelAdapter
+from lit_edit.session import EditSession
+
+pytestmark = pytest.mark.model
+EDITS = 30
+TURBO = TargetSettings(rule="polyak", precision="fastest", probability=0.95)
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelAdapter:
+    return ModelAdapter(LanguageModel("smollm2-135m").load()[0])
+
+
+@pytest.fixture(scope="module")
+def requests(shared_data: Path) -> list[EditRequest]:
+    return load_requests("file", str(shared_data / "counterfact_2000.json"), EDITS)[0]
+
+
+def start(model: ModelAdapter, **settings: object) -> EditSession:
+    tokenizer = LanguageModel("smollm2-135m").load()[1]
+    editor = D4S(target=TURBO, context_count=2, **settings)
+    ledger = EditLedger(model, editor.resolve_layers(model))
+    ledger.restore_base()
+    editor.prepare(ledger, tokenizer, KeyStatistics(tokens=20_000))
+    session = EditSession(ledger, editor, "smollm2-135m", "of this test")
+    session.begin()
+    return session
+
+
+def make(session: EditSession, requests: Sequence[EditRequest]) -> None:
+    """Make edits one by one, each with its target fitted alone: a window's other members bear on its round-off."""
+    for request in requests:
+        proposal = session.propose([request], [request])
+        assert proposal is not None
+        session.apply(proposal)
+
+
+def weights(session: EditSession) -> dict[int, Tensor]:
+    return {layer: session.ledger.adapter.own_weight(layer).detach().clone() for layer in session.ledger.layers}
+
+
+def said(session: EditSession, request: EditRequest) -> str:
+    tokens = len(session.editor.tokenizer(f" {request.target_new}")["input_ids"])
+    return continue_greedily(session.ledger.adapter, session.editor.tokenizer, request.text, tokens).strip()
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.fixture(scope="module")
+def edited(model: ModelAdapter, requests: list[EditRequest]) -> EditSession:
+    session = start(model, keys="base")
+    make(session, requests)
+    return session
+
+
+@pytest.mark.parametrize("places", [[16], [0, 11, 29], [1, 3, 4, 8, 13, 17, 20, 22, 25, 28]], ids=["1", "3", "10"])
+def test_undo_equals_a_stream_without_the_edits(
+    edited: EditSession, model: ModelAdapter, requests: list[EditRequest], places: list[int]
+) -> None:
+    ledger = edited.ledger
+    assert edited.editor.exact_undo
+    whole, deltas = weights(edited), dict(ledger.deltas)
+    told = {r.id: said(edited, r) for r in requests}
+    with torch.no_grad():  # what the base model says
+        for layer in ledger.layers:
+            ledger.adapter.own_weight(layer).copy_(ledger.base[ledger.names[layer]])
+        base = {r.id: said(edited, r) for r in requests}
+        for layer in ledger.layers:
+            ledger.adapter.own_weight(layer).copy_(whole[layer])
+
+    edited.undo([place + 1 for place in places])
+    without = weights(edited)
+    undone = [requests[place] for place in places]
+    back = [said(edited, r) == base[r.id] for r in undone]
+    kept = [said(edited, r) == told[r.id] for r in requests if r not in undone]
+    edited.redo([place + 1 for place in places])
+    for layer, weight in weights(edited).items():
+        assert off(weight, whole[layer]) < 1e-7
+        assert off(ledger.deltas[ledger.names[layer]], deltas[ledger.names[layer]]) < 1e-10
+
+    twin = ModelAdapter(LanguageModel("smollm2-135m").load()[0])
+    never = start(twin, keys="base")
+    make(never, [r for r in requests if r not in undone])
+    for layer, weight in weights(never).items():
+        base_weight = ledger.base[ledger.names[layer]]
+        assert off(without[layer], weight) < 1e-6
+        assert off(without[layer] - base_weight, weight - base_weight) < 1e-5  # of the update, not of the weight
+        assert off(without[layer], whole[layer]) > 1e-4  # and the edits had changed something
+    assert sum(back) >= len(back) - len(back) // 10
+    assert sum(kept) >= len(kept) - 1
+
+
+def test_exact_undo_of_the_default_settings(model: ModelAdapter, requests: list[EditRequest]) -> None:
+    """Keys read on a model that other edits have changed: plain undo is near, --exact is there."""
+    few = requests[:8]
+    never = start(model)
+    make(never, [r for i, r in enumerate(few) if i != 2])
+    expected, deltas = weights(never), dict(never.ledger.deltas)
+    for exact, bound in ((False, 0.05), (True, 1e-6)):
+        session = start(model)
+        make(session, few)
+        estimate = session.editor.deviation(session.editor.retract(session.ledger.facts_of([3])))
+        session.undo([3], exact=exact)
+        true = max(off(delta, deltas[name]) for name, delta in session.ledger.deltas.items())
+        assert true < bound
+        if exact:
+            assert max(off(weight, expected[layer]) for layer, weight in weights(session).items()) < 1e-7
+        else:
+            assert true > 1e-6
+            assert true < 3 * estimate  # what lit-edit says of it is of the right size
+        session.ledger.restore_base()
+
+
+@pytest.mark.parametrize(
+    "second", ["The mother tongue of {} is", "the mother tongue of {}  is", "The mother tongue of {} was"]
+)
+def test_the_second_answer_counts(model: ModelAdapter, second: str) -> None:
+    name = "Danielle Darrieux"
+    session = start(model)
+    first = EditRequest("1", "The mother tongue of {} is", name, "English")
+    make(session, [first])
+    assert said(session, first) == "English"
+    make(session, [EditRequest("2", second, name, "Dutch")])
+    assert said(session, first) == "Dutch"
+    assert "the same fact" in session.ledger.history.undone[1]
+    alone = start(ModelAdapter(LanguageModel("smollm2-135m").load()[0]))
+    make(alone, [EditRequest("2", second, name, "Dutch")])
+    for layer, weight in weights(alone).items():
+        assert off(session.ledger.adapter.own_weight(layer), weight) < 1e-6
