@@ -67,8 +67,8 @@ def find_conflicts(
                 numbers.append(number)
             else:
                 _warn(request, earlier)
-        verb = "replaced by" if policy == "replace" else "already edited:"
-        found[request.id] = [Conflict(n, _tell(request, history.entry(n), verb)) for n in numbers]
+        if numbers:
+            found[request.id] = [Conflict(n, _tell(request, history.entry(n), policy)) for n in numbers]
     return found
 
 
@@ -95,9 +95,10 @@ def _opening_of(entry: LedgerEntry) -> str:
     return str(entry.request.get("prompt", "")).partition("{}")[0].strip()
 
 
-def _tell(request: EditRequest, earlier: LedgerEntry, verb: str) -> str:
-    old = f"edit {earlier.number} ({earlier.prompt!r} -> {earlier.target_new!r})"
-    return f"{old} is {verb} {request.id!r} ({request.text!r} -> {request.target_new!r}): the same fact"
+def _tell(request: EditRequest, earlier: LedgerEntry, policy: ConflictPolicy) -> str:
+    if policy == "replace":
+        return f"replaced by {request.id!r} ({request.text!r} -> {request.target_new!r}), the same fact"
+    return f"edit {earlier.number} ({earlier.prompt!r} -> {earlier.target_new!r}) is of the same fact"
 
 
 def _warn(request: EditRequest, earlier: LedgerEntry) -> None:

@@ -49,6 +49,8 @@ def run_lock(folder: Path) -> Iterator[None]:
         raise RunLockedError(
             f"another process is working in {folder}; wait for its end, or choose another --run_name"
         ) from None
+    except OSError as error:
+        raise RunLockedError(f"{folder} cannot be written: {error.strerror or error}") from error
     try:
         yield
     finally:
@@ -56,11 +58,11 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def write_run_files(folder: Path, ledger: EditLedger, base_hash: str, results: Results) -> None:
-    """Write ``ledger/deltas.safetensors`` and ``ledger/edits.jsonl``: what the journal adds up to."""
-    save_deltas(ledger, deltas_path(folder), base_hash)
+    """Write ``ledger/edits.jsonl`` and ``ledger/deltas.safetensors``: what the journal adds up to."""
     rows = without_nan(edit_rows(ledger.history, results))
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     write_atomically(folder / "ledger" / "edits.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+    save_deltas(ledger, deltas_path(folder), base_hash)  # last: it says up to where the files have come
 
 
 def edit_rows(history: EditHistory, results: Results) -> list[dict[str, Any]]:

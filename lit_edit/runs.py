@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from lit_edit.metrics.evaluation import Summary, summarise
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.spec import ArchSpec
-from lit_edit.run_files import deltas_path, journal_path, run_lock, write_run_files
+from lit_edit.run_files import deltas_path, journal_path, run_lock, update_summary, write_run_files
 from lit_edit.session import EditSession
 from lit_edit.stats.second_moment import weights_hash
 from lit_edit.stream import EditStream
@@ -152,6 +153,8 @@ def _catch_up(folder: Path) -> None:
     if state != weights_state(Journal(path, writable=False)):
         log.warning("%s: the files are behind the journal, or damaged; they are written anew", folder)
         with open_for_change(folder) as run:
+            if state is not None:
+                update_summary(folder, run.stream.ledger, None)
             run.write()
 
 
@@ -214,7 +217,9 @@ def _stream_of(folder: Path) -> EditStream:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(EditStream, "model")
     try:
-        stream = parser.instantiate_classes(parser.parse_object({"model": _read_config(folder)["model"]})).model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of names that older versions of the parser have too
+            stream = parser.instantiate_classes(parser.parse_object({"model": _read_config(folder)["model"]})).model
     except UserError:
         raise
     except Exception as error:  # a config that was changed by hand fails in many ways
@@ -277,6 +282,8 @@ def carry_over(source: Path, target: Path) -> int:
             for e in record.get("entries", ())
         ]
         marked = {**record, **({"entries": entries} if entries else {})}
+        if "ids" in record:  # of edits that were refused
+            marked["ids"] = [f"{name}/{refused}" for refused in record["ids"]]
         journal.append(marked, earlier.tensors(index))
     journal.append({"kind": "continued", "from": str(source.expanduser().resolve()), "facts": False})
     part.replace(journal_path(target))  # whole, or not at all

@@ -211,8 +211,9 @@ class EditSession:
             if self.on_refused == "stop":
                 raise
             return self._without_harmful(requests, window, str(error))
-        for reason in replaced.values():
-            log.warning("%s", reason)
+        for number, reason in replaced.items():
+            earlier = self.ledger.history.entry(number)
+            log.warning("edit %d (%r -> %r) is %s", number, earlier.prompt, earlier.target_new, reason)
         return replace(proposal, change=replace(proposal.change, reason="; ".join(replaced.values())))
 
     def _try(self, proposal: Proposal) -> None:

@@ -20,6 +20,7 @@ from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import Editor, Proposal, Stopwatch
 from lit_edit.editors.d4s import D4S
 from lit_edit.errors import ArgumentError
+from lit_edit.interrupts import deferred_interrupts
 from lit_edit.journal import Journal
 from lit_edit.ledger import EditLedger
 from lit_edit.metrics.evaluation import (
@@ -103,6 +104,8 @@ class EditStream(LightningModule):
         self._prepared = False
         self._measured_at: tuple[int, ...] | None = None  # the edits that held when the end was measured
         self._measured: EditMetrics | None = None
+        self._open = 0  # edits of the step at hand that are made while its measurements and logs are not
+        self._reopened = 0  # the same of an earlier process, before its step is taken up
 
     # ---- model --------------------------------------------------------------------------------------------------
 
@@ -161,8 +164,10 @@ class EditStream(LightningModule):
         """Prepare the editor and measure the unedited model, or take everything up where an earlier process left it."""
         requests = self.stream_requests()
         self._take_up()
+        self._reopened, self._open = self._reopened + self._open, 0
         loader = self._loader()
-        loader.seek(self._position(requests) // loader.batch_size)
+        behind = self._position(requests)
+        loader.seek((behind - 1 if self._reopened else behind) // loader.batch_size)
         missing = [r for r in [*requests, *self.committed_requests()] if r.id not in self.results["base"]]
         if missing:
             self.status("measuring the unedited model")
@@ -172,11 +177,6 @@ class EditStream(LightningModule):
             self.perplexities["base"] = self._perplexity(self.ledger.original())
         if not self.edits_made:
             self.log_at_edit(flatten(self.summary_of("base", requests), "base"))
-        elif self.measure_each:
-            # The run may have been cut after the last commit and before its measurement.
-            own = {e.id for e in self.ledger.entries[-loader.batch_size :] if e.number > self.ledger.history.carried}
-            if cut := [r for r in requests if r.id in own and r.id not in self.results["immediate"]]:
-                self.log_at_edit(self._measure_immediate(cut))
 
     def _take_up(self) -> None:
         """Open the journal, prepare the editor, and begin a stream or go on where an earlier process left it."""
@@ -217,17 +217,20 @@ class EditStream(LightningModule):
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
         """Make the edits of one step."""
         start = perf_counter()
-        before = self.ledger.made
+        # An earlier process may have died behind the commit: what follows it is done here.
+        again, self._reopened = self._reopened, 0
+        before = self.ledger.made - again
         proposal = self.session.propose(batch.requests, batch.window)
-        if proposal is None:
-            return
-        self.apply_edit(proposal)
+        if proposal is not None:
+            self.apply_edit(proposal)
         made = self.ledger.history.made[before:]
         if not made:
-            self.session.refuse([entry.id for entry in proposal.entries], "declined by apply_edit")
+            if proposal is not None:
+                self.session.refuse([entry.id for entry in proposal.entries], "declined by apply_edit")
             return
+        self._open = len(made)
         spent = perf_counter() - start
-        for phase, seconds in {**proposal.seconds, "edits": spent}.items():
+        for phase, seconds in {**(proposal.seconds if proposal else {}), "edits": spent}.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
         metrics = {f"edit/{name}": sum(e.facts[name] for e in made) / len(made) for name in made[0].facts}
         metrics["time/edit"] = spent / len(made)
@@ -237,6 +240,10 @@ class EditStream(LightningModule):
         self.log_dict(metrics, logger=False, batch_size=len(made))
         self.log_at_edit(metrics)
 
+    def on_train_batch_end(self, outputs: Any, batch: EditBatch, batch_idx: int) -> None:
+        """Note that all is done and said of the step."""
+        self._open = 0
+
     @property
     def is_at_end(self) -> bool:
         """Whether every edit of the stream has been dealt with, made or refused."""
@@ -245,13 +252,14 @@ class EditStream(LightningModule):
     @property
     def edits_made(self) -> int:
         """How many edits this stream has made, whether they hold still or not: what logs count by."""
-        return self.ledger.made - self.ledger.history.carried
+        return self.ledger.made - self.ledger.history.carried - self._reopened
 
     def _measure_immediate(self, requests: Sequence[EditRequest]) -> dict[str, float]:
-        self.status("measuring the edit")
-        results, _ = self.measure(requests, self.adapter, with_perplexity=False)
-        self.results["immediate"] |= results
-        return flatten(summarise(results.values(), self.results["base"]), "immediate")
+        immediate = self.results["immediate"]
+        if missing := [r for r in requests if r.id not in immediate]:
+            self.status("measuring the edit")
+            immediate |= self.measure(missing, self.adapter, with_perplexity=False)[0]
+        return flatten(summarise([immediate[r.id] for r in requests], self.results["base"]), "immediate")
 
     def apply_edit(self, proposal: Proposal) -> None:
         """Commit one step's updates: the hook where weights change, in place of an optimizer.
@@ -264,8 +272,11 @@ class EditStream(LightningModule):
         Raises:
             EditRefusedError: If the updates are not finite or do not fit; nothing has changed then.
         """
-        self.session.apply(proposal)
-        self.optimizers().step()  # type: ignore[union-attr]
+        before = self.ledger.made
+        with deferred_interrupts():  # a Ctrl-C in between would leave a commit that does not count
+            self.session.apply(proposal)
+            self.optimizers().step()  # type: ignore[union-attr]
+            self._open = self.ledger.made - before
 
     def finish(self) -> Summary:
         """Measure all committed edits once more, at the end; does it once and returns the whole summary."""
@@ -444,6 +455,7 @@ class EditStream(LightningModule):
             },
             "perplexities": self.perplexities,
             "seconds": dict(self.seconds),
+            "open": self._open + self._reopened if self.trainer.interrupted else 0,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -461,6 +473,10 @@ class EditStream(LightningModule):
             # A run stopped by max_steps counts its epoch as done, but the stream goes on.
             for progress in ("total", "current"):
                 checkpoint["loops"]["fit_loop"]["epoch_progress"][progress] |= {"processed": 0, "completed": 0}
+        if self._reopened and "loops" in checkpoint:  # its step is done once more, but for the commit
+            for progress in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
+                if isinstance(progress, dict):
+                    progress["processed"] = progress["completed"]
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Write the updates that a checkpoint holds under ``lit_edit``.
@@ -485,6 +501,7 @@ class EditStream(LightningModule):
         self.perplexities = dict(saved["perplexities"])
         self.seconds = {**saved["seconds"], "load": self.seconds.get("load", 0.0)}
         self._restored = {"editor": saved["editor"]} if begun else None
+        self._reopened, self._open = saved.get("open", 0), 0
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> EditStream:

@@ -94,18 +94,13 @@ def continuation(
     """
     prompt = prompt.rstrip()
     target = target.strip()
-    head, tail = _joined(tokenizer, prompt, target)
-    for text, ids in ((prompt, head), (target, tail)):
-        if not ids:
-            raise DataError(f"this tokenizer makes no token of {shorten(text)!r}")
-    return head, tail
-
-
-def _joined(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     lead = leading_tokens(tokenizer)
     encoding = tokenizer(f"{prompt} {target}", add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    heard = any(end > len(prompt) + 1 for _, end in offsets)  # more than the space
+    if not heard or not (lead or alone):
+        raise DataError(f"this tokenizer makes no token of {shorten(prompt if heard else target)!r}")
     if ids[: len(alone)] == alone and len(ids) > len(alone):
         return lead + tuple(alone), tuple(ids[len(alone) :])
     cut = next((i for i, (start, end) in enumerate(offsets) if end > len(prompt)), len(ids))

@@ -59,7 +59,7 @@ def naive(journal: Journal, live: set[int], memory: bool) -> dict[int, Tensor]:
         owner = [block for block, size in enumerate(sizes) for _ in range(size)]
         columns = [column for at, column in (place[number] for number in sorted(live)) if at == index]
         blocks += [[(index, c) for c in columns if owner[c] == block] for block in sorted({owner[c] for c in columns})]
-    problems = [sum(blocks, [])] if memory and blocks else blocks
+    problems = [[place for block in blocks for place in block]] if memory and blocks else blocks
     found: dict[int, Tensor] = {}
     for problem in problems:
         facts = {index: Facts.from_tensors(journal.tensors(index), torch.device("cpu")) for index, _ in problem}

@@ -40,7 +40,7 @@ def find_config(name: str) -> str:
     if os.path.isfile(name):
         return name
     shipped = config_root() / f"{name.removesuffix('.yaml')}.yaml"
-    if shipped.is_file() and config_root() in shipped.resolve().parents:
+    if os.path.isfile(shipped) and config_root() in shipped.resolve().parents:
         return str(shipped)
     raise ArgumentError(
         f"--config {shorten(name)}: no such file, and no config of that name ships. "
@@ -203,8 +203,13 @@ def _leaves(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, config
 
 
-def changed_settings(trainer: Mapping[str, Any]) -> str:
-    """Return the Trainer's plain settings that are not Lightning's, for a message: ``accelerator='gpu', devices=2``."""
+def changed_settings(trainer: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """Return the Trainer's plain settings that the user has chosen, for a message: ``accelerator='gpu', devices=2``.
+
+    Args:
+        trainer: All settings.
+        ours: What they are with lit-edit; the others are Lightning's.
+    """
     from lightning.pytorch import Trainer
 
     known = inspect.signature(Trainer.__init__).parameters
@@ -213,7 +218,7 @@ def changed_settings(trainer: Mapping[str, Any]) -> str:
         for name, value in trainer.items()
         if isinstance(value, (str, int, float, list))
         and name in known
-        and value != known[name].default
+        and value != ours.get(name, known[name].default)
         and name not in ("logger", "callbacks", "default_root_dir")
     )
 

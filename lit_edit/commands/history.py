@@ -219,8 +219,8 @@ def _finish(
     from lit_edit.run_files import update_summary
 
     final = run.measure() if options.measure else None
-    run.write()
     update_summary(run.folder, run.stream.ledger, final)
+    run.write()  # last: a process that dies before is found out by it
     table = Table(title=f"{len(numbers)} edits {what}, {len(run.stream.ledger)} hold", title_justify="left")
     for column in ("#", "prompt", "before", "now"):
         table.add_column(column, overflow="fold")

@@ -21,6 +21,20 @@ def has_ended(folder: Path) -> bool:
     return path.is_file() and any(record["kind"] == "end" for record in Journal(path, writable=False).records)
 
 
+def mend_journal(folder: Path) -> None:
+    """Set the damaged part of a run's journal aside: the edits in it are made again."""
+    path = journal_path(folder)
+    if path.is_file():
+        Journal(path, repair=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what a process that was killed has left half written; nobody else works in the folder."""
+    for path in (folder, folder / "ledger", folder / "checkpoints"):
+        for part in path.glob(".*.part"):
+            part.unlink(missing_ok=True)
+
+
 def find_run(runs: Path, config: str) -> Path | None:
     """Return the newest run folder with the same settings.
 

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lit_edit.checkpoints import CheckpointError, load_tree
 from lit_edit.commands.configs import changed_settings, check_settings, expand_arguments, explain
-from lit_edit.commands.resuming import adopt_journal, find_run, has_ended, run_of_config
+from lit_edit.commands.resuming import adopt_journal, find_run, has_ended, mend_journal, remove_parts, run_of_config
 from lit_edit.data.datamodule import EditDataModule
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.paths import write_atomically
@@ -85,12 +85,27 @@ class SaveRunConfig(SaveConfigCallback):
     """Keeps ``config.yaml`` in the run folder and shows the config to the loggers."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file, whole or not at all (Lightning's own way can be cut in the middle)."""
+        """Write the file of a new run; that of an earlier process stays until the journal has accepted the settings."""
         if trainer.is_global_zero:
-            text = self.parser.dump(self.config, skip_none=False)
-            path = Path(trainer.default_root_dir) / self.config_filename
-            write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
+            self._path = Path(trainer.default_root_dir) / self.config_filename
+            self._written = self._path.is_file()
+            if not self._written:
+                self._write()
+            self._written = not self._written
             self.save_config(trainer, pl_module, stage)
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Write the file where settings that may change have changed."""
+        if trainer.is_global_zero and not self._written:
+            self._write()
+            self._written = True
+
+    def _write(self) -> None:
+        """Write the file, whole or not at all (Lightning's own way can be cut in the middle)."""
+        config = self.config.clone()
+        config.ckpt_path = None  # where a run goes on is found anew each time
+        text = self.parser.dump(config, skip_none=False)
+        write_atomically(self._path, lambda target: target.write_text(text, encoding="utf-8"))
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Send the config to every logger."""
@@ -139,17 +154,17 @@ class EditCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Point everything that writes at the run folder."""
         config = self.config[self.subcommand]
-        folder = self._run_folder(config)
-        self.run_folder = folder
-        if self.subcommand == "fit":
-            self._enter(folder)
         trainer = config.trainer
-        trainer.default_root_dir = str(folder)
         _check_devices(trainer)
         if trainer.callbacks is not None and not isinstance(trainer.callbacks, list):
             trainer.callbacks = [trainer.callbacks]
         if trainer.enable_progress_bar is False:
             trainer.callbacks = [c for c in trainer.callbacks or [] if not c.class_path.endswith("ProgressBar")]
+        folder = self._run_folder(config)  # found by settings as they are kept
+        self.run_folder = folder
+        if self.subcommand == "fit":
+            self._enter(folder)
+        trainer.default_root_dir = str(folder)
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         for logger in loggers:
             if hasattr(logger, "class_path"):
@@ -199,7 +214,7 @@ class EditCLI(LightningCLI):
         except UserError:
             raise
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
-            given = changed_settings(self.config[self.subcommand].trainer)
+            given = changed_settings(self.config[self.subcommand].trainer, TRAINER_DEFAULTS)
             raise ArgumentError(f"{error} (the Trainer was given {given})") from error
 
     def before_fit(self) -> None:
@@ -259,10 +274,12 @@ class EditCLI(LightningCLI):
             if name in (None, folder.name):
                 return folder  # resumed where it was, from whatever folder
         runs = Path(config.runs_dir).expanduser().resolve()
-        if name is None and self.subcommand == "fit" and config.resume == "auto":
-            text = self._parser("fit").dump(config, skip_none=False)
-            found = run_of_config(config.get("config") or []) or find_run(runs, text)
-            if found is not None:
+        if self.subcommand == "fit" and config.resume == "auto":
+            own = run_of_config(config.get("config") or [])
+            if own is not None and (name is None or (name == own.name and not journal_path(runs / name).is_file())):
+                return own  # also from another folder than the run was started in
+            settings = self._parser("fit").dump(config, skip_none=False)
+            if name is None and (found := find_run(runs, settings)) is not None:
                 return found
         if name is None:
             stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -277,7 +294,9 @@ class EditCLI(LightningCLI):
         if not folder.is_dir():
             return
         self._lock_out_others()
+        remove_parts(folder)
         if config.resume == "auto" and not config.get("ckpt_path"):
+            mend_journal(folder)
             if has_ended(folder):
                 where = _shown(folder)
                 sys.stdout.write(f"{where} has come to its end already: see {where}/summary.json\n")
@@ -304,13 +323,14 @@ class EditCLI(LightningCLI):
             for path in left:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         config.overwrite = False  # not for whoever starts again from the run's config.yaml
-        if not folder.is_dir():
-            self._lock.push(self._tidy)
         try:
+            new = not folder.is_dir()
             folder.mkdir(parents=True, exist_ok=True)
             self._lock_out_others()
         except OSError as error:
             raise ArgumentError(f"the run folder {folder} cannot be made: {error.strerror}") from error
+        if new:
+            self._lock.push(self._tidy)  # behind the lock: where another process was faster the folder is not ours
 
     def _tidy(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Take a new run's folder away if the run has failed before its first edit: nothing is in it to go on with."""

@@ -43,15 +43,17 @@ def parse_record(record: object, number: int, form: str = "auto") -> EditRequest
 def _guess(record: Mapping[str, Any]) -> str:
     if "requested_rewrite" in record:
         return "counterfact"
-    if "src" in record:
+    if "src" in record or ("alt" in record and "prompt" not in record):
         return "zsre"
-    if "rephrase_prompt" in record or "locality_prompt" in record:
+    if any(name in record for name in ("rephrase_prompt", "locality_prompt", "locality_ground_truth")):
         return "counterfact_flat"
     return "facts"
 
 
 def _counterfact(record: Mapping[str, Any], number: int) -> EditRequest:
     """CounterFact as published with ROME: ``requested_rewrite`` and lists of prompts."""
+    if "requested_rewrite" not in record:
+        raise DataError("missing field requested_rewrite")
     rewrite = record["requested_rewrite"]
     if not isinstance(rewrite, Mapping):
         raise DataError(f"requested_rewrite must be an object, got {type(rewrite).__name__}")

@@ -213,7 +213,8 @@ def find_subject(text: str, subject: str) -> int | None:
         >>> find_subject("Canada and Ada, Canada", "Ada"), find_subject("Canada", "ada"), find_subject("Peru", "Ada")
         (11, 3, None)
     """
-    whole = [m.start() for m in re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text)]
+    # Looked ahead for, since one occurrence may begin inside another: "New York New York New York".
+    whole = [m.start() for m in re.finditer(rf"(?<!\w)(?={re.escape(subject)}(?!\w))", text)]
     if whole:
         return whole[-1]
     start = text.rfind(subject)

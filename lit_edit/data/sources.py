@@ -47,7 +47,7 @@ def load_requests(
         if path is not None:
             raise DataError(f"data.path={path!r} needs data.source=file (or counterfact, zsre, facts, hub)")
         records = _builtin()
-    elif path is None:
+    elif not path:
         raise DataError(f"data.source={source} needs data.path, the {'data set id' if source == 'hub' else 'file'}")
     elif source == "hub":
         records = _hub(path, split)
@@ -76,8 +76,9 @@ def load_requests(
         requests.append(request)
     requests = requests[offset:]
     if not requests:
+        behind = f" behind data.offset={offset}" if offset else ""
         left_out = f"; {len(skipped)} broken records were left out, the first: {skipped[0]}" if skipped else ""
-        raise DataError(f"{path or source}: no edits to make{left_out}")
+        raise DataError(f"{path or source}: no edits to make{behind}{left_out}")
     if skipped:
         log.warning("%d broken records were left out:\n  %s", len(skipped), "\n  ".join(skipped[:20]))
     return requests, skipped

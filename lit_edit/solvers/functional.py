@@ -46,13 +46,18 @@ def ridge_update(keys: Tensor, residuals: Tensor, prior: Tensor) -> Tensor:
     Returns:
         ``(d_out, d_in)`` in the dtype of ``prior``.
 
+    Raises:
+        ValueError: If the shapes do not fit, a value is not finite, or ``prior`` is not positive definite.
+
     Example:
         >>> eye = torch.eye(2, dtype=torch.float64)
         >>> key, residual = torch.tensor([[1.0], [0.0]]), torch.tensor([[2.0]])
         >>> ridge_update(key, residual, eye).round(decimals=6)
         tensor([[1., 0.]], dtype=torch.float64)
     """
-    check_facts(keys, residuals, prior.shape[0], residuals.shape[0])
+    if prior.dim() != 2 or prior.shape[0] != prior.shape[1]:
+        raise ValueError(f"prior must be square (d_in, d_in), got {tuple(prior.shape)}")
+    check_facts(keys, residuals, prior.shape[0], residuals.shape[0] if residuals.dim() else 0)
     keys, residuals = keys.to(prior), residuals.to(prior)
     return solve_spd(prior + keys @ keys.T, (residuals @ keys.T).T).T
 
