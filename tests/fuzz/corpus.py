@@ -853,7 +853,7 @@ def config_overrides() -> Iterator[BrokenConfig]:
         ("--data.source=hub --data.path=owner/name", "hub data set 'owner/name'"),
         ("--data.source=facts --data.path={folder}/gone.csv", "gone.csv: no such file"),
         ("--data.on_error=ignore", "data.on_error: expected one of 'raise', 'skip'"),
-        ("--data.offset=9999", "no edits to make behind data.offset=9999"),
+        ("--data.offset=9999", "no edits to make; nothing is left behind data.offset=9999"),
         ("--data.perplexity_path={folder}/gone.txt", "gone.txt: no such file"),
         ("--data.perplexity_path={folder}", "is a folder"),
         ("--data.perplexity_path=~nobody-of-that-name/x.txt", "data.perplexity_path=~nobody-of-that-name/x.txt"),
