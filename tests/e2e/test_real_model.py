@@ -108,3 +108,23 @@ def test_a_damaged_kept_model_is_fetched_anew(
     assert "fetched anew" in caplog.text
     for name, value in whole.named_parameters():
         assert torch.equal(value, again.get_parameter(name))
+
+
+def test_a_target_rate_of_a_hundred_is_harm_and_the_guard_names_the_edit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Targets fitted so coarsely are said, and neighbours with them: nothing but the guard sees it."""
+    config = tmp_path / "guarded.yaml"
+    config.write_text(
+        "trainer:\n  callbacks:\n    - class_path: lit_edit.callbacks.HarmGuard\n"
+        "      init_args: {every: 2, on_harm: undo, min_agreement: 0.4}\n"
+        "    - class_path: lit_edit.callbacks.RunFolder\n"
+    )
+    args = ["fit", "--config", "quickstart", "--config", str(config), "--data.limit=4", f"--runs_dir={tmp_path}"]
+    target = "--model.editor.init_args.target"
+    assert main([*args, f"{target}.lr=100", f"{target}.probability=0", "--run_name=harmed"]) == 0
+    rows = [json.loads(row) for row in (tmp_path / "harmed" / "ledger" / "edits.jsonl").read_text().splitlines()]
+    taken = [row for row in rows if row["status"].startswith("taken back: only")]
+    assert taken
+    assert f"Edit {taken[0]['number']} (" in caplog.text
+    assert json.loads((tmp_path / "harmed" / "summary.json").read_text())["undone"] == len(taken)
