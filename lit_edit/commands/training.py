@@ -88,17 +88,16 @@ class SaveRunConfig(SaveConfigCallback):
         """Write the file of a new run; that of an earlier process stays until the journal has accepted the settings."""
         if trainer.is_global_zero:
             self._path = Path(trainer.default_root_dir) / self.config_filename
-            self._written = self._path.is_file()
-            if not self._written:
+            self._due = self._path.is_file()
+            if not self._due:
                 self._write()
-            self._written = not self._written
             self.save_config(trainer, pl_module, stage)
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         """Write the file where settings that may change have changed."""
-        if trainer.is_global_zero and not self._written:
+        if trainer.is_global_zero and self._due:
             self._write()
-            self._written = True
+            self._due = False
 
     def _write(self) -> None:
         """Write the file, whole or not at all (Lightning's own way can be cut in the middle)."""

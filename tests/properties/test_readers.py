@@ -246,6 +246,20 @@ def test_a_prompt_with_the_subject_written_out_means_the_same_text(tmp_path: Pat
         assert found.text[slice(*found.subject_span)] == found.subject == request.subject
 
 
+NUMBERS = (
+    st.integers() | st.integers(-20, 20).map(lambda n: 10**400 + n) | st.floats(allow_nan=False, allow_infinity=False)
+)
+
+
+@by_suffix
+@MANY
+@given(number=NUMBERS)
+def test_numbers_are_taken_as_they_are_written(tmp_path: Path, suffix: str, number: float) -> None:
+    record = {"id": number, "prompt": "The tower was built in", "subject": "tower", "target_new": number}
+    (request,), _ = load_requests("file", write(tmp_path / f"edits.{suffix}", [record]))
+    assert request.id == request.target_new == str(number)
+
+
 # ---- broken ones -----------------------------------------------------------------------------------------------------
 
 BROKEN = st.sampled_from(
