@@ -262,9 +262,7 @@ def test_5_state_does_not_grow() -> None:
         sizes.append((numbers(state), numbers(run.ledger.state_dict()["deltas"])))
     folded, between = sizes[1::2], sizes[2::2]
     assert len(set(folded)) == len(set(between)) == 1
-    assert between[0][0] - folded[0][0] == 2 * (
-        128 + 32 + 128 + 1
-    )  # key, residual, factor, sign; two layers
+    assert between[0][0] - folded[0][0] == 2 * (128 + 32 + 128 + 1)  # key, residual, factor, sign; two layers
     assert between[0][1] == folded[0][1] == sizes[0][1]
 
 

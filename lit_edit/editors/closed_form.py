@@ -105,8 +105,8 @@ class ClosedFormEditor(ReversibleEditor):
             raise ValueError(f"keys must be 'walked' or 'base', got {keys!r}")
         if keys == "base" and not self.on_original:
             raise ValueError(f"keys='base' reads the original model, {type(self).__name__} measures on the current one")
-        if not ridge >= 0:
-            raise ValueError(f"ridge must not be negative, got {ridge}")
+        if not 0 <= ridge < float("inf"):
+            raise ValueError(f"ridge must be finite and not negative, got {ridge}")
         if isinstance(contexts, str) and contexts not in ("sampled", "plain"):
             raise ValueError(f"contexts must be 'sampled', 'plain' or groups of templates, got {contexts!r}")
         self.layers = None if layers is None else tuple(layers)
