@@ -434,9 +434,8 @@ class EditStream(LightningModule):
     def _report_measured(self, stage: str) -> None:
         assert self._measured is not None  # noqa: S101
         summary = {**self._measured.compute(), "perplexity": self._measured_perplexity.get("mean")}
-        metrics = flatten(summary, stage)
-        self.log_dict(metrics, logger=False)
-        self.log_at_edit(metrics)  # not as step 0, where Lightning would put them
+        # Lightning takes "step" for the step to log at, which else would be 0.
+        self.log_dict({**flatten(summary, stage), "step": float(self.edits_made)})
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 

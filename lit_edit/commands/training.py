@@ -263,7 +263,8 @@ class EditCLI(LightningCLI):
         table.add_column("metric")
         table.add_column("value", justify="right")
         for name, value in self.trainer.callback_metrics.items():
-            table.add_row(name.partition("/")[2].replace("/", " "), f"{float(value):.3f}")
+            if "/" in name:  # not the step
+                table.add_row(name.partition("/")[2].replace("/", " "), f"{float(value):.3f}")
         Console().print(table)
 
     def _run_folder(self, config: Any) -> Path:
