@@ -106,7 +106,7 @@ class ClosedFormEditor(ReversibleEditor):
         if keys == "base" and not self.on_original:
             raise ValueError(f"keys='base' reads the original model, {type(self).__name__} measures on the current one")
         if not 0 <= ridge < float("inf"):
-            raise ValueError(f"ridge must be finite and not negative, got {ridge}")
+            raise ValueError(f"ridge must not be negative or infinite, got {ridge}")
         if isinstance(contexts, str) and contexts not in ("sampled", "plain"):
             raise ValueError(f"contexts must be 'sampled', 'plain' or groups of templates, got {contexts!r}")
         self.layers = None if layers is None else tuple(layers)
