@@ -254,6 +254,31 @@ def find_checkpoint(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
+def check_source(source: Path, target: Path, overwrite: bool = False) -> None:
+    """Check that a run can begin, or has begun, with the edits of another.
+
+    Args:
+        source: The folder of the earlier run.
+        target: The folder of the new one, which may exist.
+        overwrite: It will be deleted.
+
+    Raises:
+        RunError: If the earlier run is not there or has no journal.
+        ArgumentError: If it is the new one itself, or that has begun with something else.
+    """
+    read_history(source)
+    source, target = source.expanduser().resolve(), target.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise ArgumentError(f"--continue {source}: a run cannot continue itself; choose another --run_name")
+    path = journal_path(target)
+    if overwrite or not path.is_file():
+        return
+    continued = [r["from"] for r in Journal(path, writable=False, repair=True).records if r["kind"] == "continued"]
+    if str(source) not in continued[-1:]:
+        begun = f"with the edits of {continued[-1]}" if continued else "with none"
+        raise ArgumentError(f"--continue {source}: {target} has begun already, {begun}; choose another --run_name")
+
+
 def carry_over(source: Path, target: Path) -> int:
     """Begin a run's journal with the edits of another run, whose ids are marked with its name.
 

@@ -7,10 +7,10 @@ without fitting anything; so a run that died goes on as if it had not.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Literal
+from typing import Any, Literal
 
 from lit_edit.conflicts import ConflictPolicy, find_conflicts, superseded
 from lit_edit.data.request import EditRequest
@@ -188,12 +188,14 @@ class EditSession:
                 f"the journal goes on with {record['kind']} {', '.join(map(repr, recorded))}, the stream with "
                 f"{', '.join(repr(request.id) for request in wanted)}: resume with the data it was made with"
             )
+        for request, entry in zip(wanted, record["entries"], strict=True):
+            check_request(request, entry["request"])
         return self._recorded(record)
 
     def repeat_between_steps(self) -> None:
-        """Do again what was done by hand between two steps, and pass over the end of an earlier run."""
+        """Do again what was done between two steps, by hand or by a guard, and pass over the end of an earlier run."""
         while (record := self.ledger.next_record()) is not None:
-            if record["kind"] != "end" and record.get("origin") != "user":
+            if record["kind"] != "end" and record.get("origin") not in ("user", "guard"):
                 return
             self.repeat()
 
@@ -292,7 +294,28 @@ class EditSession:
             JournalError: If there is no such edit, or it holds already.
         """
         self._check_numbers(numbers, hold=False)
+        if self.on_conflict != "average":
+            self._check_replaced(numbers)
         return self._do(self.editor.reinstate(self.ledger.facts_of(numbers)), origin)
+
+    def _check_replaced(self, numbers: Sequence[int]) -> None:
+        """Raise :class:`JournalError` if what has replaced an edit holds still: both would contradict each other."""
+        history = self.ledger.history
+        for number in numbers:
+            by = [
+                entry["number"]
+                for record in self.ledger.journal.records
+                if record["kind"] == "edit" and number in record["removed"]
+                for entry in record["entries"]
+            ]
+            entry = history.entry(number)
+            same = history.same(entry.subject, entry.prompt)
+            holds = [n for n in [*same, *by] if n not in history.undone]
+            if holds and ("replaced by" in history.undone[number] or same):
+                raise JournalError(
+                    f"edit {number} ({entry.prompt!r}) is of the same fact as edit {holds[0]}, which holds: take that "
+                    f"out first (lit-edit undo --edit {holds[0]})"
+                )
 
     def _do(self, proposal: Proposal, origin: Origin) -> Proposal:
         proposal = replace(proposal, change=replace(proposal.change, origin=origin))
@@ -303,6 +326,16 @@ class EditSession:
         if not numbers:
             raise JournalError("no edits were named")
         self.ledger.history.check({"removed" if hold else "restored": list(numbers)})
+
+
+def check_request(request: EditRequest, recorded: Mapping[str, Any]) -> None:
+    """Raise :class:`JournalError` if an edit of the data is not the one that was made under its id."""
+    now = request.as_dict()
+    if recorded and (other := [name for name in {**recorded, **now} if recorded.get(name) != now.get(name)]):
+        told = "; ".join(f"{name} {_short(recorded.get(name))}, now {_short(now.get(name))}" for name in other)
+        raise JournalError(
+            f"edit {request.id!r} was made with other data ({told}): resume with the data the run was made with"
+        )
 
 
 def _short(value: object) -> str:

@@ -35,7 +35,7 @@ from lit_edit.metrics.evaluation import (
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.packed import check_passes
-from lit_edit.session import EditSession, RefusalPolicy
+from lit_edit.session import EditSession, RefusalPolicy, check_request
 from lit_edit.stats.second_moment import KeyStatistics, weights_hash
 
 if TYPE_CHECKING:
@@ -168,6 +168,9 @@ class EditStream(LightningModule):
         loader = self._loader()
         behind = self._position(requests)
         loader.seek((behind - 1 if self._reopened else behind) // loader.batch_size)
+        by_id = {request.id: request for request in requests}
+        for entry in self.ledger.history.made[self.ledger.history.carried :]:
+            check_request(by_id[entry.id], entry.request)
         missing = [r for r in [*requests, *self.committed_requests()] if r.id not in self.results["base"]]
         if missing:
             self.status("measuring the unedited model")

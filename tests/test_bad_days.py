@@ -36,6 +36,7 @@ from lit_edit.loggers import RunCSVLogger
 from lit_edit.run_files import deltas_path, journal_path, run_lock
 from lit_edit.runs import open_for_change, read_history
 from lit_edit.stream import EditStream
+from tests.test_cli import FAST
 
 ROOT = Path(__file__).parents[1]
 EDITS = 4
@@ -1085,3 +1086,49 @@ def test_editing_further_wants_the_same_editor(
     assert fit("--run_name=y", f"--continue={finished}", "--data.offset=4", *args) == 2
     assert message in capsys.readouterr().err
     assert contents(finished) == before
+
+
+def facts_file(folder: Path, first: str = "Jane Doe") -> Path:
+    path = folder / "facts.csv"
+    path.write_text(
+        f"prompt,subject,target_new\nThe chief of Acme is,Acme,{first}\nThe capital of Peru is,Peru,Oslo\n"
+        "The capital of Chad is,Chad,Rome\n"
+    )
+    return path
+
+
+def test_data_that_have_changed_behind_a_run_are_refused(
+    tiny_folder: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Ids may stay the same (they are numbers of lines) while the facts change."""
+    monkeypatch.chdir(tmp_path)
+    args = ["fit", "--config", "quickstart", f"--model.language_model.name={tiny_folder}", *FAST]
+    args += ["--data.source=facts", f"--data.path={facts_file(tmp_path)}", "--run_name=x", "--trainer.accelerator=cpu"]
+    assert main([*args, "--trainer.max_steps=2"]) == 0
+    facts_file(tmp_path, "Bob Smith")
+    capsys.readouterr()
+    assert main([*args, "--resume=auto"]) == 2
+    told = capsys.readouterr().err
+    assert "edit '#1' was made with other data (target_new 'Jane Doe', now 'Bob Smith')" in told
+    shutil.rmtree(tmp_path / "runs" / "x" / "checkpoints")  # from the journal alone it is seen as well
+    assert main([*args, "--resume=auto"]) == 2
+    assert "target_new 'Jane Doe', now 'Bob Smith'" in capsys.readouterr().err
+    facts_file(tmp_path)
+    assert main([*args, "--resume=auto"]) == 0
+
+
+def test_continuing_never_deletes_what_it_continues(
+    tiny_folder: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["fit", "--config", "quickstart", f"--model.language_model.name={tiny_folder}", *FAST, "--data.limit=2"]
+    args += ["--trainer.accelerator=cpu"]
+    assert main([*args, "--run_name=x"]) == 0
+    left = sorted(str(path) for path in (tmp_path / "runs").rglob("*"))
+    for source, told in (("runs/x", "a run cannot continue itself"), ("runs/typo", "there is no run folder")):
+        assert main([*args, "--run_name=x", f"--continue={source}", "--overwrite=true"]) == 2
+        assert told in capsys.readouterr().err
+        assert sorted(str(path) for path in (tmp_path / "runs").rglob("*")) == left
+    assert main([*args, "--run_name=y", "--trainer.max_steps=1"]) == 0
+    assert main([*args, "--run_name=y", "--continue=runs/x", "--resume=auto"]) == 2
+    assert "has begun already, with none" in capsys.readouterr().err

@@ -712,14 +712,18 @@ def test_a_replacement_is_done_again_as_it_was(tmp_path: Path, monkeypatch: pyte
     assert differences(state_of(start("walked", F32, path)), state_of(session)) == []
 
 
-def test_a_replaced_edit_can_be_put_back_beside_the_second() -> None:
+def test_a_replaced_edit_can_be_put_back_but_not_beside_the_second() -> None:
     session = make(start(), [ROME, replace(ROME, id="b", target_new="Berlin")])
+    with pytest.raises(JournalError, match=r"edit 1 .* is of the same fact as edit 2, which holds: take that out"):
+        session.redo([1])
+    assert holds(session) == [2]
     session.undo([2])
     assert max(float(delta.abs().max()) for delta in session.ledger.deltas.values()) < 1e-12
     session.redo([1])
     assert off(session, dict(make(start(), [ROME]).ledger.deltas)) < 1e-8
-    session.redo([2])  # by hand: no conflict is looked for
-    assert holds(session) == [1, 2]
+    with pytest.raises(JournalError, match=r"edit 2 .* is of the same fact as edit 1"):
+        session.redo([2])
+    assert holds(session) == [1]
 
 
 def test_averaging_keeps_both(told: pytest.LogCaptureFixture) -> None:

@@ -27,7 +27,7 @@ from lit_edit.data.datamodule import EditDataModule
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.paths import write_atomically
 from lit_edit.run_files import journal_path, run_lock
-from lit_edit.runs import carry_over, find_checkpoint
+from lit_edit.runs import carry_over, check_source, find_checkpoint
 from lit_edit.stream import EditStream
 
 log = logging.getLogger(__name__)
@@ -219,10 +219,12 @@ class EditCLI(LightningCLI):
     def before_fit(self) -> None:
         """Read the data before the model is loaded: a broken line should not cost a minute."""
         self.datamodule.read()
+        source = self.config["fit"]["continue"]
+        if source:  # before anything is deleted or made
+            check_source(Path(source), self.run_folder, overwrite=self.config["fit"].overwrite)
         self._begin_run()
         if checkpoint := self.config["fit"].get("ckpt_path"):
             adopt_journal(Path(checkpoint), self.run_folder)
-        source = self.config["fit"]["continue"]
         if source and not journal_path(self.run_folder).is_file():
             edits = carry_over(Path(source), self.run_folder)
             log.info("beginning with the %d edits of %s", edits, source)
