@@ -226,17 +226,30 @@ class Journal:
                     "those edits again"
                 )
             if self.path is not None:
-                aside = self.path.with_name(f"{self.path.name}.damaged")
-                aside.write_bytes(rest)
+                aside = self._set_aside(rest)
                 log.warning(
-                    "%s: record %d is damaged; it and what follows is now in %s, and will be made again",
+                    "%s: record %d is damaged; it and what follows is now in %s. Its edits will be made again%s",
                     self.path,
                     number,
                     aside,
+                    "".join(f"; {change} will NOT: repeat it by hand" for change in _changes_in(rest)),
                 )
         else:
             log.warning("%s: cut off half a record (%d bytes), as a crash leaves it", self._name, len(rest))
         self._cut(end)
+
+    def _set_aside(self, rest: bytes) -> Path:
+        """Keep what cannot be read on, beside the file, under a name that is free."""
+        assert self.path is not None  # noqa: S101 - for the type checker
+        aside, count = self.path.with_name(f"{self.path.name}.damaged"), 1
+        while aside.exists():
+            count += 1
+            aside = self.path.with_name(f"{self.path.name}.damaged-{count}")
+        with aside.open("xb") as file:
+            file.write(rest)
+            file.flush()
+            os.fsync(file.fileno())
+        return aside
 
     def _end(self) -> int:
         return self._places[-1].offset + self._places[-1].length if self._places else 0
@@ -281,3 +294,17 @@ def _record_of(payload: bytes) -> Record:
     if not isinstance(record, dict):
         raise JournalError("not a record of lit-edit")
     return record
+
+
+def _changes_in(rest: bytes) -> list[str]:
+    """Return what was done by hand in the records that can still be read in a damaged part."""
+    found, at = [], rest.find(_MARK)
+    while at >= 0:
+        with suppress(struct.error, JournalError):
+            length = _FRAME.unpack_from(rest, at)[1]
+            record = _record_of(rest[at + _FRAME.size : at + _FRAME.size + min(length, len(rest))])
+            if record.get("origin") == "user":
+                numbers = [*record.get("removed", ()), *record.get("restored", ())]
+                found.append(f"{record.get('kind')} of edit {', '.join(map(str, numbers))}")
+        at = rest.find(_MARK, at + 1)
+    return found

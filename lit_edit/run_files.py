@@ -60,9 +60,23 @@ def run_lock(folder: Path) -> Iterator[None]:
 def write_run_files(folder: Path, ledger: EditLedger, base_hash: str, results: Results) -> None:
     """Write ``ledger/edits.jsonl`` and ``ledger/deltas.safetensors``: what the journal adds up to."""
     rows = without_nan(edit_rows(ledger.history, results))
+    kept = _earlier_rows(folder / "ledger" / "edits.jsonl")
+    for row in rows:  # what was measured at the edit stays true; the end is another one now
+        old = kept.get(row["number"], {})
+        if old.get("id") == row["id"]:
+            row |= {k: v for k, v in old.items() if k.startswith(("base_", "immediate_")) and k not in row}
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     write_atomically(folder / "ledger" / "edits.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
     save_deltas(ledger, deltas_path(folder), base_hash)  # last: it says up to where the files have come
+
+
+def _earlier_rows(path: Path) -> dict[int, dict[str, Any]]:
+    """Return the rows that a run's list of edits holds so far, by number; none if it cannot be read."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        return {row["number"]: row for row in rows}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def edit_rows(history: EditHistory, results: Results) -> list[dict[str, Any]]:

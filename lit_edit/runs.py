@@ -27,6 +27,7 @@ from lit_edit.metrics.evaluation import Summary, summarise
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.spec import ArchSpec
+from lit_edit.paths import sync_folder
 from lit_edit.run_files import deltas_path, journal_path, run_lock, update_summary, write_run_files
 from lit_edit.session import EditSession
 from lit_edit.stats.second_moment import weights_hash
@@ -73,7 +74,7 @@ def open_run(folder: Path) -> OpenRun:
     """
     folder = _check_folder(folder)
     deltas = deltas_path(folder)
-    if not deltas.is_file():
+    if not deltas.is_file() and not _has_ended(folder):
         raise RunError(
             f"{folder} is no finished run (no {deltas.name}); if the run was interrupted, finish it: "
             f"lit-edit fit --config {folder}/config.yaml --resume auto"
@@ -96,6 +97,11 @@ def open_run(folder: Path) -> OpenRun:
     if len(layers) != len(names):
         raise RunError(f"{deltas} edits parameters that {language_model.name} does not have: {sorted(names)}")
     return OpenRun(folder, language_model, EditLedger(adapter, layers), tokenizer, entries, weights_hash(model))
+
+
+def _has_ended(folder: Path) -> bool:
+    path = journal_path(folder)
+    return path.is_file() and any(record["kind"] == "end" for record in Journal(path, writable=False).records)
 
 
 def _check_folder(folder: Path) -> Path:
@@ -312,4 +318,5 @@ def carry_over(source: Path, target: Path) -> int:
         journal.append(marked, earlier.tensors(index))
     journal.append({"kind": "continued", "from": str(source.expanduser().resolve()), "facts": False})
     part.replace(journal_path(target))  # whole, or not at all
+    sync_folder(journal_path(target).parent)
     return len(history.live)

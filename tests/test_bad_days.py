@@ -591,12 +591,11 @@ def test_damaged_updates_are_written_anew_from_the_journal(damage: str, finished
     path = deltas_path(finished)
     if damage == "half":
         cut_in_half(path)
-        assert main(["ask", f"--run={finished}", "Hello there", "--tokens=1"]) == 0
-        assert same_as(finished, whole) in ([], ["edits"])  # whose last marks are not measured again
-        assert load_file(path).keys() == load_file(deltas_path(whole)).keys()
     else:
         path.unlink()
-        assert main(["ask", f"--run={finished}", "Hello there"]) == 2
+    assert main(["ask", f"--run={finished}", "Hello there", "--tokens=1"]) == 0
+    assert same_as(finished, whole) in ([], ["edits"])  # whose last marks are not measured again
+    assert load_file(path).keys() == load_file(deltas_path(whole)).keys()
 
 
 # ---- other models, other settings ------------------------------------------------------------------------------------
@@ -1132,3 +1131,56 @@ def test_continuing_never_deletes_what_it_continues(
     assert main([*args, "--run_name=y", "--trainer.max_steps=1"]) == 0
     assert main([*args, "--run_name=y", "--continue=runs/x", "--resume=auto"]) == 2
     assert "has begun already, with none" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_run(tiny_folder: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A finished run ``x`` of three edits, as the arguments that make it."""
+    monkeypatch.chdir(tmp_path)
+    args = ["fit", "--config", "quickstart", f"--model.language_model.name={tiny_folder}", *FAST, "--data.limit=3"]
+    args += ["--trainer.accelerator=cpu", "--run_name=x"]
+    assert main(args) == 0
+    return args
+
+
+def test_lost_deltas_are_made_from_the_journal(small_run: list[str]) -> None:
+    run = Path("runs/x")
+    before = load_file(deltas_path(run))
+    deltas_path(run).unlink()
+    assert main(["ask", "--run", "runs/x", "The capital of Italy is", "--tokens", "2"]) == 0
+    after = load_file(deltas_path(run))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_undo_keeps_what_was_measured_before(small_run: list[str]) -> None:
+    shutil.rmtree("runs/x/checkpoints")
+    path = Path("runs/x/ledger/edits.jsonl")
+    before = [json.loads(row) for row in path.read_text().splitlines()]
+    assert main(["undo", "--run", "runs/x", "--edit", "2", "--no-measure"]) == 0
+    after = [json.loads(row) for row in path.read_text().splitlines()]
+    for old, new in zip(before, after, strict=True):
+        assert {k: v for k, v in old.items() if k.startswith("immediate_")} == {
+            k: v for k, v in new.items() if k.startswith("immediate_")
+        }
+    assert "immediate_accuracy" in after[0]
+
+
+def test_a_checkpoint_behind_its_run_is_measured_with_a_warning(
+    small_run: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["undo", "--run", "runs/x", "--edit", "2", "--no-measure"]) == 0
+    measure = ["validate", *small_run[1:-1], "--ckpt_path=runs/x/checkpoints/last.ckpt"]
+    assert main(measure) == 0
+    assert "is behind its run by 1 changes" in caplog.text
+
+
+def test_an_undo_behind_damage_is_told_to_be_lost(small_run: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    assert main(["undo", "--run", "runs/x", "--last", "2", "--no-measure"]) == 0
+    path = journal_path(Path("runs/x"))
+    second = Journal(path)._places[2].offset
+    data = bytearray(path.read_bytes())
+    data[second + 2000] ^= 1
+    path.write_bytes(data)
+    assert main([*small_run, "--resume=auto"]) == 0
+    assert "undo of edit 2, 3 will NOT: repeat it by hand" in caplog.text
+    assert len(read_history(Path("runs/x")).live) == 3

@@ -61,6 +61,11 @@ def run_redo(args: list[str]) -> None:
         before = _answers(run, numbers)
         run.session.redo(numbers)
         _finish(run, options, numbers, before, "put back")
+        if not run.session.editor.exact_undo:
+            sys.stdout.write(
+                "The facts are back as they were recorded. Where other edits were taken out or made again meanwhile, "
+                "the weights are near those of before, not equal to them.\n"
+            )
 
 
 def run_log(args: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import yaml
 
 from lit_edit.checkpoints import load_tree
 from lit_edit.journal import Journal
+from lit_edit.paths import sync_folder
 from lit_edit.run_files import journal_path
+
+log = logging.getLogger(__name__)
 
 _OF_ONE_RUN = ("config", "run_name", "runs_dir", "resume", "overwrite", "ckpt_path", "weights_only")
 _PLACES = ("save_dir", "name", "version", "dirpath", "default_root_dir")
@@ -71,6 +75,23 @@ def adopt_journal(checkpoint: Path, folder: Path) -> None:
     journal = Journal(part)
     Journal(source, writable=False).copy_to(journal, position)
     part.replace(target)
+    sync_folder(target.parent)
+
+
+def warn_if_behind(checkpoint: Path) -> None:
+    """Say so if a run's edits have changed since a checkpoint: it is the model as it was then that is measured."""
+    path = journal_path(checkpoint.resolve().parent.parent)
+    if not path.is_file():
+        return
+    position = load_tree(checkpoint, "meta")["lit_edit"]["ledger"]["position"]
+    later = [r for r in Journal(path, writable=False).records[position:] if r["kind"] in ("edit", "undo", "redo")]
+    if later:
+        log.warning(
+            "%s is behind its run by %d changes (edits made, taken out or put back since): what is measured is the "
+            "model of then. lit-edit undo and redo measure the model of now",
+            checkpoint,
+            len(later),
+        )
 
 
 def _comparable(text: str) -> Any:

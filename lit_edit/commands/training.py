@@ -22,7 +22,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lit_edit.checkpoints import CheckpointError, load_tree
 from lit_edit.commands.configs import changed_settings, check_settings, expand_arguments, explain
-from lit_edit.commands.resuming import adopt_journal, find_run, has_ended, mend_journal, remove_parts, run_of_config
+from lit_edit.commands.resuming import (
+    adopt_journal,
+    find_run,
+    has_ended,
+    mend_journal,
+    remove_parts,
+    run_of_config,
+    warn_if_behind,
+)
 from lit_edit.data.datamodule import EditDataModule
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.paths import write_atomically
@@ -232,10 +240,12 @@ class EditCLI(LightningCLI):
     def before_validate(self) -> None:
         """Read the data before the model is loaded."""
         self.datamodule.read()
+        if checkpoint := self.config[self.subcommand].get("ckpt_path"):
+            warn_if_behind(Path(checkpoint))
 
     def before_test(self) -> None:
         """Read the data before the model is loaded."""
-        self.datamodule.read()
+        self.before_validate()
 
     def after_fit(self) -> None:
         """Say where the results are."""
