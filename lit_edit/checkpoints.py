@@ -19,23 +19,21 @@ from __future__ import annotations
 import base64
 import json
 import math
-import re
 import struct
 import warnings
 from bisect import bisect
 from collections.abc import Callable, Sequence
-from os import strerror
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_edit.errors import UserError
 from lit_edit.paths import write_atomically
+from lit_edit.tensor_files import save_tensors
 
 _FORMAT = {"format": "lit-edit-checkpoint", "version": "1"}
 _MAX_DEPTH = 100
@@ -88,7 +86,7 @@ def save_tree(tree: Any, path: str | Path) -> None:
         metadata["tree"] = text
     else:
         tensors["tree"] = torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8)
-    write_atomically(Path(path), lambda target: _write(tensors, target, metadata))
+    write_atomically(Path(path), lambda target: save_tensors(tensors, target, metadata))
 
 
 def load_tree(path: str | Path, device: str | torch.device = "cpu") -> Any:
@@ -273,15 +271,6 @@ def _as_tensor(value: bytes) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*buffer is not writable.*")  # nobody will
         return torch.frombuffer(value, dtype=torch.uint8)
-
-
-def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:
-        if found := re.search(r"os error (\d+)", str(error)):  # a full disk should look like one
-            raise OSError(int(found[1]), strerror(int(found[1])), str(path)) from error
-        raise
 
 
 def _is_key(value: Any) -> bool:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_edit.export import ExportError, check_export_file, read_tensors
@@ -20,6 +19,7 @@ from lit_edit.models.language_model import DType, LanguageModel
 from lit_edit.models.spec import ArchSpec
 from lit_edit.paths import write_atomically
 from lit_edit.stats.second_moment import weights_hash
+from lit_edit.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +86,7 @@ def export_delta(ledger: EditLedger, path: Path, base_hash: str, base: LanguageM
         "edits": json.dumps([{key: getattr(e, key) for key in _TEXTS} for e in ledger.entries], ensure_ascii=False),
     }
     tensors = {name: delta.to("cpu", torch.float64).contiguous() for name, delta in ledger.deltas.items()}
-    write_atomically(path, lambda target: save_file(tensors, target, metadata=meta))
+    write_atomically(path, lambda target: save_tensors(tensors, target, metadata=meta))
     return path
 
 

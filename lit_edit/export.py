@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_edit.errors import UserError
 from lit_edit.ledger import EditLedger, LayerUpdate, LedgerEntry, weights_state
 from lit_edit.paths import write_atomically
+from lit_edit.tensor_files import save_tensors, system_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +44,8 @@ def export_model(
     """
 
     def fill(ready: Path) -> None:
-        model.save_pretrained(ready)
+        with system_errors(ready):
+            model.save_pretrained(ready)
         tokenizer.save_pretrained(ready)
         (ready / "README.md").write_text(model_card(ledger.entries, base_name, ledger.layer_norms()), encoding="utf-8")
 
@@ -160,7 +161,7 @@ def save_deltas(ledger: EditLedger, path: Path, base_hash: str) -> None:
         "edits": str(len(ledger)),
         "state": weights_state(ledger.journal),
     }
-    write_atomically(path, lambda target: save_file(tensors, target, metadata=meta))
+    write_atomically(path, lambda target: save_tensors(tensors, target, metadata=meta))
 
 
 def read_tensors(path: Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:

@@ -88,6 +88,10 @@ class Journal:
         """All records without their tensors, oldest first."""
         return [place.record for place in self._places]
 
+    def record(self, index: int) -> Record:
+        """Return one record without its tensors."""
+        return self._places[index].record
+
     def digest(self, count: int | None = None) -> str:
         """Return what vouches for the first ``count`` records (by default all), as hexadecimal digits."""
         count = len(self) if count is None else count

@@ -208,7 +208,7 @@ class EditLedger:
         """Put a record into the journal, or find it there when a run that died is taken up."""
         self.history.check(record)
         if self.ahead:
-            self._compare(record, self.journal.records[self.ahead[0]])
+            self._compare(record, self.journal.record(self.ahead[0]))
             index = self.ahead.popleft()
         else:
             stamped = {**record, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
@@ -232,7 +232,7 @@ class EditLedger:
 
     def next_record(self) -> Record | None:
         """Return the record that the next commit is to repeat, or ``None`` if everything recorded has been done."""
-        return self.journal.records[self.ahead[0]] if self.ahead else None
+        return self.journal.record(self.ahead[0]) if self.ahead else None
 
     def next_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of :meth:`next_record`."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +19,7 @@ from lit_edit.export import edits_table, escape, write_folder
 from lit_edit.ledger import EditLedger, LedgerEntry
 from lit_edit.metrics.evaluation import Summary, evaluate_edits, summarise
 from lit_edit.models.language_model import LanguageModel
+from lit_edit.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,7 +128,7 @@ def export_lora(ledger: EditLedger, folder: Path, base: LanguageModel, rank: int
         for name, part in parts.items():
             module = _PREFIX + name.removesuffix(".weight")
             tensors |= {f"{module}.lora_A.weight": part.down, f"{module}.lora_B.weight": part.up}
-        save_file(tensors, ready / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, ready / "adapter_model.safetensors", metadata={"format": "pt"})
         settings = json.dumps(adapter_config(ledger, parts, base), indent=2, ensure_ascii=False) + "\n"
         (ready / "adapter_config.json").write_text(settings, encoding="utf-8")
         (ready / "README.md").write_text(adapter_card(ledger.entries, base.name, parts), encoding="utf-8")

@@ -74,7 +74,7 @@ def open_run(folder: Path) -> OpenRun:
     """
     folder = _check_folder(folder)
     deltas = deltas_path(folder)
-    if not deltas.is_file() and not _has_ended(folder):
+    if not deltas.is_file() and not has_ended(folder):
         raise RunError(
             f"{folder} is no finished run (no {deltas.name}); if the run was interrupted, finish it: "
             f"lit-edit fit --config {folder}/config.yaml --resume auto"
@@ -99,7 +99,8 @@ def open_run(folder: Path) -> OpenRun:
     return OpenRun(folder, language_model, EditLedger(adapter, layers), tokenizer, entries, weights_hash(model))
 
 
-def _has_ended(folder: Path) -> bool:
+def has_ended(folder: Path) -> bool:
+    """Tell whether a run has come to its end and everything it leaves behind is written."""
     path = journal_path(folder)
     return path.is_file() and any(record["kind"] == "end" for record in Journal(path, writable=False).records)
 
@@ -279,7 +280,7 @@ def check_source(source: Path, target: Path, overwrite: bool = False) -> None:
     path = journal_path(target)
     if overwrite or not path.is_file():
         return
-    continued = [r["from"] for r in Journal(path, writable=False, repair=True).records if r["kind"] == "continued"]
+    continued = [r["from"] for r in Journal(path, writable=False).records if r["kind"] == "continued"]
     if str(source) not in continued[-1:]:
         begun = f"with the edits of {continued[-1]}" if continued else "with none"
         raise ArgumentError(f"--continue {source}: {target} has begun already, {begun}; choose another --run_name")

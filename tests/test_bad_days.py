@@ -419,7 +419,7 @@ def fill_checkpoints(patch: pytest.MonkeyPatch) -> None:
         Path(path).write_bytes(b"a part")
         no_space()
 
-    patch.setattr("lit_edit.checkpoints.save_file", full)
+    patch.setattr("lit_edit.tensor_files.save_file", full)
 
 
 def fill_logs(patch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lit_edit.checkpoints
+import lit_edit.tensor_files
 from lit_edit.checkpoints import AtomicCheckpointIO, CheckpointError, load_tree, save_tree
 from lit_edit.memory import release_free_memory
 from tests.streams import make_data, make_stream, make_trainer, state_of
@@ -169,7 +170,7 @@ def test_halves_of_one_tensor_are_written_from_where_they_are(tmp_path: Path, mo
         written.update(tensors)
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(lit_edit.checkpoints, "save_file", look)
+    monkeypatch.setattr(lit_edit.tensor_files, "save_file", look)
     whole = torch.randn(6, 4)
     save_tree([whole[3:], whole[:3], whole.T[:, 3:]], tmp_path / "x.ckpt")
     assert {value.data_ptr() for value in written.values()} == {whole.data_ptr(), whole[3:].data_ptr()}
@@ -514,7 +515,7 @@ def test_a_write_that_fails_leaves_the_old_file(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(lit_edit.checkpoints, "save_file", fail)
+        patch.setattr(lit_edit.tensor_files, "save_file", fail)
         with pytest.raises(OSError, match="No space left") as caught:
             AtomicCheckpointIO().save_checkpoint({"a": 2}, file)
     assert caught.value.errno == 28
@@ -526,7 +527,7 @@ def test_other_failures_of_safetensors_are_not_hidden(tmp_path: Path, monkeypatc
     def fail(*args: Any) -> None:
         raise SafetensorError("header too large")
 
-    monkeypatch.setattr(lit_edit.checkpoints, "save_file", fail)
+    monkeypatch.setattr(lit_edit.tensor_files, "save_file", fail)
     with pytest.raises(SafetensorError, match="header too large"):
         save_tree({}, tmp_path / "x.ckpt")
     assert list(tmp_path.iterdir()) == []

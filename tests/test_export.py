@@ -281,7 +281,7 @@ def test_a_delta_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("lit_edit.deltas.save_file", fail)
+    monkeypatch.setattr("lit_edit.tensor_files.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         delta_of(edited(), tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # Low to high. A module may import those of its own layer and of the layers below.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lit_edit.errors", "lit_edit.paths", "lit_edit.buckets", "lit_edit.interrupts", "lit_edit.memory"),
-    ("lit_edit.checksum", "lit_edit.journal", "lit_edit.history"),
+    ("lit_edit.checksum", "lit_edit.journal", "lit_edit.history", "lit_edit.tensor_files"),
     ("lit_edit.data", "lit_edit.data.request", "lit_edit.data.files", "lit_edit.data.records", "lit_edit.data.sources"),
     ("lit_edit.testing",),
     ("lit_edit.models.*", "lit_edit.tokens"),

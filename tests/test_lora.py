@@ -223,7 +223,7 @@ def test_a_folder_that_holds_something_is_refused_untouched(tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["keep.txt"]
 
 
-@pytest.mark.parametrize("part", ["save_file", "adapter_config", "adapter_card"])
+@pytest.mark.parametrize("part", ["save_tensors", "adapter_config", "adapter_card"])
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("disk full")

@@ -19,12 +19,6 @@ _OF_ONE_RUN = ("config", "run_name", "runs_dir", "resume", "overwrite", "ckpt_pa
 _PLACES = ("save_dir", "name", "version", "dirpath", "default_root_dir")
 
 
-def has_ended(folder: Path) -> bool:
-    """Tell whether a run has come to its end and everything it leaves behind is written."""
-    path = journal_path(folder)
-    return path.is_file() and any(record["kind"] == "end" for record in Journal(path, writable=False).records)
-
-
 def mend_journal(folder: Path) -> None:
     """Set the damaged part of a run's journal aside: the edits in it are made again."""
     path = journal_path(folder)

@@ -7,7 +7,9 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from contextlib import ExitStack
 from datetime import datetime
@@ -25,7 +27,6 @@ from lit_edit.commands.configs import changed_settings, check_settings, expand_a
 from lit_edit.commands.resuming import (
     adopt_journal,
     find_run,
-    has_ended,
     mend_journal,
     remove_parts,
     run_of_config,
@@ -35,7 +36,7 @@ from lit_edit.data.datamodule import EditDataModule
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.paths import write_atomically
 from lit_edit.run_files import journal_path, run_lock
-from lit_edit.runs import carry_over, check_source, find_checkpoint
+from lit_edit.runs import carry_over, check_source, find_checkpoint, has_ended
 from lit_edit.stream import EditStream
 
 log = logging.getLogger(__name__)
@@ -197,6 +198,8 @@ class EditCLI(LightningCLI):
         try:
             self.trainer.fit(**kwargs)
         except (KeyboardInterrupt, SystemExit):
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C is not to cut the way out
             folder = self.run_folder
             hint = f"go on with\n  lit-edit fit --config {folder}/config.yaml --resume auto\n"
             begun = (folder / "config.yaml").is_file()

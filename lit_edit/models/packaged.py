@@ -152,6 +152,8 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from lit_edit.tensor_files import system_errors
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -161,5 +163,6 @@ def _convert(gguf: Path, target: Path) -> None:
     plain = AutoModelForCausalLM.from_config(type(loaded.config)(**settings), dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
-    plain.save_pretrained(target)
+    with system_errors(target):
+        plain.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +22,7 @@ from lit_edit.buckets import partition_by_length
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.paths import cache_dir, write_atomically
 from lit_edit.stats.corpus import Corpus, open_corpus
+from lit_edit.tensor_files import save_tensors
 from lit_edit.tokens import pad_right, pad_token
 
 log = logging.getLogger(__name__)
@@ -209,13 +209,13 @@ def _load_moment(path: Path, d_in: int) -> Tensor | None:
 
 def _save_moment(path: Path, moment: Tensor, count: int) -> None:
     meta = {"tokens": str(count)}
-    write_atomically(path, lambda target: save_file({"moment": moment.contiguous()}, target, metadata=meta))
+    write_atomically(path, lambda target: save_tensors({"moment": moment.contiguous()}, target, metadata=meta))
 
 
 def _save_partial(path: Path, sums: dict[int, Tensor], count: int, index: int) -> None:
     data = {str(layer): total for layer, total in sums.items()}
     meta = {"count": str(count), "chunk": str(index)}
-    write_atomically(path, lambda p: save_file(data, p, metadata=meta))
+    write_atomically(path, lambda p: save_tensors(data, p, metadata=meta))
 
 
 def _load_partial(path: Path, sums: dict[int, Tensor]) -> tuple[int, int]:

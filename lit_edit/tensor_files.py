@@ -1,0 +1,42 @@
+"""Writing safetensors files so that a full or failing disk says so as Python does, by an :class:`OSError`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from os import strerror
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write contiguous tensors that share no memory into one file.
+
+    Raises:
+        OSError: If the disk refuses; ``errno`` and ``filename`` say what and where.
+        SafetensorError: If the tensors cannot be written so.
+    """
+    with system_errors(path):
+        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+
+
+@contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Raise what the system refused while safetensors was writing to ``path`` as the :class:`OSError` that it is.
+
+    Example:
+        >>> with system_errors(Path("x")):
+        ...     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        Traceback (most recent call last):
+        OSError: [Errno 28] No space left on device: 'x'
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), strerror(int(found[1])), str(path)) from error
+        raise
