@@ -132,8 +132,9 @@ class HarmGuard(Callback):
             deltas: Updates to look at in place of those that are written, by parameter.
         """
         ledger = stream.ledger
+        held = ledger.deltas if deltas is None else deltas
         weights = {
-            name: ledger.adapter.own_weight(layer) if deltas is None else ledger.edited_weight(layer, deltas[name])
+            name: ledger.edited_weight(layer, held[name]) if name in held else ledger.base[name]
             for layer, name in ledger.names.items()
         }
         adapter = ledger.adapter if deltas is None else ledger.adapter.with_weights(weights)

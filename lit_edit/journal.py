@@ -41,7 +41,7 @@ class JournalError(UserError):
 
 
 @dataclass(frozen=True)
-class _Place:
+class JournalPlace:
     """Where a record stands, and what it says apart from its tensors."""
 
     offset: int
@@ -74,7 +74,7 @@ class Journal:
 
     def __init__(self, path: Path | None = None, repair: bool = False, writable: bool = True) -> None:
         self.path, self.writable = path, writable
-        self._places: list[_Place] = []
+        self._places: list[JournalPlace] = []
         self._memory = io.BytesIO()
         if path is not None and writable:
             _make(path)
@@ -141,7 +141,7 @@ class Journal:
             with suppress(OSError):  # what is left is half a record: the next process cuts it off
                 self._cut(end)
             raise
-        self._places.append(_Place(end + _FRAME.size, len(payload), digest, json.loads(text)))
+        self._places.append(JournalPlace(end + _FRAME.size, len(payload), digest, json.loads(text)))
         return len(self) - 1
 
     def copy_to(self, other: Journal, count: int | None = None) -> None:
@@ -197,7 +197,7 @@ class Journal:
         if rest:
             self._give_up(end, rest, repair)
 
-    def _read_frame(self, file: Any, offset: int, size: int) -> _Place | None:
+    def _read_frame(self, file: Any, offset: int, size: int) -> JournalPlace | None:
         file.seek(offset)
         head = file.read(_FRAME.size)
         if len(head) < _FRAME.size:
@@ -209,7 +209,7 @@ class Journal:
         if len(payload) < length or _chain(self._places[-1].digest if self._places else _START, payload) != digest:
             return None
         try:
-            return _Place(offset + _FRAME.size, length, digest, _record_of(payload))
+            return JournalPlace(offset + _FRAME.size, length, digest, _record_of(payload))
         except JournalError as error:
             raise JournalError(f"{self._name}: record {len(self) + 1} (at byte {offset}): {error}") from error
 

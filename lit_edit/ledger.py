@@ -21,6 +21,7 @@ from lit_edit.checksum import checksum
 from lit_edit.history import EditHistory, LedgerEntry
 from lit_edit.journal import Journal, JournalError, Record
 from lit_edit.models.adapter import ModelAdapter
+from lit_edit.models.shards import whole, write_
 
 __all__ = [
     "Change",
@@ -115,7 +116,7 @@ class EditLedger:
         self.adapter = adapter
         self.layers = tuple(layers)
         self.names = {layer: adapter.weight_name(layer) for layer in layers}
-        self.base = {self.names[layer]: adapter.own_weight(layer).detach().clone() for layer in layers}
+        self.base = {self.names[layer]: whole(adapter.own_weight(layer).detach()).clone() for layer in layers}
         self.deltas: dict[str, Tensor] = {}
         self.journal = Journal() if journal is None else journal
         self.history = EditHistory()
@@ -141,7 +142,8 @@ class EditLedger:
         """Bring the original weights to the device and type that the model has by now."""
         self._edited.clear()
         for layer, name in self.names.items():
-            self.base[name] = self.base[name].to(self.adapter.own_weight(layer))
+            own = self.adapter.own_weight(layer)
+            self.base[name] = self.base[name].to(own.device, own.dtype)
             if name in self.deltas:
                 self.deltas[name] = self.deltas[name].to(self.base[name].device)
 
@@ -196,7 +198,8 @@ class EditLedger:
         }
         self._record(record, change.tensors)
         for update in updates:  # nothing below can fail
-            self.adapter.own_weight(update.layer).copy_(new[update.name])
+            # The leader's bits for all ranks: another processor may have rounded otherwise.
+            write_(self.adapter.own_weight(update.layer), self.adapter.ranks.same(new[update.name]))
             self.deltas[update.name] = update.delta
         return numbered
 
@@ -303,7 +306,7 @@ class EditLedger:
     def restore_base(self) -> None:
         """Put the original weights back and forget all edits; what was recorded in memory is forgotten as well."""
         for layer in self.layers:
-            self.adapter.own_weight(layer).copy_(self.base[self.names[layer]])
+            write_(self.adapter.own_weight(layer), self.base[self.names[layer]])
         self.deltas.clear()
         self.history, self.position = EditHistory(), 0
         if self.journal.path is None:
@@ -316,7 +319,7 @@ class EditLedger:
         for layer, name in self.names.items():
             base = self.base[name].double()
             delta = self.deltas.get(name)
-            weight = self.adapter.own_weight(layer).detach().double()
+            weight = base if delta is None else self.edited_weight(layer, delta).double()
             norms[name] = {
                 "mean_abs_before": base.abs().mean().item(),
                 "mean_abs_after": weight.abs().mean().item(),
@@ -367,7 +370,7 @@ class EditLedger:
             journal, ahead = _Remembered(state["position"], state["digest"]), range(0)
         self.restore_base()
         for update in updates:
-            self.adapter.own_weight(update.layer).copy_(new[update.name])
+            write_(self.adapter.own_weight(update.layer), new[update.name])
             self.deltas[update.name] = update.delta
         self.history, self.position, self.journal, self.ahead = history, state["position"], journal, deque(ahead)
 

@@ -35,8 +35,11 @@ from lit_edit.metrics.evaluation import (
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.packed import check_passes
+from lit_edit.ranks import Ranks
 from lit_edit.session import EditSession, RefusalPolicy, check_request
+from lit_edit.shared_journal import SharedJournal
 from lit_edit.stats.second_moment import KeyStatistics, weights_hash
+from lit_edit.strategies import join_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,6 +98,7 @@ class EditStream(LightningModule):
         self.measure_each = measure_each
         self.on_conflict, self.on_refused, self.journal = on_conflict, on_refused, journal
         self.model: PreTrainedModel | None = None
+        self.ranks = Ranks()
         self.results: dict[str, dict[str, EditResult]] = {"base": {}, "immediate": {}, "final": {}}
         self.perplexities: dict[str, dict[str, float]] = {}
         self.seconds: dict[str, float] = {}
@@ -116,6 +120,9 @@ class EditStream(LightningModule):
         with self._time("load"):
             self.model, self.tokenizer = self.language_model.load()
             self.adapter = ModelAdapter(self.model, self.language_model.arch, products=self.language_model.products)
+            self.adapter.ranks = self.ranks
+            if self.ranks.together:  # each may have measured otherwise
+                self.adapter.pin_kernels(self.ranks.agree(self.adapter.kernels()))
             if self.language_model.arch is not None:
                 check_passes(self.adapter)
             self.ledger = EditLedger(self.adapter, self.editor.resolve_layers(self.adapter))
@@ -132,11 +139,7 @@ class EditStream(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse Trainer settings under which a stream would go wrong."""
         trainer = self.trainer
-        if trainer.world_size > 1 and stage == "fit":
-            raise MisconfigurationException(
-                f"an edit stream runs on one device for now, got {trainer.world_size}: set trainer.devices=1 and "
-                "trainer.num_nodes=1"
-            )
+        self.ranks = join_ranks(trainer, self)
         if trainer.precision == "16-mixed":
             raise MisconfigurationException(
                 "trainer.precision=16-mixed scales gradients of an optimizer, and there is none; use 32-true, "
@@ -190,7 +193,9 @@ class EditStream(LightningModule):
 
     def _attach_journal(self) -> None:
         if self.journal is not None and self.ledger.journal.path is None:
-            self.ledger.take_up(Journal(Path(self.journal).expanduser(), repair=True))
+            path = Path(self.journal).expanduser()
+            together = self.ranks.together
+            self.ledger.take_up(SharedJournal(self.ranks, path, True) if together else Journal(path, repair=True))
 
     def open(self, saved: Mapping[str, Any] | None = None) -> EditSession:
         """Bring the model to where its journal ends, without a Trainer: to take edits out, for example.

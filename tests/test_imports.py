@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 # Low to high. A module may import those of its own layer and of the layers below.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("lit_edit.errors", "lit_edit.paths", "lit_edit.buckets", "lit_edit.interrupts", "lit_edit.memory"),
-    ("lit_edit.checksum", "lit_edit.journal", "lit_edit.history", "lit_edit.tensor_files"),
+    ("lit_edit.errors", "lit_edit.paths", "lit_edit.buckets", "lit_edit.interrupts", "lit_edit.memory", "lit_edit.ranks"),
+    ("lit_edit.checksum", "lit_edit.journal", "lit_edit.history", "lit_edit.tensor_files", "lit_edit.shared_journal"),
     ("lit_edit.data", "lit_edit.data.request", "lit_edit.data.files", "lit_edit.data.records", "lit_edit.data.sources"),
     ("lit_edit.testing",),
     ("lit_edit.models.*", "lit_edit.tokens"),
@@ -23,8 +23,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lit_edit.ledger", "lit_edit.metrics.*", "lit_edit.generation"),
     ("lit_edit.editors.*",),
     ("lit_edit.conflicts", "lit_edit.session"),
-    ("lit_edit.data.datamodule", "lit_edit.export", "lit_edit.deltas", "lit_edit.lora", "lit_edit.checkpoints"),
-    ("lit_edit.stream", "lit_edit.run_files", "lit_edit.runs", "lit_edit.api"),
+    ("lit_edit.data.datamodule", "lit_edit.export", "lit_edit.deltas", "lit_edit.lora", "lit_edit.checkpoints", "lit_edit.strategies"),
+    ("lit_edit.stream", "lit_edit.run_files", "lit_edit.runs", "lit_edit.api", "lit_edit.grids"),
     ("lit_edit.loggers", "lit_edit.wandb_logger", "lit_edit.callbacks.*"),
     ("lit_edit.commands.*",),
     ("lit_edit.cli",),

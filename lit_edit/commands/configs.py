@@ -169,9 +169,12 @@ def check_settings(config: Any) -> None:
 def check_trainer(trainer: Any) -> None:
     """Refuse Trainer settings that Lightning takes and a stream of edits cannot run with."""
     strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
-    if not re.search(r"^auto$|single_?device", str(strategy), re.IGNORECASE):
+    name = str(strategy).rpartition(".")[2].lower()
+    if not re.fullmatch(r"auto|single_?device(strategy)?|ddp(_find_unused_parameters_(true|false))?|ddpstrategy|fsdp2"
+                        r"|shardedstrategy", name):  # fmt: skip
         raise ArgumentError(
-            f"an edit stream runs on one device for now, got trainer.strategy={strategy}: leave it out, or set 'auto'"
+            f"an edit stream cannot run with trainer.strategy={strategy}; use ddp (a whole model on each device), fsdp2 "
+            "(each layer cut over all devices), or leave it out for one device"
         )
     for name, low in (
         ("min_epochs", 0),

@@ -24,6 +24,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lit_edit.checkpoints import CheckpointError, load_tree
 from lit_edit.commands.configs import changed_settings, check_settings, expand_arguments, explain
+from lit_edit.commands.processes import (
+    Decision,
+    handed_down,
+    job_name,
+    leads,
+    share_decision,
+    started_together,
+)
 from lit_edit.commands.resuming import (
     adopt_journal,
     find_run,
@@ -69,7 +77,9 @@ def run_training(command: str, args: list[str]) -> None:
             return {command: LightningCLI.subcommands()[command]}
 
     words = [command, *expand_arguments(args)]
-    argv, sys.argv = sys.argv, [sys.argv[0]]  # LightningCLI warns when both carry arguments
+    # What Lightning starts the processes of the other devices with, from here. It warns when both carry arguments.
+    argv, sys.argv = sys.argv, [sys.argv[0], command, *args]
+    warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
     try:
         CLI(
             EditStream,
@@ -126,7 +136,7 @@ class EditCLI(LightningCLI):
     """LightningCLI with run folders."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._locked = False
+        self._locked = self._ended = False
         with ExitStack() as self._lock:  # the folder's, until the run is over
             super().__init__(*args, **kwargs)
 
@@ -163,14 +173,13 @@ class EditCLI(LightningCLI):
         """Point everything that writes at the run folder."""
         config = self.config[self.subcommand]
         trainer = config.trainer
-        _check_devices(trainer)
         if trainer.callbacks is not None and not isinstance(trainer.callbacks, list):
             trainer.callbacks = [trainer.callbacks]
         if trainer.enable_progress_bar is False:
             trainer.callbacks = [c for c in trainer.callbacks or [] if not c.class_path.endswith("ProgressBar")]
         folder = self._run_folder(config)  # found by settings as they are kept
         self.run_folder = folder
-        if self.subcommand == "fit":
+        if self.subcommand == "fit" and leads():
             self._enter(folder)
         trainer.default_root_dir = str(folder)
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
@@ -194,12 +203,19 @@ class EditCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Fit, and say how to go on when the user interrupts."""
-        self.model.journal = str(journal_path(self.run_folder))
+        decided = Decision(str(self.run_folder), kwargs.get("ckpt_path"), self._ended)
+        decided = share_decision(self.trainer, self.model, decided)
+        if decided.ended:
+            raise SystemExit(0)
+        kwargs["ckpt_path"] = decided.checkpoint
+        self.model.journal = str(journal_path(Path(decided.folder)))
         try:
             self.trainer.fit(**kwargs)
         except (KeyboardInterrupt, SystemExit):
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C is not to cut the way out
+            if not leads():
+                raise SystemExit(130) from None
             folder = self.run_folder
             hint = f"go on with\n  lit-edit fit --config {folder}/config.yaml --resume auto\n"
             begun = (folder / "config.yaml").is_file()
@@ -230,6 +246,8 @@ class EditCLI(LightningCLI):
     def before_fit(self) -> None:
         """Read the data before the model is loaded: a broken line should not cost a minute."""
         self.datamodule.read()
+        if not leads() or self._ended:
+            return
         source = self.config["fit"]["continue"]
         if source:  # before anything is deleted or made
             check_source(Path(source), self.run_folder, overwrite=self.config["fit"].overwrite)
@@ -252,6 +270,8 @@ class EditCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where the results are."""
+        if not leads():
+            return
         where = _shown(self.run_folder)
         sys.stdout.write(
             f"\nEverything is in {where}/. Try:\n"
@@ -271,6 +291,8 @@ class EditCLI(LightningCLI):
         from rich.console import Console
         from rich.table import Table
 
+        if not leads():
+            return
         edits = len(self.model.ledger)
         table = Table(
             title=f"{len(self.datamodule.requests)} facts on a model with {edits} edits", title_justify="left"
@@ -283,7 +305,9 @@ class EditCLI(LightningCLI):
         Console().print(table)
 
     def _run_folder(self, config: Any) -> Path:
-        name, checkpoint = config.run_name, config.get("ckpt_path")
+        if (told := handed_down()) is not None:
+            return Path(told.folder)
+        name, checkpoint = config.run_name or job_name(), config.get("ckpt_path")
         if checkpoint and self.subcommand == "fit" and Path(checkpoint).resolve().parent.name == "checkpoints":
             folder = Path(checkpoint).resolve().parent.parent
             if name in (None, folder.name):
@@ -315,7 +339,10 @@ class EditCLI(LightningCLI):
             if has_ended(folder):
                 where = _shown(folder)
                 sys.stdout.write(f"{where} has come to its end already: see {where}/summary.json\n")
-                raise SystemExit(0)
+                self._ended = True
+                if not started_together():
+                    raise SystemExit(0)
+                return  # the other processes are waiting to be told
             if (found := find_checkpoint(folder)) is not None:
                 config.ckpt_path = str(found)
 
@@ -370,19 +397,6 @@ def check_checkpoint(path: Path) -> None:
         raise ArgumentError(f"--ckpt_path {path}: not a checkpoint of lit-edit")
 
 
-def _check_devices(trainer: Any) -> None:
-    """Refuse several devices before any process is started."""
-    devices = trainer.devices
-    if devices == "auto":
-        trainer.devices = devices = 1
-    several = len(devices) > 1 if isinstance(devices, list) else str(devices) not in ("1", "0,")
-    if several or trainer.num_nodes != 1:
-        raise ArgumentError(
-            f"an edit stream runs on one device for now, got trainer.devices={devices} and "
-            f"trainer.num_nodes={trainer.num_nodes}: set both to 1"
-        )
-
-
 def _point_logger(class_path: str, init_args: Any, folder: Path) -> None:
     kind = class_path.rpartition(".")[2]
     if kind in ("RunCSVLogger", "WandbLogger", "RunWandbLogger"):
@@ -403,7 +417,7 @@ def _quieten() -> None:
         "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
     )  # they are about Lightning's calls, not the user's
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("lit_edit").setLevel(logging.INFO)
+    logging.getLogger("lit_edit").setLevel(logging.INFO if leads() else logging.ERROR)  # one of them speaks for all
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (

@@ -24,6 +24,7 @@ from lit_edit.errors import ArgumentError
 from lit_edit.ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
 from lit_edit.models.presets import edit_layers
 from lit_edit.solvers.ridge import RidgeSolver, RidgeStep
+from lit_edit.solvers.shared import SharedSolver, Solver
 from lit_edit.solvers.storage import SolverStorage
 from lit_edit.targets.contexts import STARTS, Templates, check_templates, sample_templates
 from lit_edit.targets.optimize import DivergedError, Target, TargetSettings, optimise_targets
@@ -121,7 +122,7 @@ class ClosedFormEditor(ReversibleEditor):
         self.seed = seed
         self.ridge = ridge
         self.storage = storage
-        self.solvers: dict[int, RidgeSolver] = {}
+        self.solvers: dict[int, Solver] = {}
         self.templates: Templates = ()
         self.targets: dict[str, tuple[str, Target]] = {}  # by id: what was asked for, and its target
         self.known: KeyIndex | None = None
@@ -165,15 +166,23 @@ class ClosedFormEditor(ReversibleEditor):
             moments = statistics.compute(original, tokenizer, ledger.layers, progress)
         self.solvers = {}
         for layer in ledger.layers:
-            prior = self.covariance_weight * self.storage.place(moments.pop(layer)).double()
-            if self.ridge:
-                prior.diagonal().add_(self.ridge * prior.diagonal().mean())
-            d_out = ledger.adapter.shape(layer)[0]
-            self.solvers[layer] = RidgeSolver(prior, d_out, memory=self.memory, storage=self.storage)
+            self.solvers[layer] = self._make_solver(ledger.adapter, layer, moments)
         self.known = KeyIndex(ledger.adapter.shape(ledger.layers[0])[1])
         self.targets.clear()
         self._failed.clear()
         self._key_rows = None
+
+    def _make_solver(self, adapter: ModelAdapter, layer: int, moments: dict[int, Tensor]) -> Solver:
+        """Make the solver of a layer of its second moment, which is taken out of ``moments``."""
+        shape = adapter.shape(layer)
+
+        def make() -> RidgeSolver:
+            prior = self.covariance_weight * self.storage.place(moments.pop(layer)).double()
+            if self.ridge:
+                prior.diagonal().add_(self.ridge * prior.diagonal().mean())
+            return RidgeSolver(prior, shape[0], memory=self.memory, storage=self.storage)
+
+        return SharedSolver(adapter.ranks, make, shape, self.memory, adapter.device) if adapter.ranks.together else make()
 
     def settings(self) -> dict[str, Any]:
         """Return all settings that a result depends on, and what the second moments were."""
@@ -211,7 +220,8 @@ class ClosedFormEditor(ReversibleEditor):
         if self.contexts == "plain":
             return (("{}",),)
         if self.contexts == "sampled":
-            return sample_templates(original, self.tokenizer, self.seed, STARTS[: self.context_count])
+            sampled = sample_templates(original, self.tokenizer, self.seed, STARTS[: self.context_count])
+            return check_templates(original.ranks.agree([list(group) for group in sampled]))
         return check_templates(self.contexts)
 
     # ---- one step -----------------------------------------------------------------------------------------------

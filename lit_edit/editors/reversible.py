@@ -16,7 +16,7 @@ from lit_edit.editors.trial import Group, Trial, by_block
 from lit_edit.editors.walk import as_columns
 from lit_edit.ledger import Change, EditLedger, LedgerEntry, RecordedFacts
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.solvers.ridge import RidgeSolver
+from lit_edit.solvers.shared import Solver
 from lit_edit.targets.optimize import Target
 
 
@@ -31,7 +31,7 @@ class ReversibleEditor(Editor):
     """
 
     ledger: EditLedger
-    solvers: dict[int, RidgeSolver]
+    solvers: dict[int, Solver]
     known: KeyIndex | None
     on_original: bool
 

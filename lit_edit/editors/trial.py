@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lit_edit.editors.facts import Facts, join_facts
 from lit_edit.ledger import RecordedFacts
-from lit_edit.solvers.ridge import Block, RidgeSolver, RidgeStep
+from lit_edit.solvers.ridge import Block, RidgeStep
+from lit_edit.solvers.shared import Solver
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Trial:
         steps: By layer, what was done; absorbing it brings the real solvers there.
     """
 
-    def __init__(self, solvers: Mapping[int, RidgeSolver]) -> None:
+    def __init__(self, solvers: Mapping[int, Solver]) -> None:
         self.solvers = {layer: solver.fork() for layer, solver in solvers.items()}
         self.steps: dict[int, list[RidgeStep]] = {layer: [] for layer in solvers}
 

@@ -14,7 +14,7 @@ from lit_edit.editors.facts import Facts
 from lit_edit.editors.key_rows import KeyLine
 from lit_edit.ledger import EditLedger
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.solvers.ridge import RidgeSolver
+from lit_edit.solvers.shared import Solver
 from lit_edit.targets.contexts import Templates, group_weights
 
 ResidualMode = Literal["shared", "remeasured", "uniform"]
@@ -86,7 +86,8 @@ class Walk:
 
     def _mean_key(self, rows: KeyLine, inputs: Tensor) -> Tensor:
         weights = torch.tensor(group_weights(self.templates), dtype=torch.float64, device=inputs.device)
-        return torch.einsum("ncd,c->dn", inputs[rows.lookups].double(), weights)
+        keys = torch.einsum("ncd,c->dn", inputs[rows.lookups].double(), weights)
+        return self.ledger.adapter.ranks.same(keys.contiguous())  # edits are told apart by them, on every rank alike
 
     def _rewritten(
         self, layer: int, weight: Tensor, hidden: Tensor, after: Tensor, inputs: Tensor, rows: KeyLine
@@ -108,7 +109,7 @@ class Walk:
         return after + inputs @ change.T
 
 
-def alone(solvers: Mapping[int, RidgeSolver]) -> Solve:
+def alone(solvers: Mapping[int, Solver]) -> Solve:
     """Return a rule that goes on as if this one edit were the only one ever made: what it finds depends on no other."""
 
     def solve(layer: int, keys: Tensor, residuals: Tensor) -> Tensor:

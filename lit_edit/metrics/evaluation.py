@@ -105,7 +105,7 @@ def measure_perplexity(
     adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> dict[str, float]:
     """Return mean, median and corpus perplexity of texts on a model."""
-    metric = TextPerplexity()
+    metric = TextPerplexity(sync_on_compute=False)  # every rank has all of them
     metric.update(text_nlls(adapter, tokenizer, texts))
     return metric.compute()
 
@@ -124,17 +124,18 @@ class EditMetrics(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        families: dict[str, Callable[[], nn.Module]] = {
+        alone = {"sync_on_compute": False}  # every rank has all results: none is to be counted once per rank
+        families: dict[str, Callable[..., nn.Module]] = {
             "success": Success,
             "magnitude": Magnitude,
             "accuracy": ExactAccuracy,
             "token_accuracy": TokenAccuracy,
         }
         self.kinds = nn.ModuleDict(
-            {kind: nn.ModuleDict({name: family() for name, family in families.items()}) for kind in KINDS}
+            {kind: nn.ModuleDict({name: make(**alone) for name, make in families.items()}) for kind in KINDS}
         )
-        self.agreement = Agreement()
-        self.harmonic = HarmonicScore()
+        self.agreement = Agreement(**alone)
+        self.harmonic = HarmonicScore(**alone)
 
     def update(self, result: EditResult, before: EditResult | None = None) -> None:
         """Add one edit's result; ``before`` is the same edit's result on the unedited model."""

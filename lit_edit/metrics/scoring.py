@@ -55,21 +55,10 @@ def score_continuations(
     unique = list(dict.fromkeys(pairs))
     tokens = [continuation(tokenizer, prompt, target) for prompt, target in unique]
     rows = [prompt + target[:-1] for prompt, target in tokens]
-    scores: dict[tuple[str, str], Score] = {}
-    for batch in _batches(rows, batch_tokens):
-        line, hidden = _run(adapter, tokenizer, [rows[index] for index in batch])
-        read: list[int] = []
-        labels: list[int] = []
-        sizes: list[int] = []
-        for number, index in enumerate(batch):
-            prompt, target = tokens[index]
-            read += [line.index(number, len(prompt) - 1 + j) for j in range(len(target))]
-            labels += target
-            sizes.append(len(target))
-        nll, choice = _read(adapter, hidden, read, labels)
-        hits = choice == torch.tensor(labels)
-        for index, *part in zip(batch, *(x.split(sizes) for x in (nll, hits, choice)), strict=True):
-            scores[unique[index]] = Score(part[0].mean().item(), part[1].clone(), part[2].clone())
+    found = _score(adapter, tokenizer, rows, [target for _, target in tokens], batch_tokens)
+    scores = {}
+    for pair, (_, target), (nll, choice) in zip(unique, tokens, found, strict=True):
+        scores[pair] = Score(nll.mean().item(), choice == torch.tensor(target), choice)
     return [scores[pair] for pair in pairs]
 
 
@@ -88,13 +77,49 @@ def text_nlls(
     rows = {text: encode(tokenizer, text)[:512] for text in texts}
     nlls: dict[tuple[int, ...], Tensor] = {row: torch.empty(0) for row in rows.values()}
     long = [row for row in nlls if len(row) > 1]
-    for batch in _batches(long, batch_tokens):
-        line, hidden = _run(adapter, tokenizer, [long[index][:-1] for index in batch])
-        sizes = [len(long[index]) - 1 for index in batch]
-        read = [line.index(number, i) for number, size in enumerate(sizes) for i in range(size)]
-        nll, _ = _read(adapter, hidden, read, [token for index in batch for token in long[index][1:]])
-        nlls |= {long[index]: part.clone() for index, part in zip(batch, nll.split(sizes), strict=True)}
+    found = _score(adapter, tokenizer, [row[:-1] for row in long], [row[1:] for row in long], batch_tokens)
+    nlls |= {row: nll for row, (nll, _) in zip(long, found, strict=True)}
     return [nlls[rows[text]] for text in texts]
+
+
+def _score(
+    adapter: ModelAdapter,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    batch_tokens: int,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return, per row, what :func:`_read` finds at its last tokens; the ranks share the batches.
+
+    Args:
+        adapter: The model.
+        tokenizer: Its tokenizer.
+        rows: Token ids.
+        labels: Of each row, the tokens that its last states are asked for.
+        batch_tokens: Tokens per batch, at most.
+    """
+    ranks = adapter.ranks
+    share = -(-sum(map(len, rows)) // ranks.size)
+    batches = _batches(rows, min(batch_tokens, max(share, 1)) if ranks.together else batch_tokens)
+    starts = [0]
+    for row_labels in labels:
+        starts.append(starts[-1] + len(row_labels))
+    # What another rank finds is zero here: each place is filled by one rank, and the sum is what it has found.
+    dtype = torch.float64 if adapter.dtype == torch.float64 else torch.float32  # of logits
+    nlls, choices = torch.zeros(starts[-1], dtype=dtype), torch.zeros(starts[-1], dtype=torch.long)
+    for batch, counts in ranks.deal(batches):
+        line, hidden = _run(adapter, tokenizer, [rows[index] for index in batch])
+        read = [
+            line.index(number, len(rows[index]) - len(labels[index]) + j)
+            for number, index in enumerate(batch)
+            for j in range(len(labels[index]))
+        ]
+        found = _read(adapter, hidden, read, [token for index in batch for token in labels[index]])
+        if counts:
+            places = torch.cat([torch.arange(starts[index], starts[index + 1]) for index in batch])
+            nlls[places], choices[places] = found
+    ranks.sum_(nlls, choices)
+    return [(nlls[a:b].clone(), choices[a:b].clone()) for a, b in zip(starts, starts[1:], strict=False)]
 
 
 def _run(

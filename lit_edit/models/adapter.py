@@ -19,7 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.models.families import SPECS
 from lit_edit.models.products import Products, bfloat16_pays, choose_kernel, use_kernel
+from lit_edit.models.shards import whole
 from lit_edit.models.spec import ArchSpec
+from lit_edit.ranks import Ranks
 
 CACHE_NAMES = ("past_key_values", "layer_past")
 """What layers call the cache of attention keys and values."""
@@ -91,6 +93,9 @@ class ModelAdapter:
         weights: Parameters to use in place of the model's own, by full name.
         products: Which kernel multiplies float32 matrices on a CPU (:mod:`lit_edit.models.products`).
 
+    Attributes:
+        ranks: The processes that share the work on this model; whoever starts several says so here.
+
     Raises:
         UnknownArchitectureError: If the family is unknown or ``spec`` names modules that the model does not have.
     """
@@ -107,6 +112,7 @@ class ModelAdapter:
         self._bfloat16: bool | None = None
         self.rounded_to: torch.dtype | None = None
         self.head_weight: Tensor | None = None
+        self.ranks = Ranks()
         self.spec = spec or find_spec(model)
         self.weights = dict(weights or {})
         self.layers = list(self._module(self.spec.layers))
@@ -185,8 +191,8 @@ class ModelAdapter:
 
     def weight(self, layer: int) -> Tensor:
         """Return the edited weight of a layer in this view, in the layout the model stores it in."""
-        name = self.weight_name(layer)
-        return self.weights.get(name, self.own_weight(layer))
+        lent = self.weights.get(self.weight_name(layer))
+        return whole(self.own_weight(layer)) if lent is None else lent
 
     def own_weight(self, layer: int) -> nn.Parameter:
         """Return the edited parameter of a layer as the model itself holds it."""

@@ -29,6 +29,7 @@ class RidgeStep:
         factor: ``(d_in, b)``, what ``P`` loses: the next one is ``P - sign factor factor^T``.
         sign: 1 for facts that are added, -1 for facts that are taken out.
         anew: ``P``, where it had to be factorised anew instead of being updated.
+        change: ``(d_out, b)`` and ``(d_in, b)`` whose product the solution has changed by, where it is one.
     """
 
     delta: Tensor
@@ -37,6 +38,7 @@ class RidgeStep:
     factor: Tensor
     sign: int = 1
     anew: Tensor | None = None
+    change: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ class RidgeSolver:
         keys, residuals = self._in_rows(keys), self._in_rows(residuals)
         gain, factor = ridge_gain(self._project(keys), keys)
         missing = residuals - self.delta @ keys if self.memory else residuals
-        return RidgeStep(torch.addmm(self.delta, missing, gain.T), keys, residuals, factor)
+        delta = torch.addmm(self.delta, missing, gain.T)
+        return RidgeStep(delta, keys, residuals, factor, change=(missing, gain))
 
     def preview_removal(self, keys: Tensor, residuals: Tensor) -> RidgeStep:
         r"""Solve without some facts that are in, by down-dating, without changing the state.
@@ -198,7 +201,8 @@ class RidgeSolver:
             delta = (self.cross - residuals @ keys.T) @ inverse
             return RidgeStep(delta, keys, residuals, keys, -1, inverse)
         gain, factor = down
-        return RidgeStep(torch.addmm(self.delta, self.delta @ keys - residuals, gain.T), keys, residuals, factor, -1)
+        surplus = self.delta @ keys - residuals
+        return RidgeStep(torch.addmm(self.delta, surplus, gain.T), keys, residuals, factor, -1, change=(surplus, gain))
 
     def preview_exchange(self, old: Sequence[Block], new: Sequence[Block]) -> RidgeStep:
         """Return the solution with some blocks in place of others, for a solver without memory.

@@ -63,6 +63,8 @@ class KeyStatistics:
     ) -> dict[int, Tensor]:
         """Return ``{layer: (d_in, d_in)}`` in float64 on the model's device, from the cache where possible.
 
+        Of several ranks the leader alone returns them; the others help to count and return nothing.
+
         Args:
             adapter: The unedited model.
             tokenizer: Its tokenizer.
@@ -76,14 +78,14 @@ class KeyStatistics:
         budget = max(self.tokens, *(10 * adapter.shape(layer)[1] for layer in layers))
         folder = self._folder(adapter, corpus, budget)
         found: dict[int, Tensor] = {}
-        for layer in layers:
-            moment = None if self.force else _load_moment(folder / f"layer{layer}.safetensors", adapter.shape(layer)[1])
+        for layer in layers if adapter.ranks.leads and not self.force else ():
+            moment = _load_moment(folder / f"layer{layer}.safetensors", adapter.shape(layer)[1])
             if moment is not None:
                 found[layer] = moment
-        missing = [layer for layer in layers if layer not in found]
+        missing = adapter.ranks.agree([layer for layer in layers if layer not in found])
         if missing:
             found |= accumulate(adapter, tokenizer, missing, corpus, budget, self.skip_first, folder, progress)
-        return {layer: found[layer].to(adapter.device) for layer in layers}
+        return {layer: found[layer].to(adapter.device) for layer in layers} if adapter.ranks.leads else {}
 
     def is_cached(self, adapter: ModelAdapter, layers: Sequence[int]) -> bool:
         """Tell whether :meth:`compute` would find everything in the cache."""
@@ -109,45 +111,73 @@ def accumulate(
     folder: Path,
     progress: Progress | None = None,
 ) -> dict[int, Tensor]:
-    """Read ``budget`` tokens and return the mean of ``k k^T`` per layer, float64.
+    """Read ``budget`` tokens and return the mean of ``k k^T`` per layer, float64; nothing on ranks that do not lead.
 
-    Partial sums are written to ``folder`` after each chunk, so an interrupted count goes on where it was.
+    Partial sums are written to ``folder`` after each chunk, so an interrupted count goes on where it was. Several ranks
+    read a chunk each at a time, the very chunks that one process would read; in lockstep all read the same one.
     """
     from lit_edit.data.request import DataError
 
     partial = folder / f"partial-{'-'.join(map(str, layers))}.safetensors"
+    ranks = adapter.ranks
     sums = {layer: torch.zeros(*[adapter.shape(layer)[1]] * 2, dtype=torch.float64) for layer in layers}
-    count, index = _load_partial(partial, sums)
+    count, index = _load_partial(partial, sums) if ranks.leads else (0, 0)
+    count, index = ranks.agree([count, index])
+    at_once, mine = (1, 0) if ranks.lockstep else (ranks.size, ranks.rank)
     pad = pad_token(tokenizer)
     while count < budget:
         if progress is not None:
             progress(count, budget)
-        rows = corpus.chunk(index, adapter, tokenizer)
+        rows = corpus.chunk(index + mine, adapter, tokenizer)
         rows = [row for row in rows if len(row) > int(skip_first)]
-        if not rows:
+        sizes = [sum(len(row) - int(skip_first) for row in rows)]
+        if at_once > 1:
+            sizes = [size for (size,) in ranks.gather(sizes)]
+        taken = 0  # as one process would: until there are enough
+        while taken < at_once and sizes[taken] and count < budget:
+            count += sizes[taken]
+            taken += 1
+        if count < budget and taken < at_once:
             raise DataError(
                 f"the corpus has {count} tokens; key statistics need {budget} (ten per key dimension at least). "
                 "Use more text, or model.statistics.corpus=sampled"
             )
-        for members in partition_by_length([len(row) for row in rows], overhead=64):
-            ids, mask = pad_right([rows[m] for m in members], pad, adapter.device)
-            counted = mask.bool()
-            if skip_first:
-                counted[:, 0] = False
-            with adapter.fast_products():
-                keys_of = adapter.read_keys(ids, mask, layers)
-            for layer, keys in keys_of.items():
-                add_gram(sums[layer], keys[counted].double().cpu())
-            count += int(counted.sum())
-        index += 1
-        _save_partial(partial, sums, count, index)
+        if mine < taken:
+            _add_rows(adapter, rows, layers, skip_first, pad, sums)
+        for total in sums.values() if at_once > 1 else ():
+            ranks.sum_at_leader_(total)
+        index += taken
+        if ranks.leads:
+            _save_partial(partial, sums, count, index)
     if progress is not None:
         progress(budget, budget)
+    if not ranks.leads:
+        return {}
     moments = {layer: (total.triu() + total.triu(1).T) / count for layer, total in sums.items()}
     for layer, moment in moments.items():
         _save_moment(folder / f"layer{layer}.safetensors", moment, count)
     partial.unlink(missing_ok=True)
     return moments
+
+
+def _add_rows(
+    adapter: ModelAdapter,
+    rows: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    skip_first: bool,
+    pad: int,
+    sums: Mapping[int, Tensor],
+) -> None:
+    """Add the keys of some rows to the sums."""
+    for members in partition_by_length([len(row) for row in rows], overhead=64):
+        ids, mask = pad_right([rows[m] for m in members], pad, adapter.device)
+        counted = mask.bool()
+        if skip_first:
+            counted[:, 0] = False
+        with adapter.fast_products():
+            keys_of = adapter.read_keys(ids, mask, layers)
+        for layer, keys in keys_of.items():
+            add_gram(sums[layer], keys[counted].double().cpu())
 
 
 def add_gram(total: Tensor, vectors: Tensor, block: int = 256) -> None:

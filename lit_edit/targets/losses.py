@@ -35,6 +35,12 @@ class Losses:
     margin: Tensor
     gradient: Tensor
 
+    @classmethod
+    def none(cls, delta: Tensor) -> Losses:
+        """Return the sums over no prompt, for vectors ``(edits, d_model)``."""
+        zeros = torch.zeros(len(delta), dtype=delta.dtype, device=delta.device)
+        return cls(zeros, zeros.clone(), zeros.clone(), torch.full_like(zeros, math.inf), torch.zeros_like(delta))
+
 
 @dataclass
 class TargetLoss:
@@ -60,14 +66,40 @@ class TargetLoss:
             contexts: ``(edits,)``, how many prompts each edit is seen at.
             with_gradient: Whether the gradient is wanted; zero otherwise.
         """
-        zeros = torch.zeros(len(delta), dtype=delta.dtype, device=delta.device)
-        losses = Losses(zeros, zeros.clone(), zeros.clone(), torch.full_like(zeros, math.inf), torch.zeros_like(delta))
+        losses, aside = Losses.none(delta), Losses.none(delta)
+        first = not self.reference
         with self.window.adapter.fast_products():
             for chunk in chunks:
-                self._add(chunk, delta, contexts, with_gradient, losses)
+                self._add(chunk, delta, contexts, with_gradient, losses if chunk.counts else aside)
+        self._share(losses, chunks, first)
         losses.nll /= contexts
         losses.probability /= contexts
         return losses
+
+    def _share(self, losses: Losses, chunks: Sequence[Chunk], first: bool) -> None:
+        """Put together what the ranks have found, each for the edits in its chunks; they all go on with the same."""
+        ranks = self.window.adapter.ranks
+        if not ranks.together:
+            return
+        own = torch.zeros_like(losses.nll, dtype=torch.bool)
+        for chunk in chunks:
+            if chunk.counts:
+                own[chunk.edits] = True
+        losses.margin[~own] = 0.0  # every edit is one rank's: the sum is what that rank has found
+        values = [losses.nll, losses.kl, losses.probability, losses.margin]
+        packed = torch.cat([torch.stack(values, 1), losses.gradient], 1)
+        ranks.sum_(packed)
+        for value, found in zip(values, packed.T, strict=False):
+            value.copy_(found)
+        losses.gradient.copy_(packed[:, len(values) :])
+        if first:  # in the next step an edit may be another rank's
+            known = self.reference[next(iter(self.reference))] if self.reference else None
+            width = ranks.agree(None if known is None else known.shape[0])
+            table = losses.nll.new_zeros(len(own), width)
+            for edit, row in self.reference.items():
+                table[edit] = row if own[edit] else 0.0
+            ranks.sum_(table)
+            self.reference = dict(enumerate(table))
 
     def _add(self, chunk: Chunk, delta: Tensor, contexts: Tensor, with_gradient: bool, losses: Losses) -> None:
         window, edits = self.window, chunk.edits.tolist()

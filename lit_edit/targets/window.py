@@ -33,6 +33,7 @@ class Chunk:
         row_owner: ``(prompts,)``, the edit of each prompt.
         lengths: ``(prompts,)``, target tokens of each.
         essence: ``(edits,)``, where the KL terms' states are.
+        counts: Whether its losses count; otherwise it is run for company (:meth:`Ranks.deal`).
     """
 
     line: Line
@@ -46,6 +47,7 @@ class Chunk:
     row_owner: Tensor
     lengths: Tensor
     essence: Tensor
+    counts: bool = True
 
 
 class Window:
@@ -83,7 +85,7 @@ class Window:
         return states if states.dtype == torch.float64 else states.float()
 
     def chunks(self, edits: Sequence[int], plain: Collection[int] = ()) -> list[Chunk]:
-        """Cut the rows of some edits into chunks of about ``_CHUNK_TOKENS`` tokens.
+        """Cut the rows of some edits into chunks of about ``_CHUNK_TOKENS`` tokens, and return this rank's share.
 
         Args:
             edits: Which edits.
@@ -91,8 +93,10 @@ class Window:
         """
         rows_of = {edit: self._rows(edit, edit in plain) for edit in edits}
         sizes = {edit: sum(self.lengths[r] - self.lookups[r] for r in rows) for edit, rows in rows_of.items()}
-        total = sum(sizes.values())
-        limit = total / max(1, math.ceil(total / _CHUNK_TOKENS))  # chunks of about equal size
+        total, ranks = sum(sizes.values()), self.adapter.ranks
+        wanted = max(1, math.ceil(total / _CHUNK_TOKENS))
+        wanted = math.ceil(wanted / ranks.size) * ranks.size  # every rank equally many, if there are edits enough
+        limit = total / wanted  # chunks of about equal size
         groups: list[list[int]] = []
         size = limit
         for edit in edits:
@@ -101,14 +105,14 @@ class Window:
                 size = 0.0
             groups[-1].append(edit)
             size += sizes[edit]
-        return [self._chunk({edit: rows_of[edit] for edit in group}) for group in groups]
+        return [self._chunk({e: rows_of[e] for e in group}, counts) for group, counts in ranks.deal(groups)]
 
     def _rows(self, edit: int, plain: bool) -> list[int]:
         """Return the rows of an edit; the last one is that of the KL term."""
         rows = self.rows_of[edit]
         return [rows[0], rows[-1]] if plain else list(rows)
 
-    def _chunk(self, rows_of: Mapping[int, Sequence[int]]) -> Chunk:
+    def _chunk(self, rows_of: Mapping[int, Sequence[int]], counts: bool = True) -> Chunk:
         rows = [row for group in rows_of.values() for row in group]
         line = self.rows.line(rows, [self.lookups[r] for r in rows], [self.lengths[r] for r in rows], self.before)
         found: dict[str, list[int]] = {name: [] for name in
@@ -127,4 +131,5 @@ class Window:
                 found["lengths"].append(len(target))
         device = self.hidden.device
         tensors = {name: torch.tensor(values, device=device) for name, values in found.items()}
-        return Chunk(line, self.hidden[line.nodes], torch.tensor(list(rows_of), device=device), **tensors)
+        edits = torch.tensor(list(rows_of), device=device)
+        return Chunk(line, self.hidden[line.nodes], edits, **tensors, counts=counts)
