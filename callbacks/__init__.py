@@ -5,8 +5,10 @@ from .figures import RunFigures
 from .guard import HarmError, HarmGuard
 from .layer_norms import LayerNorms
 from .progress import EditProgressBar
+from .replica_check import ReplicaCheck, ReplicaError
 from .retention import Retention
 from .run_folder import RunFolder
+from .stop_on_signal import StopOnSignal, StoppedBySignal
 from .wandb_report import WandbReport
 
 __all__ = [
@@ -15,8 +17,12 @@ __all__ = [
     "HarmError",
     "HarmGuard",
     "LayerNorms",
+    "ReplicaCheck",
+    "ReplicaError",
     "Retention",
     "RunFigures",
     "RunFolder",
+    "StopOnSignal",
+    "StoppedBySignal",
     "WandbReport",
 ]

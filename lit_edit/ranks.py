@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import safetensors.torch
@@ -42,6 +44,7 @@ class Ranks:
         device: Where tensors are when they are exchanged.
         lockstep: Whether all ranks must run the same layers at the same time, because each holds a part of them: what
             is dealt out is then filled up so that all run equally many passes.
+        alike: Whether all ranks must run everything, because how often a layer is run goes with what is run.
         places: Host name and process id of every rank.
 
     Example:
@@ -53,8 +56,9 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
     lockstep: bool = False
+    alike: bool = False
     places: tuple[tuple[str, int], ...] = ()
 
     @classmethod
@@ -64,8 +68,8 @@ class Ranks:
             return cls()
         exchange = device if dist.get_backend() == "nccl" else torch.device("cpu")
         ranks = cls(dist.get_rank(), dist.get_world_size(), exchange, lockstep)
-        places = ranks.gather([socket.gethostname(), os.getpid()])
-        return cls(ranks.rank, ranks.size, exchange, lockstep, tuple((host, pid) for host, pid in places))
+        places = ranks.gather((socket.gethostname(), os.getpid()))
+        return replace(ranks, places=tuple((host, pid) for host, pid in places))
 
     @property
     def together(self) -> bool:
@@ -84,6 +88,8 @@ class Ranks:
 
         In lockstep all ranks get equally many: what fills a short share up is run like the rest and does not count.
         """
+        if self.alike:
+            return [(item, self.leads) for item in items]
         share = [(item, True) for item in items[self.rank :: self.size]]
         if self.lockstep and items:
             share += [(items[0], False)] * (-(-len(items) // self.size) - len(share))
@@ -170,9 +176,7 @@ class Ranks:
         parts = [torch.empty_like(own, device=self.device) for _ in range(self.size)]
         with self._watched("gathering"):
             dist.all_gather(parts, own.to(self.device))
-        return [
-            json.loads(part[: int(size)].cpu().numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)
-        ]
+        return [json.loads(part[: int(size)].cpu().numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
     def _tell(self, data: bytes) -> bytes:
         size = torch.tensor([len(data)], device=self.device)
@@ -196,14 +200,22 @@ class Ranks:
             raise RankError(f"rank {self.rank} stops while {what}: {self._missing()} ({_line(error)})") from error
 
     def _missing(self) -> str:
-        here, gone = socket.gethostname(), []
+        here, gone, patience = socket.gethostname(), [], 60
+        while patience and not (gone := self._gone(here)):  # one that fails takes a moment to end
+            patience -= 1
+            time.sleep(0.1)
+        if gone:
+            return f"{' and '.join(gone)} has ended"
+        others = ", ".join(f"rank {r} on {host}" for r, (host, _) in enumerate(self.places) if host != here)
+        return f"another rank has stopped{f', one of {others}' if others else ''}"
+
+    def _gone(self, here: str) -> list[str]:
+        """Name the other ranks of this host that have ended."""
+        gone = []
         for rank, (host, pid) in enumerate(self.places):
             if host == here and rank != self.rank and not _lives(pid):
                 gone.append(f"rank {rank} (process {pid} on {host})")
-        if gone:
-            return f"{' and '.join(gone)} has died"
-        others = ", ".join(f"rank {r} on {host}" for r, (host, _) in enumerate(self.places) if host != here)
-        return f"another rank has stopped{f', one of {others}' if others else ''}"
+        return gone
 
 
 def _lives(pid: int) -> bool:
@@ -217,7 +229,9 @@ def _lives(pid: int) -> bool:
 
 
 def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]
+    """Return the first sentence of an error, without where in torch's sources it was raised."""
+    text = re.sub(r"^\[\S+\]\s*", "", str(error).strip().partition("\n")[0])
+    return text.partition(". ")[0][:200]
 
 
 def _pack(data: Any, tensors: Mapping[str, Tensor]) -> bytes:

@@ -90,3 +90,9 @@ def join_ranks(trainer: Trainer, stream: EditStream) -> Ranks:
             # All ranks must save together, and one that fails is alone. Nothing is lost: the journal has every edit.
             callback.save_on_exception = False
     return Ranks.meet(strategy.root_device, lockstep=isinstance(strategy, ShardedStrategy))
+
+
+def cut_of(trainer: Trainer) -> tuple[DeviceMesh, torch.device] | None:
+    """Return the devices that layers are cut over, and this process's own; ``None`` where each has the whole model."""
+    strategy = trainer.strategy
+    return (strategy.mesh, strategy.root_device) if isinstance(strategy, ShardedStrategy) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ from lit_edit.ranks import Ranks
 from lit_edit.session import EditSession, RefusalPolicy, check_request
 from lit_edit.shared_journal import SharedJournal
 from lit_edit.stats.second_moment import KeyStatistics, weights_hash
-from lit_edit.strategies import join_ranks
+from lit_edit.strategies import cut_of, join_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,9 +119,10 @@ class EditStream(LightningModule):
         if self.model is not None:
             return
         with self._time("load"):
-            self.model, self.tokenizer = self.language_model.load()
+            self.model, self.tokenizer = self.language_model.load(cut_of(self.trainer) if self._attached else None)
             self.adapter = ModelAdapter(self.model, self.language_model.arch, products=self.language_model.products)
-            self.adapter.ranks = self.ranks
+            # Layers that see padded blocks of rows run once per block: all ranks must then have the same blocks.
+            self.adapter.ranks = replace(self.ranks, alike=self.adapter.sharded and not self.adapter.packs)
             if self.ranks.together:  # each may have measured otherwise
                 self.adapter.pin_kernels(self.ranks.agree(self.adapter.kernels()))
             if self.language_model.arch is not None:
@@ -131,6 +133,10 @@ class EditStream(LightningModule):
                 self.ledger, self.editor, self.language_model.name, self.base_hash, self.on_conflict, self.on_refused
             )
             self.session.status = lambda message: self.status(message)
+
+    @property
+    def _attached(self) -> bool:
+        return self._trainer is not None
 
     def configure_optimizers(self) -> None:
         """Return nothing: there is no optimizer. Lightning's stand-in counts the commits."""

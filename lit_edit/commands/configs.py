@@ -173,8 +173,8 @@ def check_trainer(trainer: Any) -> None:
     if not re.fullmatch(r"auto|single_?device(strategy)?|ddp(_find_unused_parameters_(true|false))?|ddpstrategy|fsdp2"
                         r"|shardedstrategy", name):  # fmt: skip
         raise ArgumentError(
-            f"an edit stream cannot run with trainer.strategy={strategy}; use ddp (a whole model on each device), fsdp2 "
-            "(each layer cut over all devices), or leave it out for one device"
+            f"an edit stream cannot run with trainer.strategy={strategy}; use ddp (a whole model on each device) or "
+            "fsdp2 (each layer cut over all devices), or leave it out for one device"
         )
     for name, low in (
         ("min_epochs", 0),

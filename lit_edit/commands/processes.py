@@ -38,7 +38,8 @@ class Decision:
 def leads() -> bool:
     """Tell whether this process is the first of all, before any of them has met another."""
     node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
-    return rank_zero_only.rank == 0 and ("RANK" in os.environ or "SLURM_PROCID" in os.environ or node == "0")
+    rank: int = getattr(rank_zero_only, "rank", 0)
+    return rank == 0 and ("RANK" in os.environ or "SLURM_PROCID" in os.environ or node == "0")
 
 
 def started_together() -> bool:

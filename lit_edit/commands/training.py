@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from lightning.pytorch import LightningModule, Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
+from lit_edit.callbacks import ReplicaCheck, ReplicaError, StopOnSignal, StoppedBySignal
 from lit_edit.checkpoints import CheckpointError, load_tree
 from lit_edit.commands.configs import changed_settings, check_settings, expand_arguments, explain
 from lit_edit.commands.processes import (
@@ -41,8 +43,9 @@ from lit_edit.commands.resuming import (
     warn_if_behind,
 )
 from lit_edit.data.datamodule import EditDataModule
-from lit_edit.errors import ArgumentError, UserError
+from lit_edit.errors import ArgumentError, RunStoppedError, UserError
 from lit_edit.paths import write_atomically
+from lit_edit.ranks import RankError
 from lit_edit.run_files import journal_path, run_lock
 from lit_edit.runs import carry_over, check_source, find_checkpoint, has_ended
 from lit_edit.stream import EditStream
@@ -211,18 +214,26 @@ class EditCLI(LightningCLI):
         self.model.journal = str(journal_path(Path(decided.folder)))
         try:
             self.trainer.fit(**kwargs)
+        except StoppedBySignal as stopped:
+            if leads():
+                sys.stderr.write(f"\nlit-edit: stopped; it goes on with\n  {self._go_on()}\n")
+            raise SystemExit(stopped.code) from None
+        except (RankError, ReplicaError) as error:
+            raise RunStoppedError(f"{error}. Nothing that was made is lost; go on with\n  {self._go_on()}") from error
         except (KeyboardInterrupt, SystemExit):
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C is not to cut the way out
             if not leads():
                 raise SystemExit(130) from None
-            folder = self.run_folder
-            hint = f"go on with\n  lit-edit fit --config {folder}/config.yaml --resume auto\n"
-            begun = (folder / "config.yaml").is_file()
+            hint = f"go on with\n  {self._go_on()}\n"
+            begun = (self.run_folder / "config.yaml").is_file()
             sys.stderr.write(f"\nlit-edit: interrupted; {hint if begun else 'nothing was saved yet'}\n")
             raise SystemExit(130) from None
         if self.model.is_at_end:
             self.model.ledger.note({"kind": "end"})
+
+    def _go_on(self) -> str:
+        return f"lit-edit fit --config {self.run_folder}/config.yaml --resume auto"
 
     def instantiate_classes(self) -> None:
         """Instantiate, and turn what constructors say of bad values into an error for the user."""
@@ -236,12 +247,17 @@ class EditCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer, and name the settings that it was given where it cannot be."""
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except UserError:
             raise
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             given = changed_settings(self.config[self.subcommand].trainer, TRAINER_DEFAULTS)
             raise ArgumentError(f"{error} (the Trainer was given {given})") from error
+        if self.subcommand == "fit" and (trainer.world_size > 1 or SLURMEnvironment.detect()):
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            present = {type(callback) for callback in callbacks}
+            callbacks += [c for c in (ReplicaCheck(), StopOnSignal()) if type(c) not in present]
+        return trainer
 
     def before_fit(self) -> None:
         """Read the data before the model is loaded: a broken line should not cost a minute."""

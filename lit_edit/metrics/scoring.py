@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -119,7 +120,7 @@ def _score(
             places = torch.cat([torch.arange(starts[index], starts[index + 1]) for index in batch])
             nlls[places], choices[places] = found
     ranks.sum_(nlls, choices)
-    return [(nlls[a:b].clone(), choices[a:b].clone()) for a, b in zip(starts, starts[1:], strict=False)]
+    return [(nlls[a:b].clone(), choices[a:b].clone()) for a, b in pairwise(starts)]
 
 
 def _run(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.models.families import SPECS
 from lit_edit.models.products import Products, bfloat16_pays, choose_kernel, use_kernel
-from lit_edit.models.shards import whole
+from lit_edit.models.shards import is_sharded, lend, stand_ins, whole, written_class
 from lit_edit.models.spec import ArchSpec
 from lit_edit.ranks import Ranks
 
@@ -95,6 +95,7 @@ class ModelAdapter:
 
     Attributes:
         ranks: The processes that share the work on this model; whoever starts several says so here.
+        sharded: Whether they hold a part of each layer each.
 
     Raises:
         UnknownArchitectureError: If the family is unknown or ``spec`` names modules that the model does not have.
@@ -113,6 +114,7 @@ class ModelAdapter:
         self.rounded_to: torch.dtype | None = None
         self.head_weight: Tensor | None = None
         self.ranks = Ranks()
+        self.sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self.spec = spec or find_spec(model)
         self.weights = dict(weights or {})
         self.layers = list(self._module(self.spec.layers))
@@ -125,7 +127,7 @@ class ModelAdapter:
         self._backbone: nn.Module = model.base_model
         self._backbone_prefix = next(f"{n}." if n else "" for n, m in model.named_modules() if m is self._backbone)
         self._signatures: dict[int, inspect.Signature] = {}
-        code = sys.modules[type(self.layers[0]).__module__].__dict__
+        code = sys.modules[written_class(self.layers[0]).__module__].__dict__
         # Whether attention goes through transformers' interface, where a line of tokens can be told apart into rows.
         self.packs = (
             "ALL_ATTENTION_FUNCTIONS" in code
@@ -257,6 +259,8 @@ class ModelAdapter:
             dtype: Type of the products.
             start: The first layer whose matrices are rounded.
         """
+        if self.sharded:  # its matrices are nowhere whole
+            return self
         prefixes = tuple(f"{self.spec.layers}.{layer}." for layer in range(start, self.n_layers))
         matrices = {name: p for name, p in self.model.named_parameters() if name.startswith(prefixes) and p.dim() == 2}
         view = self.with_weights({name: self.weights.get(name, p).detach().to(dtype) for name, p in matrices.items()})
@@ -265,6 +269,8 @@ class ModelAdapter:
 
     def bfloat16_pays(self) -> bool:
         """Tell whether this device multiplies in bfloat16 clearly faster than in float32."""
+        if self.sharded:
+            return False
         if self._bfloat16 is not None:
             return self._bfloat16
         if self.device.type == "cpu":
@@ -342,7 +348,8 @@ class ModelAdapter:
 
         with ExitStack() as stack:
             for index in range(at, stop if stop is not None else self.n_layers):
-                handle = self.layers[index].register_forward_pre_hook(before(index), with_kwargs=True)
+                # Before those of FSDP: a pass that is left then has gathered nothing that would stay.
+                handle = self.layers[index].register_forward_pre_hook(before(index), prepend=True, with_kwargs=True)
                 stack.callback(handle.remove)
             if at == self.n_layers:
                 stack.callback(self.layers[-1].register_forward_hook(after_last).remove)
@@ -377,7 +384,9 @@ class ModelAdapter:
         for index in range(self.n_layers):
             self._signature(index)
         with ExitStack() as stack, suppress(_StopForward):
-            for index, layer in enumerate(self.layers):
+            if self.sharded:  # the layers themselves would gather their weights
+                stack.enter_context(stand_ins(self._module(self.spec.layers), stand_in))
+            for index, layer in enumerate(self.layers if not self.sharded else ()):
                 if "forward" in vars(layer):  # somebody else's, as accelerate puts there
                     stack.callback(vars(layer).__setitem__, "forward", vars(layer)["forward"])
                 else:
@@ -399,7 +408,9 @@ class ModelAdapter:
             layers: The layers to listen to.
             stop_after_last: Leave the pass as soon as the highest of them has been read.
         """
-        return _KeyRecorder({layer: self.down_proj(layer) for layer in layers}, stop_after_last)
+        modules = {layer: self.down_proj(layer) for layer in layers}
+        last = self.layers[max(layers)] if self.sharded else None
+        return _KeyRecorder(modules, stop_after_last, last)
 
     def last_hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the final, normalised hidden states ``(batch, time, d_head)``: what the head reads."""
@@ -429,6 +440,10 @@ class ModelAdapter:
         with torch.random.fork_rng(devices=devices, enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
+            if self.sharded:
+                with self._lent():
+                    continued: Tensor = _Generate(self.model)(input_ids, **settings)
+                return continued
             rows: Tensor = functional_call(_Generate(self.model), weights, (input_ids,), settings)
         return rows
 
@@ -488,6 +503,9 @@ class ModelAdapter:
         }
         if self.spec.family == "opt":  # OPT derives its positions from the mask, with an offset of its own.
             del kwargs["position_ids"]
+        if self.sharded:
+            with self._lent():
+                return self._backbone(**kwargs)
         if not self.weights:
             return self._backbone(**kwargs)
         local = {name.removeprefix(self._backbone_prefix): value for name, value in self.weights.items()}
@@ -495,11 +513,23 @@ class ModelAdapter:
 
     def run_layer(self, index: int, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
         """Run one layer on ``hidden`` ``(batch, time, d_model)``."""
+        if self.sharded:
+            with self._lent(index):
+                return _first(self.layers[index](hidden, **call))
         prefix = f"{self.spec.layers}.{index}."
         local = {n.removeprefix(prefix): w for n, w in self.weights.items() if n.startswith(prefix)}
         layer = self.layers[index]
         output = functional_call(layer, local, (hidden,), dict(call)) if local else layer(hidden, **call)
         return _first(output)
+
+    @contextmanager
+    def _lent(self, layer: int | None = None) -> Iterator[None]:
+        """Let the down projections of a model in parts (of one layer, or all) compute with this view's weights."""
+        with ExitStack() as stack:
+            for index in range(self.n_layers) if layer is None else (layer,):
+                if (weight := self.weights.get(self.weight_name(index))) is not None:
+                    stack.enter_context(lend(self.down_proj(index), weight))
+            yield
 
     def _signature(self, index: int) -> inspect.Signature:
         if index not in self._signatures:
@@ -541,9 +571,10 @@ class _Generate(nn.Module):
 class _KeyRecorder:
     """Context that collects the inputs of some modules, by layer."""
 
-    def __init__(self, modules: Mapping[int, nn.Module], stop_after_last: bool) -> None:
+    def __init__(self, modules: Mapping[int, nn.Module], stop_after_last: bool, layer: nn.Module | None) -> None:
         self._modules = modules
         self._last = max(modules) if stop_after_last else None
+        self._layer = layer  # the last one, if it is to run to its end: FSDP then puts its weights away
         self._stack = ExitStack()
 
     def __enter__(self) -> dict[int, Tensor]:
@@ -552,10 +583,16 @@ class _KeyRecorder:
         def reader(layer: int) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 keys[layer] = args[0]
-                if layer == self._last:
+                if layer == self._last and self._layer is None:
                     raise _StopForward
 
             return hook
+
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            raise _StopForward
+
+        if self._last is not None and self._layer is not None:
+            self._stack.callback(self._layer.register_forward_hook(leave).remove)
 
         for layer, module in self._modules.items():
             self._stack.callback(module.register_forward_pre_hook(reader(layer)).remove)

@@ -7,7 +7,8 @@ import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,9 +21,12 @@ from lit_edit.models.spec import ArchSpec
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+Cut = tuple["DeviceMesh", torch.device]
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
@@ -66,27 +70,34 @@ class LanguageModel:
         """Return the same settings for another model."""
         return replace(self, name=name)
 
-    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load(self, cut: Cut | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load model and tokenizer, the model in evaluation mode and frozen.
+
+        Args:
+            cut: The devices that the decoder layers are to be cut over, and this process's own.
 
         Raises:
             ModelUnavailableError: If there is no such model, or it cannot be fetched or read.
         """
         if self._loaded is not None:
             model, tokenizer = self._loaded
+            if cut is not None:
+                from lit_edit.models.sharded_loading import cut_layers
+
+                cut_layers(model.eval().requires_grad_(False).to(cut[1]), cut[0], self.arch)
             return model.eval().requires_grad_(False), tokenizer
         if self.name not in PACKAGED:
-            return self._load(self._resolve())
+            return self._load(self._resolve(), cut)
         try:
-            return self._load(str(fetch(PACKAGED[self.name])))
+            return self._load(str(fetch(PACKAGED[self.name])), cut)
         except ModelUnavailableError as error:
             if not PACKAGED[self.name].is_cached:  # it was not to be had at all
                 raise
             log.warning("the kept model is damaged and is fetched anew (%s)", str(error).partition("\n")[0])
             shutil.rmtree(PACKAGED[self.name].folder)
-            return self._load(str(fetch(PACKAGED[self.name])))
+            return self._load(str(fetch(PACKAGED[self.name])), cut)
 
-    def _load(self, source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def _load(self, source: str, cut: Cut | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Read model and tokenizer from a folder or the hub."""
         common = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
@@ -94,6 +105,8 @@ class LanguageModel:
         try:
             with _quiet_loading():
                 tokenizer = AutoTokenizer.from_pretrained(source, **common)
+                if cut is not None:
+                    return self._load_in_parts(source, cut, None if dtype == "auto" else dtype), tokenizer
                 model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **extra)
         except Exception as error:  # a damaged folder fails in many ways, which mean the same to the user
             raise ModelUnavailableError(
@@ -101,6 +114,19 @@ class LanguageModel:
                 f"({', '.join(PACKAGED)}), a local model folder, or a hub id that this machine can reach."
             ) from error
         return model.eval().requires_grad_(False), tokenizer
+
+    def _load_in_parts(self, source: str, cut: Cut, dtype: Any) -> PreTrainedModel:
+        from huggingface_hub import snapshot_download
+
+        from lit_edit.models.sharded_loading import load_in_parts
+
+        folder = source
+        if not os.path.isdir(source):
+            folder = snapshot_download(source, revision=self.revision, allow_patterns=["*.safetensors", "*.json"])
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.attn_implementation is not None:
+            options["attn_implementation"] = self.attn_implementation
+        return load_in_parts(Path(folder), *cut, dtype, self.arch, **options)
 
     def _resolve(self) -> str:
         folder = os.path.expanduser(self.name)

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_edit.buckets import partition_by_length
 from lit_edit.models.adapter import ModelAdapter
+from lit_edit.models.shards import whole
 from lit_edit.paths import cache_dir, write_atomically
 from lit_edit.stats.corpus import Corpus, open_corpus
 from lit_edit.tensor_files import save_tensors
@@ -214,7 +215,7 @@ def weights_hash(model: nn.Module, weights: Mapping[str, Tensor] | None = None) 
     weights = weights or {}
     digest = hashlib.blake2b(digest_size=12)
     for name, parameter in sorted(model.named_parameters()):
-        value: Tensor = weights.get(name, parameter)
+        value: Tensor = whole(weights.get(name, parameter))
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         raw: Any = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         digest.update(raw)

@@ -93,8 +93,7 @@ class TargetLoss:
             value.copy_(found)
         losses.gradient.copy_(packed[:, len(values) :])
         if first:  # in the next step an edit may be another rank's
-            known = self.reference[next(iter(self.reference))] if self.reference else None
-            width = ranks.agree(None if known is None else known.shape[0])
+            width = ranks.agree(max((len(row) for row in self.reference.values()), default=0))  # the leader has some
             table = losses.nll.new_zeros(len(own), width)
             for edit, row in self.reference.items():
                 table[edit] = row if own[edit] else 0.0

@@ -1,0 +1,75 @@
+"""Are the ranks still editing the same model?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed.tensor import DTensor
+
+from lit_edit.checksum import checksum
+from lit_edit.models.shards import part_of
+from lit_edit.stream import EditStream
+
+from .base import as_stream, check_every, is_due
+
+
+class ReplicaError(RuntimeError):
+    """A rank's weights are not those of the others; the message names rank and layer."""
+
+
+class ReplicaCheck(Callback):
+    """Compares the edited weights of all ranks after every ``every`` edits and at the end, and stops on a difference.
+
+    Where each rank has the whole layer (DDP), digests of the weights are compared with the leader's. Where it has a
+    part (FSDP2), the part is compared with what the edits make of the original weights, and these with the leader's.
+
+    Args:
+        every: Compare after every so many edits.
+    """
+
+    def __init__(self, every: int = 10) -> None:
+        self.every = check_every(every, "ReplicaCheck: every")
+        self._seen = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where the stream starts."""
+        self._seen = as_stream(pl_module, self).edits_made
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Compare when it is time."""
+        stream = as_stream(pl_module, self)
+        now = stream.edits_made
+        if is_due(self._seen, now, self.every) or (stream.is_at_end and now > self._seen):
+            check_replicas(stream)
+        self._seen = now
+
+
+@torch.no_grad()
+def check_replicas(stream: EditStream) -> None:
+    """Compare the edited weights of all ranks.
+
+    Raises:
+        ReplicaError: If one of them differs; on every rank.
+    """
+    if not stream.ranks.together:
+        return
+    ledger, found = stream.ledger, []
+    for layer, name in ledger.names.items():
+        own, delta = ledger.adapter.own_weight(layer), ledger.deltas.get(name)
+        weight = ledger.base[name] if delta is None else ledger.edited_weight(layer, delta)
+        if isinstance(own, DTensor):
+            whole = torch.equal(own.to_local(), part_of(own, weight))
+            found.append([checksum(weight), whole])
+        else:
+            found.append([checksum(own.detach()), True])
+    everyone = stream.ranks.gather(found)
+    for rank, theirs in enumerate(everyone):
+        for (digest, whole), (wanted, _), (layer, name) in zip(theirs, everyone[0], ledger.names.items(), strict=True):
+            if digest != wanted or not whole:
+                raise ReplicaError(
+                    f"rank {rank} has other weights than rank 0 in layer {layer} ({name}) after edit "
+                    f"{stream.edits_made}: the ranks have run apart. The journal is whole: start again with --resume "
+                    "auto, and if it happens again look at that rank's device"
+                )

@@ -1,0 +1,150 @@
+"""What a model looks like, without its weights: from its own ``config.json``, or from a table of well-known models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from lit_edit.models.language_model import LanguageModel
+from lit_edit.models.packaged import PACKAGED, ModelUnavailableError
+
+_LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": False}
+_GPT2_XL = {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 1600, "n_layer": 48, "n_head": 25}
+
+KNOWN: Mapping[str, Mapping[str, Any]] = {
+    "smollm2-135m": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+    },
+    "meta-llama/Meta-Llama-3-8B": {
+        **_LLAMA_3,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "intermediate_size": 14336,
+        "dtype": "bfloat16",
+    },
+    "meta-llama/Meta-Llama-3-70B": {
+        **_LLAMA_3,
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "intermediate_size": 28672,
+        "dtype": "bfloat16",
+    },
+    "meta-llama/Llama-2-7b-hf": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 11008,
+        "tie_word_embeddings": False,
+        "dtype": "float16",
+    },
+    "Qwen/Qwen2.5-7B": {
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    },
+    "EleutherAI/gpt-j-6B": {
+        "model_type": "gptj",
+        "vocab_size": 50400,
+        "n_embd": 4096,
+        "n_layer": 28,
+        "n_head": 16,
+        "rotary_dim": 64,
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+    },
+    "gpt2-xl": _GPT2_XL,
+    "openai-community/gpt2-xl": _GPT2_XL,
+}
+"""Architectures by name, as their ``config.json`` has them; only what decides about sizes."""
+
+
+def find_architecture(model: LanguageModel, source: str | None = None) -> PreTrainedConfig:
+    """Return a model's architecture without loading the model.
+
+    Looked for in this order: a packaged model or folder on this machine, the hub's cache, :data:`KNOWN`, the hub.
+
+    Args:
+        model: The settings of the model.
+        source: Where to look in place of the model's name: a ``config.json``, a folder that has one, or a hub id.
+
+    Raises:
+        ModelUnavailableError: If it is nowhere to be found, or cannot be read; says what to do.
+    """
+    name = model.name if source is None else source
+    path = os.path.expanduser(name)
+    known = {key.lower(): value for key, value in KNOWN.items()}.get(name.lower())
+    if name in PACKAGED and PACKAGED[name].is_cached:
+        return _read(str(PACKAGED[name].folder), model, local=True)
+    if os.path.exists(path):
+        return _read(path, model, local=True)
+    if name not in PACKAGED and "/" in name and not name.startswith((".", "/", "~")):
+        with suppress(ModelUnavailableError):
+            return _read(name, model, local=True)
+    if known is not None:
+        settings = dict(known)
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    if "/" in name and not name.startswith((".", "/", "~")):
+        return _read(name, model, local=False)
+    raise ModelUnavailableError(f"there is no model {name!r}: {_ADVICE}")
+
+
+_ADVICE = (
+    "name a packaged model, a model folder, a hub id, or one of the models whose sizes are known "
+    f"({', '.join(KNOWN)}); or give its config.json with --model-config FILE"
+)
+
+
+def _read(name: str, model: LanguageModel, local: bool) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(
+            name, revision=model.revision, trust_remote_code=model.trust_remote_code, local_files_only=local
+        )
+    except Exception as error:  # the hub's client and broken files raise many kinds, which mean the same here
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelUnavailableError(f"no config.json can be read for {name!r} ({reason}): {_ADVICE}") from error
+
+
+def make_meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return a model on the meta device: all modules and shapes, no numbers and no memory.
+
+    Args:
+        config: Its architecture.
+        trust_remote_code: Allow code that came with the model.
+
+    Raises:
+        ModelUnavailableError: If it is no causal language model.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a strange configuration makes of the constructors
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelUnavailableError(
+            f"no causal language model can be made of a configuration of type {config.model_type!r} ({reason})"
+        ) from error
+    made: PreTrainedModel = model.eval().requires_grad_(False)
+    return made
