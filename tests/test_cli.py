@@ -238,7 +238,8 @@ def test_own_facts_with_three_columns(run_in: Any, tmp_path: Path) -> None:
         (["--config", "quickstart", "--model.editor.init_args.target.lr=-1"], "lr must be positive"),
         (["--config", "quickstart", "--model.language_model.name=no-such-model"], "there is no model 'no-such-model'"),
         (["--config", "quickstart", "--model.statistics.corpus=gone.txt"], "neither 'sampled'"),
-        (["--config", "quickstart", "--trainer.accelerator=cpu", "--trainer.devices=2"], "runs on one device for now"),
+        (["--config", "quickstart", "--trainer.strategy=ddp_spawn"], "use ddp (a whole model on each device)"),
+        (["--config", "quickstart", "--trainer.strategy=fsdp", "--trainer.devices=2"], "cannot run with trainer.strategy"),
         (["--config", "quickstart", "--model.editor.init_args.target.loss_threshold=.nan"], "loss_threshold"),
     ],
 )

@@ -11,8 +11,11 @@ from lit_edit.cli import main
 from lit_edit.commands.configs import config_root, expand_arguments, find_config, shipped_configs
 from lit_edit.errors import ArgumentError
 
-PIECES = [name for name in shipped_configs() if "/" in name and not name.startswith("experiment/")]
-COMPLETE = [name for name in shipped_configs() if name not in PIECES]
+SWEEPS = [name for name in shipped_configs() if name.startswith("sweep/")]  # tests/test_sweep.py
+CLUSTER = [name for name in shipped_configs() if name.startswith("cluster/")]  # tests/test_cluster.py
+RUNS = [name for name in shipped_configs() if name not in SWEEPS + CLUSTER]
+PIECES = [name for name in RUNS if "/" in name and not name.startswith("experiment/")]
+COMPLETE = [name for name in RUNS if name not in PIECES]
 
 
 def parsed(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, object]:
@@ -24,7 +27,7 @@ def parsed(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, object]:
 
 def test_the_tree_is_there() -> None:
     folders = {name.partition("/")[0] for name in shipped_configs() if "/" in name}
-    assert folders == {"model", "method", "data", "trainer", "callbacks", "logger", "experiment"}
+    assert folders == {"model", "method", "data", "trainer", "callbacks", "logger", "experiment", "sweep", "cluster"}
     assert {"quickstart", "counterfact", "zsre"} <= set(COMPLETE)
 
 
@@ -48,7 +51,7 @@ def test_pieces_parse_on_top_of_the_quickstart_and_change_it(name: str, capsys: 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_every_config_says_how_to_run_it(name: str) -> None:
     text = (config_root() / f"{name}.yaml").read_text()
-    header = text[: text.index("\n\n")] if name in COMPLETE else text
+    header = text[: text.index("\n\n")] if name in COMPLETE + CLUSTER else text
     assert header.startswith("# ")
     assert "--config" in header or "--trainer.logger" in header
 

@@ -31,6 +31,7 @@ from lit_edit.commands.processes import (
     handed_down,
     job_name,
     leads,
+    part_from_others,
     share_decision,
     started_together,
 )
@@ -101,6 +102,7 @@ def run_training(command: str, args: list[str]) -> None:
         )
     finally:
         sys.argv = argv
+        part_from_others()
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -323,7 +325,7 @@ class EditCLI(LightningCLI):
     def _run_folder(self, config: Any) -> Path:
         if (told := handed_down()) is not None:
             return Path(told.folder)
-        name, checkpoint = config.run_name or job_name(), config.get("ckpt_path")
+        name, checkpoint = job_name() if config.run_name is None else config.run_name, config.get("ckpt_path")
         if checkpoint and self.subcommand == "fit" and Path(checkpoint).resolve().parent.name == "checkpoints":
             folder = Path(checkpoint).resolve().parent.parent
             if name in (None, folder.name):

@@ -1,0 +1,158 @@
+"""A stream on several processes is the stream on one: the same weights, summary, files; also when it is cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from lit_edit.journal import Journal
+from lit_edit.run_files import journal_path
+
+from .conftest import SECONDS, SETTINGS, Fit, at, several
+
+
+def distance(one: Path, other: Path) -> float:
+    """Return by how much the updates of two runs differ, relative to their norms, at most."""
+    a, b = (load_file(run / "ledger" / "deltas.safetensors") for run in (one, other))
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).norm() / a[name].norm()) for name in a)
+
+
+def assert_same_run(run: Path, single: Path) -> None:
+    """Compare all that a run leaves behind."""
+    assert distance(single, run) < 1e-5
+    found, wanted = (json.loads((r / "summary.json").read_text()) for r in (run, single))
+    _compare(found, wanted)
+    found, wanted = ([_kinds(record) for record in Journal(journal_path(r)).records] for r in (run, single))
+    assert found == wanted
+    rows = (run / "metrics.csv").read_text().splitlines()
+    assert len(rows) == len((single / "metrics.csv").read_text().splitlines())  # nothing is logged twice
+    assert (run / "figures" / "metrics.png").is_file()
+
+
+def _kinds(record: Mapping[str, Any]) -> Any:
+    return record["kind"], [entry["id"] for entry in record.get("entries", ())]
+
+
+def _compare(found: Any, wanted: Any, name: str = "") -> None:
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for key in wanted:
+            if key != "seconds":
+                _compare(found[key], wanted[key], f"{name}/{key}")
+    elif wanted is None:
+        assert found is None, name
+    else:
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-7), name
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("ddp", 2), ("fsdp2", 2), ("ddp", 4)])
+def test_many_ranks_make_the_same_edits(strategy: str, devices: int, fit: Fit, single: Path) -> None:
+    name = f"{strategy}{devices}"
+    done = fit(*several(strategy, devices), f"--run_name={name}")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(single.parent / name, single)
+    assert done.stdout.count("Everything is in") == 1  # one rank speaks for all
+    assert done.stdout.count("mean |W| of the edited layers") == 1
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_rank_that_dies_is_named_and_one_process_goes_on(
+    strategy: str, fit: Fit, single: Path, place: Path
+) -> None:
+    name = f"killed-{strategy}"
+    done = fit(*several(strategy), f"--run_name={name}", *at(3, 1, signal.SIGKILL))
+    assert done.returncode == 1
+    assert re.search(r"lit-edit: error: rank 0 stops .*: rank 1 \(process \d+ on .*\) has ended", done.stderr)
+    assert "--resume auto" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = fit(f"--run_name={name}", "--resume=auto")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(place / "runs" / name, single)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_one_process_is_cut_and_two_go_on(strategy: str, fit: Fit, single: Path, place: Path) -> None:
+    name = f"cut-for-{strategy}"
+    done = fit(f"--run_name={name}", *at(3, 0, signal.SIGKILL))
+    assert done.returncode == -signal.SIGKILL
+    done = fit(*several(strategy), f"--run_name={name}", "--resume=auto")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(place / "runs" / name, single)
+
+
+def test_torchrun(fit: Fit, single: Path, place: Path) -> None:
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    run = ["--run_name=torchrun", "--resume=auto", *several("ddp")]
+    done = fit(*run, start=start)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(place / "runs" / "torchrun", single)
+    again = fit(*run, start=start)  # it has ended: all ranks are told
+    assert again.returncode == 0, again.stderr
+    assert "has come to its end already" in again.stdout
+
+
+def test_a_slurm_job_is_stopped_between_two_edits_queued_again_and_goes_on(
+    fit: Fit, single: Path, place: Path, tiny_folder: Path, environment: Mapping[str, str]
+) -> None:
+    called, program = place / "scontrol.txt", place / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {called}\n')
+    program.chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "edits",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "PATH": f"{program.parent}:{os.environ['PATH']}",
+    }
+    args = [f"--model.language_model.name={tiny_folder}", *SETTINGS, *several("ddp"), "--resume=auto"]
+
+    def srun(*more: str) -> list[tuple[int, str]]:
+        command = [sys.executable, "-m", "lit_edit", "fit", "--config", "quickstart", *args, *more]
+        tasks = [
+            subprocess.Popen(
+                command,
+                cwd=place,
+                env={**environment, **job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            return [(task.wait(), said) for task in tasks for said in [task.communicate(timeout=SECONDS)[0]]]
+        finally:
+            for task in tasks:
+                task.kill()
+
+    stopped = srun(*at(2, 1, signal.SIGUSR1))
+    assert [status for status, _ in stopped] == [0, 0], stopped
+    assert "stopped behind edit 2 by SIGUSR1" in stopped[0][1]
+    assert called.read_text() == "requeue 4711\n"
+    run = place / "runs" / "job-4711"  # the job's own name, which the job started again knows too
+    assert (run / "checkpoints" / "stopped-2.ckpt").is_file()
+    done = srun()
+    assert [status for status, _ in done] == [0, 0], done
+    assert_same_run(run, single)
+
+
+def test_one_wandb_run_for_all_ranks(fit: Fit, place: Path) -> None:
+    logger = "--trainer.logger=lit_edit.wandb_logger.RunWandbLogger"
+    done = fit(*several("ddp"), "--run_name=wandb", logger, "--data.limit=2")
+    assert done.returncode == 0, done.stderr
+    assert len(list((place / "runs" / "wandb" / "wandb").glob("offline-run-*"))) == 1
