@@ -182,7 +182,9 @@ class ClosedFormEditor(ReversibleEditor):
                 prior.diagonal().add_(self.ridge * prior.diagonal().mean())
             return RidgeSolver(prior, shape[0], memory=self.memory, storage=self.storage)
 
-        return SharedSolver(adapter.ranks, make, shape, self.memory, adapter.device) if adapter.ranks.together else make()
+        return (
+            SharedSolver(adapter.ranks, make, shape, self.memory, adapter.device) if adapter.ranks.together else make()
+        )
 
     def settings(self) -> dict[str, Any]:
         """Return all settings that a result depends on, and what the second moments were."""
