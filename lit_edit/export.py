@@ -28,7 +28,12 @@ class ExportError(UserError):
 
 
 def export_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ledger: EditLedger, folder: Path, base_name: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ledger: EditLedger,
+    folder: Path,
+    base_name: str,
+    state: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write model, tokenizer and card into ``folder``, completely or not at all.
 
@@ -38,6 +43,7 @@ def export_model(
         ledger: What was edited.
         folder: Where to; must be empty or not exist.
         base_name: Name of the model that was edited, for the card.
+        state: The model's weights, where it does not hold them whole itself.
 
     Raises:
         ExportError: If the folder holds files, or is one.
@@ -45,7 +51,7 @@ def export_model(
 
     def fill(ready: Path) -> None:
         with system_errors(ready):
-            model.save_pretrained(ready)
+            model.save_pretrained(ready, state_dict=state)
         tokenizer.save_pretrained(ready)
         (ready / "README.md").write_text(model_card(ledger.entries, base_name, ledger.layer_norms()), encoding="utf-8")
 

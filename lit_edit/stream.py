@@ -36,7 +36,8 @@ from lit_edit.metrics.evaluation import (
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.packed import check_passes
-from lit_edit.ranks import Ranks
+from lit_edit.models.shards import gather_weights
+from lit_edit.ranks import Payload, Ranks
 from lit_edit.session import EditSession, RefusalPolicy, check_request
 from lit_edit.shared_journal import SharedJournal
 from lit_edit.stats.second_moment import KeyStatistics, weights_hash
@@ -533,14 +534,24 @@ class EditStream(LightningModule):
     def export(self, folder: str | Path) -> Path:
         """Write the edited model as a folder that ``AutoModelForCausalLM.from_pretrained`` loads, with a model card.
 
+        Every rank must call it; the leader writes, and gathers the weights for that where each has a part.
+
         Args:
             folder: Where to; must be empty or not exist.
 
         Returns:
             The folder.
         """
-        from lit_edit.export import export_model
+        from lit_edit.export import ExportError, export_model
 
         if self.model is None:
             raise MisconfigurationException("there is nothing to export yet: call Trainer.fit(stream, data) first")
-        return export_model(self.model, self.tokenizer, self.ledger, Path(folder), self.language_model.name)
+        model, state = self.model, None
+        if self.adapter.sharded:
+            state = gather_weights(model, keep=self.ranks.leads)
+
+        def work() -> Payload:
+            name = self.language_model.name
+            return str(export_model(model, self.tokenizer, self.ledger, Path(folder), name, state)), {}
+
+        return Path(self.ranks.lead(work, (ExportError,))[0])

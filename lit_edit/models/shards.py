@@ -24,6 +24,22 @@ def whole(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def gather_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """Return all weights of a model in parts, whole and in host memory; every rank must ask.
+
+    Args:
+        model: The model.
+        keep: Whether this rank wants them; the others help and get nothing.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        value = whole(parameter.detach())
+        if keep:
+            found[name] = value.cpu()
+    return found
+
+
+@torch.no_grad()
 def write_(weight: Tensor, value: Tensor) -> None:
     """Write a value into a weight in place; every rank writes the part that it holds.
 

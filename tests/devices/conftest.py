@@ -31,6 +31,13 @@ class At(Callback):
     def on_train_batch_end(self, trainer, stream, *args):
         if stream.edits_made == self.edit and trainer.global_rank == self.rank:
             os.kill(os.getpid(), self.number)
+
+class Export(Callback):
+    """Exports the edited model, on every rank."""
+    def __init__(self, folder: str):
+        self.folder = folder
+    def on_fit_end(self, trainer, stream):
+        stream.export(self.folder)
 '''
 
 

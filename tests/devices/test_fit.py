@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from lit_edit.journal import Journal
@@ -67,9 +68,26 @@ def test_many_ranks_make_the_same_edits(strategy: str, devices: int, fit: Fit, s
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_rank_that_dies_is_named_and_one_process_goes_on(
-    strategy: str, fit: Fit, single: Path, place: Path
+def test_a_model_in_parts_is_exported_whole_and_edits_are_taken_out_later(
+    strategy: str, fit: Fit, place: Path, environment: Mapping[str, str]
 ) -> None:
+    name, folder = f"export-{strategy}", place / f"exported-{strategy}"
+    export = ["--trainer.callbacks+=rank_helpers.Export", f"--trainer.callbacks.folder={folder}"]
+    done = fit(*several(strategy), f"--run_name={name}", *export, "--data.limit=3")
+    assert done.returncode == 0, done.stderr
+    tool = {"cwd": place, "env": environment, "check": True, "capture_output": True}
+    lit_edit = [sys.executable, "-m", "lit_edit"]
+    subprocess.run([*lit_edit, "export", "--run", f"runs/{name}", "--to", f"again-{strategy}"], **tool)
+    ours, theirs = (load_file(f / "model.safetensors") for f in (folder, place / f"again-{strategy}"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    subprocess.run([*lit_edit, "undo", "--run", f"runs/{name}", "--edit", "1-3"], **tool)
+    left = load_file(place / "runs" / name / "ledger" / "deltas.safetensors")
+    assert max(float(delta.abs().max()) for delta in left.values()) < 1e-12
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_rank_that_dies_is_named_and_one_process_goes_on(strategy: str, fit: Fit, single: Path, place: Path) -> None:
     name = f"killed-{strategy}"
     done = fit(*several(strategy), f"--run_name={name}", *at(3, 1, signal.SIGKILL))
     assert done.returncode == 1
