@@ -13,8 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_edit.data.datamodule import perplexity_texts
+from lit_edit.devices import for_algebra
 from lit_edit.errors import UserError
-from lit_edit.metrics.evaluation import evaluate_edits, summarise
+from lit_edit.metrics.evaluation import summarise
 from lit_edit.stream import EditStream
 
 from .base import as_stream, check_every, is_due
@@ -143,7 +144,7 @@ class HarmGuard(Callback):
             self._base_perplexity = stream.measure_texts(texts, ledger.original())["corpus"]
         perplexity = stream.measure_texts(texts, adapter)["corpus"] / self._base_perplexity
         growth = max(
-            float(weight.double().abs().mean() / ledger.base[name].double().abs().mean()) - 1
+            float(for_algebra(weight).abs().mean() / for_algebra(ledger.base[name]).abs().mean()) - 1
             for name, weight in weights.items()
         )
         return Health(perplexity if math.isfinite(perplexity) else math.inf, growth, self._agreement(stream, adapter))
@@ -153,8 +154,8 @@ class HarmGuard(Callback):
         sample = [r for r in stream.stream_requests() if r.neighborhood and r.id in base][: self.sample]
         if not sample or not self.min_agreement:
             return None
-        results = evaluate_edits(adapter, stream.tokenizer, sample)
-        agreement = summarise(results, base)["locality"]["agreement"]
+        results, _ = stream.measure(sample, adapter, with_perplexity=False)
+        agreement = summarise(results.values(), base)["locality"]["agreement"]
         return None if agreement is None else float(agreement)
 
     def breach(self, health: Health) -> str | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.checksum import checksum
+from lit_edit.devices import algebra_device, for_algebra
 from lit_edit.history import EditHistory, LedgerEntry
 from lit_edit.journal import Journal, JournalError, Record
 from lit_edit.models.adapter import ModelAdapter
@@ -138,14 +139,19 @@ class EditLedger:
         """How many edits were made, whether they hold still or not; it never falls."""
         return len(self.history.made)
 
+    @torch.no_grad()
     def align(self) -> None:
-        """Bring the original weights to the device and type that the model has by now."""
+        """Bring the original weights to the device and type that the model has by now, and write the edits into it."""
         self._edited.clear()
         for layer, name in self.names.items():
             own = self.adapter.own_weight(layer)
+            rounded = own.dtype != self.base[name].dtype
             self.base[name] = self.base[name].to(own.device, own.dtype)
-            if name in self.deltas:
-                self.deltas[name] = self.deltas[name].to(self.base[name].device)
+            if name not in self.deltas:
+                continue
+            delta = self.deltas[name] = self.deltas[name].to(algebra_device(own.device))
+            if rounded:  # cast(W0 + D) has been cast once more, and rounding twice is not rounding once
+                write_(own, self.edited_weight(layer, delta))
 
     def original(self) -> ModelAdapter:
         """Return a view of the model with its original weights."""
@@ -159,7 +165,8 @@ class EditLedger:
         known = self._edited.get(layer)
         if known is None or known[0] is not delta:
             base = self.base[self.names[layer]]
-            weight = (base.double() + self.adapter.to_layout(layer, delta.to(base.device)).double()).to(base.dtype)
+            exact = for_algebra(base)
+            weight = (exact + self.adapter.to_layout(layer, delta.to(exact))).to(base.dtype).to(base.device)
             known = self._edited[layer] = (delta, weight)
         return known[1]
 
@@ -201,6 +208,7 @@ class EditLedger:
             # The leader's bits for all ranks: another processor may have rounded otherwise.
             write_(self.adapter.own_weight(update.layer), self.adapter.ranks.same(new[update.name]))
             self.deltas[update.name] = update.delta
+        torch.clear_autocast_cache()  # may hold copies of the old weights
         return numbered
 
     def note(self, record: Mapping[str, Any]) -> None:
@@ -317,9 +325,9 @@ class EditLedger:
         """Return, per edited parameter, mean |W| before and after, mean |delta|, and the relative Frobenius norm."""
         norms = {}
         for layer, name in self.names.items():
-            base = self.base[name].double()
+            base = for_algebra(self.base[name])
             delta = self.deltas.get(name)
-            weight = base if delta is None else self.edited_weight(layer, delta).double()
+            weight = base if delta is None else for_algebra(self.edited_weight(layer, delta))
             norms[name] = {
                 "mean_abs_before": base.abs().mean().item(),
                 "mean_abs_after": weight.abs().mean().item(),
@@ -359,7 +367,7 @@ class EditLedger:
             )
         history = EditHistory.from_state(state["history"])
         updates = [
-            LayerUpdate(by_name[name], name, delta.to(self.base[name].device))
+            LayerUpdate(by_name[name], name, delta.to(algebra_device(self.base[name].device)))
             for name, delta in state["deltas"].items()
         ]
         new = self.check(updates, history.live)

@@ -28,6 +28,7 @@ from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.spec import ArchSpec
 from lit_edit.paths import sync_folder
+from lit_edit.precision import cast_as
 from lit_edit.run_files import deltas_path, journal_path, run_lock, update_summary, write_run_files
 from lit_edit.session import EditSession
 from lit_edit.stats.second_moment import weights_hash
@@ -92,11 +93,13 @@ def open_run(folder: Path) -> OpenRun:
     except (yaml.YAMLError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise RunError(f"{folder} cannot be opened: {error}") from error
     model, tokenizer = language_model.load()
+    base_hash = weights_hash(model)
+    cast_as(model, _precision(folder))
     adapter = ModelAdapter(model, language_model.arch, products=language_model.products)
     layers = [layer for layer in range(adapter.n_layers) if adapter.weight_name(layer) in names]
     if len(layers) != len(names):
         raise RunError(f"{deltas} edits parameters that {language_model.name} does not have: {sorted(names)}")
-    return OpenRun(folder, language_model, EditLedger(adapter, layers), tokenizer, entries, weights_hash(model))
+    return OpenRun(folder, language_model, EditLedger(adapter, layers), tokenizer, entries, base_hash)
 
 
 def has_ended(folder: Path) -> bool:
@@ -119,6 +122,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise TypeError("config.yaml holds no settings")
     return config
+
+
+def _precision(folder: Path) -> Any:
+    return (_read_config(folder).get("trainer") or {}).get("precision")
 
 
 def _entries(folder: Path) -> list[LedgerEntry]:
@@ -215,6 +222,10 @@ def open_for_change(folder: Path) -> Iterator[ChangingRun]:
     with run_lock(folder):
         stream = _stream_of(folder)
         stream.journal = str(journal_path(folder))
+        stream.configure_model()
+        assert stream.model is not None  # noqa: S101 - for the type checker
+        cast_as(stream.model, _precision(folder))
+        stream.ledger.align()
         session = stream.open(newest_checkpoint(folder))
         yield ChangingRun(folder, stream, session)
 

@@ -37,6 +37,7 @@ from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.packed import check_passes
 from lit_edit.models.shards import gather_weights
+from lit_edit.precision import check_precision, check_range, passes_of, restore_tables, tables_of
 from lit_edit.ranks import Payload, Ranks
 from lit_edit.session import EditSession, RefusalPolicy, check_request
 from lit_edit.shared_journal import SharedJournal
@@ -121,6 +122,7 @@ class EditStream(LightningModule):
             return
         with self._time("load"):
             self.model, self.tokenizer = self.language_model.load(cut_of(self.trainer) if self._attached else None)
+            self._tables = tables_of(self.model)
             self.adapter = ModelAdapter(self.model, self.language_model.arch, products=self.language_model.products)
             # Layers that see padded blocks of rows run once per block: all ranks must then have the same blocks.
             self.adapter.ranks = replace(self.ranks, alike=self.adapter.sharded and not self.adapter.packs)
@@ -147,11 +149,7 @@ class EditStream(LightningModule):
         """Refuse Trainer settings under which a stream would go wrong."""
         trainer = self.trainer
         self.ranks = join_ranks(trainer, self)
-        if trainer.precision == "16-mixed":
-            raise MisconfigurationException(
-                "trainer.precision=16-mixed scales gradients of an optimizer, and there is none; use 32-true, "
-                "bf16-true or bf16-mixed"
-            )
+        check_precision(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage == "fit" and trainer.max_epochs != 1:
@@ -165,10 +163,17 @@ class EditStream(LightningModule):
 
     def on_fit_start(self) -> None:
         """Bring the ledger to the model's device and type, and hide Lightning's advice that does not apply."""
-        self.ledger.align()
+        self._align()
         self._attach_journal()
         for message in (".*does not have many workers.*", ".*is in eval mode.*", ".*module.s. in eval mode.*"):
             warnings.filterwarnings("ignore", message)
+
+    def _align(self) -> None:
+        """Follow what Lightning has done to the model since it was loaded: another device, another type."""
+        assert self.model is not None  # noqa: S101 - for the type checker: loaded by now
+        restore_tables(self.model, self._tables)
+        self.ledger.align()
+        check_range(self.adapter)
 
     def on_train_start(self) -> None:
         """Prepare the editor and measure the unedited model, or take everything up where an earlier process left it."""
@@ -368,7 +373,7 @@ class EditStream(LightningModule):
         self, requests: Sequence[EditRequest], adapter: ModelAdapter, with_perplexity: bool = True
     ) -> tuple[dict[str, EditResult], dict[str, float]]:
         """Return results by id, and perplexity, of a model as it is now."""
-        with self._time("metrics"), torch.no_grad():
+        with self._time("metrics"), torch.no_grad(), passes_of(self._trainer):
             results = {r.id: r for r in evaluate_edits(adapter, self.tokenizer, requests)}
         return results, self._perplexity(adapter) if with_perplexity else {}
 
@@ -380,7 +385,7 @@ class EditStream(LightningModule):
         """Return mean, median and corpus perplexity of texts; nothing if there are none."""
         if not texts:
             return {}
-        with self._time("metrics"), torch.no_grad():
+        with self._time("metrics"), torch.no_grad(), passes_of(self._trainer):
             return measure_perplexity(adapter, self.tokenizer, texts)
 
     def summary_of(self, stage: str, requests: Sequence[EditRequest]) -> Summary:
@@ -415,7 +420,7 @@ class EditStream(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Begin a measurement of the model as it is."""
-        self.ledger.align()
+        self._align()
         self._measured = EditMetrics()
         self._measured_perplexity = self._perplexity(self.adapter)
 
@@ -451,6 +456,7 @@ class EditStream(LightningModule):
         summary = {**self._measured.compute(), "perplexity": self._measured_perplexity.get("mean")}
         # Lightning takes "step" for the step to log at, which else would be 0.
         self.log_dict({**flatten(summary, stage), "step": float(self.edits_made)})
+        self._measured = None  # float64 sums, which must not follow the model to a device without float64
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 

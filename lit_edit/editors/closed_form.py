@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
+from lit_edit.devices import for_algebra
 from lit_edit.editors.base import Proposal, Status, Stopwatch, silent
 from lit_edit.editors.facts import Facts, join_facts
 from lit_edit.editors.key_index import KeyIndex
@@ -177,7 +178,7 @@ class ClosedFormEditor(ReversibleEditor):
         shape = adapter.shape(layer)
 
         def make() -> RidgeSolver:
-            prior = self.covariance_weight * self.storage.place(moments.pop(layer)).double()
+            prior = self.covariance_weight * for_algebra(self.storage.place(moments.pop(layer)))
             if self.ridge:
                 prior.diagonal().add_(self.ridge * prior.diagonal().mean())
             return RidgeSolver(prior, shape[0], memory=self.memory, storage=self.storage)
@@ -298,6 +299,8 @@ class ClosedFormEditor(ReversibleEditor):
         requests: tuple[EditRequest, ...] = (),
         seconds: Mapping[str, float] | None = None,
     ) -> Proposal:
+        if not entries and not change.restored and {e.number for e in self.ledger.entries} <= set(change.removed):
+            trial.clear()
         names = self.ledger.names
         updates = tuple(LayerUpdate(layer, names[layer], delta) for layer, delta in trial.deltas().items())
         first = self.ledger.layers[0]

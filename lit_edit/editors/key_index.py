@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_edit.devices import without_autocast
+
 _WIDTH = 256
 
 
@@ -32,7 +34,7 @@ class KeyIndex:
         generator = torch.Generator().manual_seed(0)
         self._signs = (torch.rand(d_in, _WIDTH, generator=generator) < 0.5).float() * 2 - 1
         self.numbers: list[int] = []
-        self._sketches = torch.empty(0, _WIDTH)
+        self._sketches = torch.empty(0, _WIDTH, dtype=torch.float32)
 
     def add(self, numbers: Sequence[int], keys: Tensor) -> None:
         """Add the keys ``(d_in, n)`` of some edits."""
@@ -53,13 +55,16 @@ class KeyIndex:
         """Return the edits whose keys are nearest to a key ``(d_in,)``, with their cosines, nearest first."""
         if not self.numbers:
             return []
-        cosines = self._sketches @ self._sketch(key[:, None])[0]
+        sketch = self._sketch(key[:, None])[0]
+        with without_autocast(sketch.device):
+            cosines = self._sketches @ sketch
         best = cosines.topk(min(count, len(cosines)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [(self.numbers[row], cosine) for row, cosine in pairs]
 
     def _sketch(self, keys: Tensor) -> Tensor:
-        sketches = keys.detach().float().cpu().T @ self._signs
+        with without_autocast(self._signs.device):
+            sketches = keys.detach().float().cpu().T @ self._signs
         return torch.nn.functional.normalize(sketches, dim=1)
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
+from lit_edit.devices import algebra_device
 from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
 from lit_edit.editors.facts import Facts, join_facts
 from lit_edit.editors.key_index import KeyIndex
@@ -82,7 +83,7 @@ class ReversibleEditor(Editor):
             trial.remove(groups)
             facts = None
         if change.tensors:
-            facts = Facts.from_tensors(change.tensors, self.ledger.adapter.device)
+            facts = Facts.from_tensors(change.tensors, algebra_device(self.ledger.adapter.device))
             trial.add_blocks(facts)
         return self._proposal(trial, change, facts, tuple(entries))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_edit.devices import algebra_device
 from lit_edit.editors.facts import Facts, join_facts
 from lit_edit.ledger import RecordedFacts
 from lit_edit.solvers.ridge import Block, RidgeStep
@@ -23,9 +24,9 @@ class Group:
 
     @classmethod
     def of(cls, block: RecordedFacts, device: torch.device) -> Group:
-        """Read a block, one of :func:`by_block`."""
-        facts = Facts.from_tensors(block.tensors, torch.device("cpu"))
-        return cls(facts.columns(block.columns).to(device), facts.columns(block.rest).to(device))
+        """Read a block, one of :func:`by_block`, for a model on some device."""
+        facts, place = Facts.from_tensors(block.tensors, torch.device("cpu")), algebra_device(device)
+        return cls(facts.columns(block.columns).to(place), facts.columns(block.rest).to(place))
 
 
 def by_block(recorded: Sequence[RecordedFacts]) -> list[RecordedFacts]:
@@ -83,6 +84,14 @@ class Trial:
     def restore(self, groups: Sequence[Group]) -> None:
         """Put facts back."""
         self._exchange([group for group in groups if len(group.meant)], out=False)
+
+    def clear(self) -> None:
+        """Make all solutions zero: no edit holds any more, and what taking them out has left is rounding."""
+        for layer, solver in self.solvers.items():
+            delta = torch.zeros_like(solver.delta)
+            rows, columns = delta.shape
+            keys = delta.new_empty(columns, 0)
+            self._take(layer, RidgeStep(delta, keys, delta.new_empty(rows, 0), keys))
 
     def _exchange(self, groups: Sequence[Group], out: bool) -> None:
         if not groups:

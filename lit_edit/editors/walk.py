@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_edit.devices import for_algebra
 from lit_edit.editors.base import Stopwatch
 from lit_edit.editors.facts import Facts
 from lit_edit.editors.key_rows import KeyLine
@@ -65,7 +66,7 @@ class Walk:
             with self.watch("solve"):
                 share = len(layers) if self.residual == "uniform" else len(layers) - index
                 plain_inputs = inputs[rows.lookups[:, 0]]
-                residuals[layer] = self.reference.to_weight_residual(layer, plain_inputs, missing.double() / share)
+                residuals[layer] = self.reference.to_weight_residual(layer, plain_inputs, for_algebra(missing) / share)
                 delta = solve(layer, keys[layer], residuals[layer])
             if layer != layers[-1]:
                 with self.watch("keys"):
@@ -85,8 +86,9 @@ class Walk:
         return after, found[layer]
 
     def _mean_key(self, rows: KeyLine, inputs: Tensor) -> Tensor:
-        weights = torch.tensor(group_weights(self.templates), dtype=torch.float64, device=inputs.device)
-        keys = torch.einsum("ncd,c->dn", inputs[rows.lookups].double(), weights)
+        found = for_algebra(inputs[rows.lookups])
+        weights = torch.tensor(group_weights(self.templates), dtype=found.dtype, device=found.device)
+        keys = torch.einsum("ncd,c->dn", found, weights)
         return self.ledger.adapter.ranks.same(keys.contiguous())  # edits are told apart by them, on every rank alike
 
     def _rewritten(

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_edit.devices import for_algebra
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.models.families import SPECS
 from lit_edit.models.products import Products, bfloat16_pays, choose_kernel, use_kernel
@@ -225,7 +226,7 @@ class ModelAdapter:
         Args:
             layer: The edited layer.
             keys: ``(n, d_in)``, the inputs of the down projection.
-            residuals: ``(d_out, n)``, in the residual stream.
+            residuals: ``(d_out, n)``, in the residual stream, float64.
 
         Returns:
             ``(d_out, n)``, before the norm.
@@ -235,12 +236,12 @@ class ModelAdapter:
         norm = self.layers[layer].get_submodule(self.spec.output_norm)
         weight = self.to_layout(layer, self.weight(layer))  # (d_out, d_in)
         output = keys.to(weight) @ weight.T  # (n, d_out)
-        scale = norm(torch.ones_like(output[0])).double()  # the norm of ones is its scale
-        wanted = norm(output).double() + residuals.T.double()
+        scale = for_algebra(norm(torch.ones_like(output[0])))  # the norm of ones is its scale
+        wanted, output = for_algebra(norm(output)) + residuals.T, for_algebra(output)
         direction = wanted / torch.where(scale.abs() < 1e-6, torch.full_like(scale, 1e-6), scale)
-        length = torch.linalg.vector_norm(output.double(), dim=1, keepdim=True)
+        length = torch.linalg.vector_norm(output, dim=1, keepdim=True)
         aimed = direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True) * length
-        return (aimed - output.double()).T.to(residuals)
+        return (aimed - output).T.to(residuals)
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> ModelAdapter:
         """Return a view of the same model that computes with other parameters; the model itself is not touched."""

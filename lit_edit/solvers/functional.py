@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_edit.devices import outside_autocast
 from lit_edit.errors import ArgumentError
 
 
@@ -31,6 +32,7 @@ def check_facts(keys: Tensor, residuals: Tensor, d_in: int, d_out: int) -> None:
             )
 
 
+@outside_autocast
 def ridge_update(keys: Tensor, residuals: Tensor, prior: Tensor) -> Tensor:
     r"""Return the joint least-squares delta of a set of facts.
 
@@ -62,6 +64,7 @@ def ridge_update(keys: Tensor, residuals: Tensor, prior: Tensor) -> Tensor:
     return solve_spd(prior + keys @ keys.T, (residuals @ keys.T).T).T
 
 
+@outside_autocast
 def ridge_gain(projected: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return what a block of facts does to a solution :math:`D` and to :math:`P`.
 
@@ -89,6 +92,7 @@ def ridge_gain(projected: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return gain, factor
 
 
+@outside_autocast
 def removal_gain(projected: Tensor, keys: Tensor, least: float) -> tuple[Tensor, Tensor] | None:
     r"""Return what taking a block of facts out does to a solution :math:`D` and to :math:`P`: :func:`ridge_gain` back.
 

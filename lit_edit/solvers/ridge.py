@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from lit_edit.checksum import checksum
+from lit_edit.devices import algebra_dtype, without_autocast
 from lit_edit.errors import ArgumentError
 from lit_edit.solvers.functional import check_facts, inverse_spd, removal_gain, ridge_gain, ridge_update
 from lit_edit.solvers.storage import SolverStorage
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,17 @@ class Block:
 
     keys: Tensor
     residuals: Tensor
+
+
+def _exact(method: Callable[Concatenate[RidgeSolver, P], R]) -> Callable[Concatenate[RidgeSolver, P], R]:
+    """Make a method compute in the solver's types inside autocast as well, which rounds products of float32."""
+
+    @wraps(method)
+    def run(self: RidgeSolver, *args: P.args, **kwargs: P.kwargs) -> R:
+        with without_autocast(self.delta.device):
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class RidgeSolver:
@@ -108,9 +125,10 @@ class RidgeSolver:
         if fold_every < 1:
             raise ValueError(f"fold_every must be at least 1, got {fold_every}")
         self.memory, self.fold_every, self.storage = memory, fold_every, storage
-        self.drift_bound = drift_bound or (1e-8 if storage.inverse == "float64" else 1e-3)
+        self.drift_bound = drift_bound or (1e-8 if storage.inverse_dtype == torch.float64 else 1e-3)
         self.d_in, self.d_out = prior.shape[0], d_out
-        self._prior = storage.keep(storage.place(prior).to(torch.float64, copy=True))
+        placed = storage.place(prior)
+        self._prior = storage.keep(placed.to(algebra_dtype(placed.device), copy=True))
         self._inverse = inverse_spd(self._prior).to(storage.inverse_dtype)
         self._gram: Tensor | None = None  # of the folded facts; none yet
         self._cross: Tensor | None = None
@@ -126,6 +144,7 @@ class RidgeSolver:
         return checksum(self._prior)
 
     @property
+    @_exact
     def gram(self) -> Tensor:
         r"""``(d_in, d_in)``, :math:`G = \sum k k^\top` of the facts remembered; zero without memory."""
         if not self.memory:
@@ -135,6 +154,7 @@ class RidgeSolver:
         return latest if self._gram is None else self._gram + latest
 
     @property
+    @_exact
     def cross(self) -> Tensor:
         r"""``(d_out, d_in)``, :math:`A = \sum r k^\top`."""
         keys, residuals, _, signs = self._columns
@@ -142,12 +162,13 @@ class RidgeSolver:
         return latest if self._cross is None else self._cross + latest
 
     @property
+    @_exact
     def inverse(self) -> Tensor:
         r"""``(d_in, d_in)``, :math:`P = (\Lambda + G)^{-1}`; without memory that of the prior alone."""
         if not self.memory:
             return self._inverse
         _, _, factor, signs = self._columns
-        return torch.addmm(self._inverse.double(), factor * signs, factor.T, alpha=-1.0)
+        return torch.addmm(self._inverse.to(factor), factor * signs, factor.T, alpha=-1.0)
 
     def fork(self) -> RidgeSolver:
         """Return a solver in the same state to try steps on; it shares the matrices and never writes to them."""
@@ -155,6 +176,7 @@ class RidgeSolver:
         fork.fold_every = _NEVER
         return fork
 
+    @_exact
     def preview(self, keys: Tensor, residuals: Tensor) -> RidgeStep:
         """Solve with a further block of facts, without changing the state.
 
@@ -172,6 +194,7 @@ class RidgeSolver:
         delta = torch.addmm(self.delta, missing, gain.T)
         return RidgeStep(delta, keys, residuals, factor, change=(missing, gain))
 
+    @_exact
     def preview_removal(self, keys: Tensor, residuals: Tensor) -> RidgeStep:
         r"""Solve without some facts that are in, by down-dating, without changing the state.
 
@@ -193,7 +216,7 @@ class RidgeSolver:
         check_facts(keys, residuals, self.d_in, self.d_out)
         keys, residuals = self._in_rows(keys), self._in_rows(residuals)
         # About what rounding has done to S, for a small difference of large numbers looks like any other.
-        noise = float((keys.square() * self._inverse.diagonal().double()[:, None]).sum(0).max())
+        noise = float((keys.square() * self._inverse.diagonal().to(keys)[:, None]).sum(0).max())
         noise *= torch.finfo(self._inverse.dtype).eps
         down = removal_gain(self._project(keys), keys, max(1e-6, noise / self.drift_bound))
         if down is None:
@@ -223,6 +246,7 @@ class RidgeSolver:
         empty = prior.new_empty(self.d_in, 0)
         return RidgeStep(delta, empty, prior.new_empty(self.d_out, 0), empty)
 
+    @_exact
     def alone(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return what facts would do if each were alone: :math:`P_\Lambda k` and :math:`1 + k^\top P_\Lambda k`.
 
@@ -236,7 +260,7 @@ class RidgeSolver:
         """
         keys = self._in_rows(keys)
         if self._gram is None:
-            projected = (self._inverse @ keys.to(self._inverse.dtype)).double()
+            projected = (self._inverse @ keys.to(self._inverse.dtype)).to(keys)
         else:
             projected = torch.cholesky_solve(keys, self._prior_factor())
         return projected, 1.0 + (keys * projected).sum(0)
@@ -255,12 +279,13 @@ class RidgeSolver:
 
     def _project(self, keys: Tensor) -> Tensor:
         """Return ``P K``, float64; without memory that of the prior."""
-        projected = (self._inverse @ keys.to(self._inverse.dtype)).double()
+        projected = (self._inverse @ keys.to(self._inverse.dtype)).to(keys)
         if self.memory and self._columns[2].shape[1]:
             _, _, factor, signs = self._columns
             projected -= (factor * signs) @ (factor.T @ keys)
         return projected
 
+    @_exact
     def absorb(self, step: RidgeStep) -> None:
         """Take a previewed block into the state."""
         self.delta = step.delta
@@ -308,9 +333,10 @@ class RidgeSolver:
         """Return the running solution ``(d_out, d_in)``, float64."""
         return self.delta
 
+    @_exact
     def drift(self) -> float:
         """Return ``|P (prior + G) x - x| / |x|`` for a fixed probe: how far rounding has carried ``P`` away."""
-        probe = torch.linspace(-1.0, 1.0, self.d_in, dtype=torch.float64, device=self._prior.device)
+        probe = torch.linspace(-1.0, 1.0, self.d_in, dtype=self._prior.dtype, device=self._prior.device)
         keys, _, _, signs = self._columns
         image = self._prior @ probe
         if self._gram is not None:
@@ -320,6 +346,7 @@ class RidgeSolver:
         back = self._project(image[:, None])[:, 0]
         return float(torch.linalg.vector_norm(back - probe) / torch.linalg.vector_norm(probe))
 
+    @_exact
     def refactorise(self) -> None:
         """Compute ``P`` and the solution anew from the sums, in place of what recursion has made of them."""
         if not self.memory:

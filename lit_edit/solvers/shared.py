@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lit_edit.devices import algebra_device, algebra_dtype
 from lit_edit.errors import ArgumentError
 from lit_edit.ranks import Payload, Ranks
 from lit_edit.solvers.functional import FactsError
@@ -40,7 +41,8 @@ class SharedSolver:
         self.ranks, self.memory = ranks, memory
         self.d_out, self.d_in = shape
         self._own: RidgeSolver | None = None
-        self._delta = torch.zeros(0 if ranks.leads else self.d_out, self.d_in, dtype=torch.float64, device=device)
+        place, rows = algebra_device(device), 0 if ranks.leads else self.d_out
+        self._delta = torch.zeros(rows, self.d_in, dtype=algebra_dtype(place), device=place)
 
         def work() -> Payload:
             self._own = make()

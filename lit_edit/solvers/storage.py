@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_edit.devices import algebra_device, algebra_dtype
 from lit_edit.paths import cache_dir
 
 
@@ -22,8 +23,9 @@ class SolverStorage:
     Args:
         inverse: Type in which ``P`` is carried along. The sums it follows from are float64 in any case, and so is
             every factorisation; ``float32`` halves ``P`` and what an edit reads (accuracy: docs/memory.md).
-        offload: ``cpu`` keeps the solver in host memory when the model is on a GPU; ``disk`` also keeps what is read
-            at folds and factorisations only (prior and sums) in memory-mapped files that vanish with the process.
+        offload: ``cpu`` keeps the solver in host memory when the model is on a GPU (as is done in any case for a device
+            without float64); ``disk`` also keeps what is read at folds and factorisations only (prior and sums) in
+            memory-mapped files that vanish with the process.
         folder: For those files; by default in lit-edit's cache. A folder in memory (tmpfs) saves nothing.
     """
 
@@ -39,11 +41,11 @@ class SolverStorage:
     @property
     def inverse_dtype(self) -> torch.dtype:
         """Type of ``P``."""
-        return torch.float64 if self.inverse == "float64" else torch.float32
+        return algebra_dtype(torch.device("cpu")) if self.inverse == "float64" else torch.float32
 
     def place(self, matrix: Tensor) -> Tensor:
         """Return the matrix where the solver is to live."""
-        return matrix if self.offload == "none" else matrix.cpu()
+        return matrix.to(algebra_device(matrix.device)) if self.offload == "none" else matrix.cpu()
 
     def keep(self, matrix: Tensor) -> Tensor:
         """Return the matrix, on disk if it is to be there; writing to it later writes to the file."""

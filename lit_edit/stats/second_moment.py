@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.buckets import partition_by_length
+from lit_edit.devices import algebra_device, algebra_dtype, for_algebra, without_autocast
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.shards import whole
 from lit_edit.paths import cache_dir, write_atomically
@@ -62,7 +63,7 @@ class KeyStatistics:
         layers: Sequence[int],
         progress: Progress | None = None,
     ) -> dict[int, Tensor]:
-        """Return ``{layer: (d_in, d_in)}`` in float64 on the model's device, from the cache where possible.
+        """Return ``{layer: (d_in, d_in)}`` in float64 where solves are done, from the cache where possible.
 
         Of several ranks the leader alone returns them; the others help to count and return nothing.
 
@@ -85,8 +86,10 @@ class KeyStatistics:
                 found[layer] = moment
         missing = adapter.ranks.agree([layer for layer in layers if layer not in found])
         if missing:
-            found |= accumulate(adapter, tokenizer, missing, corpus, budget, self.skip_first, folder, progress)
-        return {layer: found[layer].to(adapter.device) for layer in layers} if adapter.ranks.leads else {}
+            with without_autocast(adapter.device):  # what is kept is for runs of any precision
+                found |= accumulate(adapter, tokenizer, missing, corpus, budget, self.skip_first, folder, progress)
+        place = algebra_device(adapter.device)
+        return {layer: found[layer].to(place) for layer in layers} if adapter.ranks.leads else {}
 
     def is_cached(self, adapter: ModelAdapter, layers: Sequence[int]) -> bool:
         """Tell whether :meth:`compute` would find everything in the cache."""
@@ -121,7 +124,8 @@ def accumulate(
 
     partial = folder / f"partial-{'-'.join(map(str, layers))}.safetensors"
     ranks = adapter.ranks
-    sums = {layer: torch.zeros(*[adapter.shape(layer)[1]] * 2, dtype=torch.float64) for layer in layers}
+    dtype = algebra_dtype(torch.device("cpu"))
+    sums = {layer: torch.zeros(*[adapter.shape(layer)[1]] * 2, dtype=dtype) for layer in layers}
     count, index = _load_partial(partial, sums) if ranks.leads else (0, 0)
     count, index = ranks.agree([count, index])
     at_once, mine = (1, 0) if ranks.lockstep else (ranks.size, ranks.rank)
@@ -178,7 +182,7 @@ def _add_rows(
         with adapter.fast_products():
             keys_of = adapter.read_keys(ids, mask, layers)
         for layer, keys in keys_of.items():
-            add_gram(sums[layer], keys[counted].double().cpu())
+            add_gram(sums[layer], for_algebra(keys[counted]).cpu())
 
 
 def add_gram(total: Tensor, vectors: Tensor, block: int = 256) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-
 pytestmark = pytest.mark.model
 
 
