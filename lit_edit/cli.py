@@ -19,12 +19,14 @@ commands:
   fit        edit a model:             lit-edit fit --config quickstart
   validate   measure without editing:  lit-edit validate --config quickstart [--ckpt_path runs/x/checkpoints/last.ckpt]
   test       the same, under Lightning's test loop
+  sweep      run a grid of them:       lit-edit sweep --config sweep/editors
   ask        compare answers:          lit-edit ask --run runs/x "The capital of Italy is"
   export     take the edits away:      lit-edit export --run runs/x --as model (or delta, or lora)
   apply      put them into the base:   lit-edit apply --delta edited.safetensors --model smollm2-135m
   log        list a run's edits:       lit-edit log --run runs/x
   undo       take edits out again:     lit-edit undo --run runs/x --edit 17 (or --last 3, --subject Italy)
   redo       put them back:            lit-edit redo --run runs/x --edit 17
+  plan       memory and time of a fit: lit-edit plan --config quickstart --devices 2 --tflops 400
   stats      compute key statistics ahead of a run
   models     list known models, what is cached, and the configs that ship
   version    print the version
@@ -34,6 +36,7 @@ lit-edit COMMAND --help explains each. A run leaves everything in runs/<name>/; 
 """
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test")
+TOOLS = ("ask", "export", "apply", "log", "undo", "redo", "plan", "stats", "models")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"lit-edit {version('lit-edit')}\n")
         return 0
-    if command not in (*LIGHTNING_COMMANDS, "ask", "export", "apply", "log", "undo", "redo", "stats", "models"):
+    if command not in (*LIGHTNING_COMMANDS, "sweep", *TOOLS):
         sys.stderr.write(f"lit-edit: error: unknown command {command!r}\n\n{HELP}")
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -58,13 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Compiled matrix products are kept by shape, and here every pass has another: hundreds of megabytes for nothing.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
-    from lit_edit.errors import UserError
+    from lit_edit.errors import RunStoppedError, UserError
 
     try:
         if command in LIGHTNING_COMMANDS:
             from lit_edit.commands.training import run_training
 
             run_training(command, rest)
+        elif command == "sweep":
+            from lit_edit.commands.sweep import run_sweep
+
+            return run_sweep(rest)
         else:
             from lit_edit.commands.tools import run_tool
 
@@ -80,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if isinstance(error, OSError) and error.filename is not None:  # a place that the user has named
             return _fail(f"{error.filename}: {error.strerror}", 2)
-        if type(error).__name__ == "EditRefusedError" or isinstance(error, FloatingPointError):
+        if type(error).__name__ == "EditRefusedError" or isinstance(error, (RunStoppedError, FloatingPointError)):
             return _fail(error, 1)
         raise
     except KeyboardInterrupt:

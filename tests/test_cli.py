@@ -239,7 +239,7 @@ def test_own_facts_with_three_columns(run_in: Any, tmp_path: Path) -> None:
         (["--config", "quickstart", "--model.language_model.name=no-such-model"], "there is no model 'no-such-model'"),
         (["--config", "quickstart", "--model.statistics.corpus=gone.txt"], "neither 'sampled'"),
         (["--config", "quickstart", "--trainer.strategy=ddp_spawn"], "use ddp (a whole model on each device)"),
-        (["--config", "quickstart", "--trainer.strategy=fsdp", "--trainer.devices=2"], "cannot run with trainer.strategy"),
+        (["--config", "quickstart", "--trainer.strategy=fsdp", "--trainer.devices=2"], "cannot run with"),
         (["--config", "quickstart", "--model.editor.init_args.target.loss_threshold=.nan"], "loss_threshold"),
     ],
 )

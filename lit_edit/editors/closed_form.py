@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
-from lit_edit.devices import for_algebra
+from lit_edit.devices import algebra_device, for_algebra
 from lit_edit.editors.base import Proposal, Status, Stopwatch, silent
 from lit_edit.editors.facts import Facts, join_facts
 from lit_edit.editors.key_index import KeyIndex
@@ -178,7 +178,10 @@ class ClosedFormEditor(ReversibleEditor):
         shape = adapter.shape(layer)
 
         def make() -> RidgeSolver:
-            prior = self.covariance_weight * for_algebra(self.storage.place(moments.pop(layer)))
+            moment = moments.pop(layer)
+            if self.storage.offload == "none":
+                moment = moment.to(algebra_device(adapter.device))
+            prior = self.covariance_weight * for_algebra(self.storage.place(moment))
             if self.ridge:
                 prior.diagonal().add_(self.ridge * prior.diagonal().mean())
             return RidgeSolver(prior, shape[0], memory=self.memory, storage=self.storage)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.buckets import partition_by_length
-from lit_edit.devices import algebra_device, algebra_dtype, for_algebra, without_autocast
+from lit_edit.devices import algebra_dtype, for_algebra, without_autocast
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.shards import whole
 from lit_edit.paths import cache_dir, write_atomically
@@ -63,7 +63,7 @@ class KeyStatistics:
         layers: Sequence[int],
         progress: Progress | None = None,
     ) -> dict[int, Tensor]:
-        """Return ``{layer: (d_in, d_in)}`` in float64 where solves are done, from the cache where possible.
+        """Return ``{layer: (d_in, d_in)}`` in float64 in host memory, from the cache where possible.
 
         Of several ranks the leader alone returns them; the others help to count and return nothing.
 
@@ -88,8 +88,7 @@ class KeyStatistics:
         if missing:
             with without_autocast(adapter.device):  # what is kept is for runs of any precision
                 found |= accumulate(adapter, tokenizer, missing, corpus, budget, self.skip_first, folder, progress)
-        place = algebra_device(adapter.device)
-        return {layer: found[layer].to(place) for layer in layers} if adapter.ranks.leads else {}
+        return found
 
     def is_cached(self, adapter: ModelAdapter, layers: Sequence[int]) -> bool:
         """Tell whether :meth:`compute` would find everything in the cache."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lit_edit.memory import release_free_memory
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.targets.window import Chunk, Window
 
@@ -72,6 +73,8 @@ class TargetLoss:
             for chunk in chunks:
                 self._add(chunk, delta, contexts, with_gradient, losses if chunk.counts else aside)
         self._share(losses, chunks, first)
+        if self.window.adapter.sharded:  # layers come and go, and leave pieces of memory behind
+            release_free_memory()
         losses.nll /= contexts
         losses.probability /= contexts
         return losses
