@@ -5,9 +5,11 @@ Nothing heavy is imported before it is known what is wanted.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 HELP = """\
@@ -103,4 +105,29 @@ def _fail(error: Exception | str, status: int) -> int:
 
 def entry() -> None:
     """Entry point of the ``lit-edit`` script."""
-    sys.exit(main())
+    try:
+        status: object = main()
+    except SystemExit as error:
+        status = error.code
+    except BaseException:
+        if not _has_met_others():
+            raise
+        traceback.print_exc()
+        status = 1
+    if _has_met_others():
+        _leave(status if isinstance(status, int) else int(status is not None))
+    sys.exit(status)  # type: ignore[arg-type]
+
+
+def _has_met_others() -> bool:
+    """Tell whether this process is one of several that work together."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _leave(status: int) -> None:
+    """End the process at once: gloo's threads still run, and Python's own end, which takes their objects away, aborts."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

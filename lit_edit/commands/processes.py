@@ -66,15 +66,6 @@ def handed_down() -> Decision | None:
     return None if told is None else Decision(**json.loads(told))
 
 
-def part_from_others() -> None:
-    """Leave the process group; its threads would otherwise still run when Python ends, and bring it down."""
-    from torch import distributed
-
-    # Lightning leaves groups of NCCL itself when Python ends.
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
-        distributed.destroy_process_group()
-
-
 def share_decision(trainer: Trainer, module: LightningModule, decision: Decision) -> Decision:
     """Return the leader's decision, on every process."""
     from lit_edit.ranks import Ranks

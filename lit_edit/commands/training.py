@@ -31,7 +31,6 @@ from lit_edit.commands.processes import (
     handed_down,
     job_name,
     leads,
-    part_from_others,
     share_decision,
     started_together,
 )
@@ -102,7 +101,6 @@ def run_training(command: str, args: list[str]) -> None:
         )
     finally:
         sys.argv = argv
-        part_from_others()
 
 
 class SaveRunConfig(SaveConfigCallback):

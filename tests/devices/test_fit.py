@@ -58,55 +58,57 @@ def _compare(found: Any, wanted: Any, name: str = "") -> None:
 
 
 @pytest.mark.parametrize(("strategy", "devices"), [("ddp", 2), ("fsdp2", 2), ("ddp", 4)])
-def test_many_ranks_make_the_same_edits(strategy: str, devices: int, fit: Fit, single: Path) -> None:
+def test_many_ranks_make_the_same_edits(strategy: str, devices: int, fit: Fit, single: Path, place: Path) -> None:
     name = f"{strategy}{devices}"
-    done = fit(*several(strategy, devices), f"--run_name={name}")
+    export = ["--trainer.callbacks+=rank_helpers.Export", f"--trainer.callbacks.folder={place / f'exported-{name}'}"]
+    wandb = "--trainer.logger+=lit_edit.wandb_logger.RunWandbLogger"
+    done = fit(*several(strategy, devices), f"--run_name={name}", *export, wandb)
     assert done.returncode == 0, done.stderr
     assert_same_run(single.parent / name, single)
     assert done.stdout.count("Everything is in") == 1  # one rank speaks for all
     assert done.stdout.count("mean |W| of the edited layers") == 1
+    assert len(list((place / "runs" / name / "wandb").glob("offline-run-*"))) == 1
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_model_in_parts_is_exported_whole_and_edits_are_taken_out_later(
-    strategy: str, fit: Fit, place: Path, environment: Mapping[str, str]
+@pytest.mark.parametrize("name", ["ddp2", "fsdp2"])
+def test_what_ranks_have_exported_is_what_their_run_exports(
+    name: str, place: Path, environment: Mapping[str, str]
 ) -> None:
-    name, folder = f"export-{strategy}", place / f"exported-{strategy}"
-    export = ["--trainer.callbacks+=rank_helpers.Export", f"--trainer.callbacks.folder={folder}"]
-    done = fit(*several(strategy), f"--run_name={name}", *export, "--data.limit=3")
-    assert done.returncode == 0, done.stderr
+    name = {"fsdp2": "fsdp22"}.get(name, name)
     tool = {"cwd": place, "env": environment, "check": True, "capture_output": True}
     lit_edit = [sys.executable, "-m", "lit_edit"]
-    subprocess.run([*lit_edit, "export", "--run", f"runs/{name}", "--to", f"again-{strategy}"], **tool)
-    ours, theirs = (load_file(f / "model.safetensors") for f in (folder, place / f"again-{strategy}"))
+    subprocess.run([*lit_edit, "export", "--run", f"runs/{name}", "--to", f"again-{name}"], **tool)
+    ours, theirs = (load_file(place / f"{word}-{name}" / "model.safetensors") for word in ("exported", "again"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    subprocess.run([*lit_edit, "undo", "--run", f"runs/{name}", "--edit", "1-3"], **tool)
+    subprocess.run([*lit_edit, "undo", "--run", f"runs/{name}", "--edit", "1-6"], **tool)
     left = load_file(place / "runs" / name / "ledger" / "deltas.safetensors")
     assert max(float(delta.abs().max()) for delta in left.values()) < 1e-12
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_rank_that_dies_is_named_and_one_process_goes_on(strategy: str, fit: Fit, single: Path, place: Path) -> None:
-    name = f"killed-{strategy}"
-    done = fit(*several(strategy), f"--run_name={name}", *at(3, 1, signal.SIGKILL))
+def dies(done: subprocess.CompletedProcess[str]) -> None:
+    """Check that a run ended by the death of rank 1 says so, and how to go on."""
     assert done.returncode == 1
     assert re.search(r"lit-edit: error: rank 0 stops .*: rank 1 \(process \d+ on .*\) has ended", done.stderr)
     assert "--resume auto" in done.stderr
     assert "Traceback" not in done.stderr
-    done = fit(f"--run_name={name}", "--resume=auto")
-    assert done.returncode == 0, done.stderr
-    assert_same_run(place / "runs" / name, single)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_one_process_is_cut_and_two_go_on(strategy: str, fit: Fit, single: Path, place: Path) -> None:
-    name = f"cut-for-{strategy}"
-    done = fit(f"--run_name={name}", *at(3, 0, signal.SIGKILL))
-    assert done.returncode == -signal.SIGKILL
-    done = fit(*several(strategy), f"--run_name={name}", "--resume=auto")
+def test_a_run_goes_on_on_any_number_of_processes(fit: Fit, single: Path, place: Path) -> None:
+    run = ["--run_name=changing", "--resume=auto"]
+    dies(fit(*several("ddp"), *run, *at(2, 1, signal.SIGKILL)))
+    assert fit(*run, *at(4, 0, signal.SIGKILL)).returncode == -signal.SIGKILL
+    done = fit(*several("fsdp2"), *run)
     assert done.returncode == 0, done.stderr
-    assert_same_run(place / "runs" / name, single)
+    assert_same_run(place / "runs" / "changing", single)
+
+
+def test_a_run_in_parts_goes_on_with_whole_models(fit: Fit, single: Path, place: Path) -> None:
+    run = ["--run_name=parts", "--resume=auto"]
+    dies(fit(*several("fsdp2"), *run, *at(3, 1, signal.SIGKILL)))
+    done = fit(*several("ddp"), *run)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(place / "runs" / "parts", single)
 
 
 def test_torchrun(fit: Fit, single: Path, place: Path) -> None:
@@ -167,10 +169,3 @@ def test_a_slurm_job_is_stopped_between_two_edits_queued_again_and_goes_on(
     done = srun()
     assert [status for status, _ in done] == [0, 0], done
     assert_same_run(run, single)
-
-
-def test_one_wandb_run_for_all_ranks(fit: Fit, place: Path) -> None:
-    logger = "--trainer.logger=lit_edit.wandb_logger.RunWandbLogger"
-    done = fit(*several("ddp"), "--run_name=wandb", logger, "--data.limit=2")
-    assert done.returncode == 0, done.stderr
-    assert len(list((place / "runs" / "wandb" / "wandb").glob("offline-run-*"))) == 1
