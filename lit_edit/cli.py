@@ -126,7 +126,7 @@ def _has_met_others() -> bool:
 
 
 def _leave(status: int) -> None:
-    """End the process at once: gloo's threads still run, and Python's own end, which takes their objects away, aborts."""
+    """End at once: gloo's threads still run, and Python's own end, which takes their objects away, can abort."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
