@@ -98,7 +98,7 @@ class Ranks:
     def sum_(self, *tensors: Tensor) -> None:
         """Add up each tensor over all ranks, in place; afterwards all have the same bits."""
         for tensor in tensors if self.together else ():
-            moved = tensor.to(self.device)
+            moved = tensor.to(self.device).contiguous()  # memory is added up, not what a view shows of it
             with self._watched("adding up"):
                 dist.all_reduce(moved)
             if moved is not tensor:
@@ -108,7 +108,7 @@ class Ranks:
         """Add a tensor up over all ranks into the leader's, in place; the others' is zero afterwards."""
         if not self.together:
             return
-        moved = tensor.to(self.device)
+        moved = tensor.to(self.device).contiguous()
         with self._watched("adding up"):
             dist.reduce(moved, dst=0)
         if not self.leads:
@@ -150,10 +150,11 @@ class Ranks:
         if self.leads:
             try:
                 data, tensors = work()
+                packed = _pack({"data": data}, tensors)
             except Exception as error:
                 self._tell(_pack({"error": type(error).__name__, "message": str(error)}, {}))
                 raise
-            self._tell(_pack({"data": data}, tensors))
+            self._tell(packed)
             return data, tensors
         told, tensors = _unpack(self._tell(b""))
         if "error" not in told:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -79,7 +79,7 @@ def join_ranks(trainer: Trainer, stream: EditStream) -> Ranks:
         stream.ddp_anchor = nn.Parameter(torch.zeros(()))
     if trainer.world_size == 1 and not isinstance(strategy, ShardedStrategy):
         return Ranks()
-    if not isinstance(strategy, (DDPStrategy, ShardedStrategy)):
+    if not isinstance(strategy, (DDPStrategy, ShardedStrategy)) or isinstance(strategy, DeepSpeedStrategy):
         raise MisconfigurationException(
             f"an edit stream runs on {trainer.world_size} devices with trainer.strategy=ddp (a whole model on each) or "
             f"fsdp2 (each layer cut over all of them), got {type(strategy).__name__}"

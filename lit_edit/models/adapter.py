@@ -233,7 +233,13 @@ class ModelAdapter:
         """
         if self.spec.output_norm is None:
             return residuals
-        norm = self.layers[layer].get_submodule(self.spec.output_norm)
+        module = self.layers[layer].get_submodule(self.spec.output_norm)
+        own = {name: whole(parameter) for name, parameter in module.named_parameters()}
+
+        def norm(states: Tensor) -> Tensor:
+            normalised: Tensor = functional_call(module, own, (states,))
+            return normalised
+
         weight = self.to_layout(layer, self.weight(layer))  # (d_out, d_in)
         output = keys.to(weight) @ weight.T  # (n, d_out)
         scale = for_algebra(norm(torch.ones_like(output[0])))  # the norm of ones is its scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from lit_edit.models.adapter import find_spec
 from lit_edit.models.packaged import ModelUnavailableError
@@ -67,6 +68,8 @@ def load_in_parts(
     for layer in _layers(model, arch):
         _empty_parameters(layer, device)
     model.tie_weights()
+    with suppress(OSError):  # as from_pretrained does: texts are drawn as the model's folder says
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     for name, parameter in model.named_parameters():  # tied ones once
         _fill(parameter, files, name, model.base_model_prefix)
     for buffer in model.buffers():
@@ -102,7 +105,8 @@ class _Files:
         """Return the slice of a parameter, which older files name without the model's prefix, or with it."""
         from safetensors import safe_open
 
-        for known in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+        older = name.replace("lm_head.", "embed_out.")  # GPT-NeoX
+        for known in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", older):
             if known in self._where:
                 file = self._where[known]
                 if file not in self._open:

@@ -85,11 +85,16 @@ class SharedSolver:
         return told["projected"].to(self.delta.device), told["scale"].to(self.delta.device)
 
     def absorb(self, step: RidgeStep) -> None:
-        """Take a previewed block into the state."""
-        if self._own is None:
-            self._delta = step.delta
-        else:
+        """Take a previewed block into the state, on all ranks; a fold may compute the solution anew."""
+
+        def work() -> Payload:
+            assert self._own is not None  # noqa: S101 - run by the leader
             self._own.absorb(step)
+            return None, {} if self._own.delta is step.delta else {"delta": self._own.delta}
+
+        told = self.ranks.lead(work)[1]
+        if self._own is None:
+            self._delta = told["delta"].to(self._delta) if told else step.delta
 
     def state_dict(self, copy: bool = True) -> dict[str, Tensor | int]:
         """Return the state: the leader's is that of :class:`RidgeSolver`, the others' the solution alone."""
