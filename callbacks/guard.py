@@ -109,7 +109,7 @@ class HarmGuard(Callback):
         """
         stream.status("looking for harm")
         health = self.measure(stream)
-        while breach := self.breach(health):
+        while breach := stream.ranks.agree(self.breach(health)):
             offender = self._find(stream)
             title = _title(stream, offender)
             self.history.append({"edits": stream.edits_made, "edit": offender, "breach": breach, "did": self.on_harm})
@@ -189,7 +189,7 @@ class HarmGuard(Callback):
     def _bad_without(self, stream: EditStream, numbers: Sequence[int]) -> bool:
         proposal = stream.editor.retract(stream.ledger.facts_of(numbers))
         deltas = {update.name: update.delta for update in proposal.updates}
-        return self.breach(self.measure(stream, deltas)) is not None
+        return bool(stream.ranks.agree(self.breach(self.measure(stream, deltas)) is not None))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was found so far, and up to where all was well."""

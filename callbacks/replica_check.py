@@ -20,13 +20,15 @@ class ReplicaError(RuntimeError):
 
 
 class ReplicaCheck(Callback):
-    """Compares the edited weights of all ranks after every ``every`` edits and at the end, and stops on a difference.
+    """Compares the edited weights of all ranks every ``every`` edits and at the end, and stops on a difference.
+
+    They are compared before the next edit is written, which would cover up what has happened to them since the last.
 
     Where each rank has the whole layer (DDP), digests of the weights are compared with the leader's. Where it has a
     part (FSDP2), the part is compared with what the edits make of the original weights, and these with the leader's.
 
     Args:
-        every: Compare after every so many edits.
+        every: Compare every so many edits.
     """
 
     def __init__(self, every: int = 10) -> None:
@@ -37,13 +39,17 @@ class ReplicaCheck(Callback):
         """Note where the stream starts."""
         self._seen = as_stream(pl_module, self).edits_made
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Compare when it is time."""
         stream = as_stream(pl_module, self)
         now = stream.edits_made
-        if is_due(self._seen, now, self.every) or (stream.is_at_end and now > self._seen):
+        if is_due(self._seen, now, self.every):
             check_replicas(stream)
         self._seen = now
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare at the end."""
+        check_replicas(as_stream(pl_module, self))
 
 
 @torch.no_grad()

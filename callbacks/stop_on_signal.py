@@ -39,26 +39,40 @@ class StopOnSignal(Callback):
         self.requeue = requeue
         self._asked = 0  # signal number
         self._handlers: dict[int, Any] = {}
+        self._listens = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Listen from the start: what is asked for before the first edit is done behind it."""
+        if stage == "fit":
+            self._listen(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen, in the place of Lightning's handlers."""
+        """Listen on, in the place of Lightning's handlers."""
         as_stream(pl_module, self)
+        self._listen(trainer)
+
+    def _listen(self, trainer: Trainer) -> None:
+        self._listens = True
         environment = trainer.strategy.cluster_environment if hasattr(trainer.strategy, "cluster_environment") else None
         slurm = isinstance(environment, SLURMEnvironment)
         self._requeues = self.requeue and slurm and environment.auto_requeue
         self._signals = [signal.SIGTERM, (environment.requeue_signal if slurm else None) or signal.SIGUSR1]
         if threading.current_thread() is threading.main_thread():
             for number in self._signals:
-                self._handlers[number] = signal.signal(number, self._ask)
+                before = signal.signal(number, self._ask)
+                self._handlers.setdefault(number, before)
 
     def _ask(self, number: int, frame: Any) -> None:
         self._asked = number
+        if not self._listens:  # Lightning has put this handler back behind the end of the stream
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Stop if one of the ranks was asked to."""
         stream = as_stream(pl_module, self)
         asked = max(stream.ranks.gather(self._asked)) if stream.ranks.together else self._asked
-        if asked and not stream.is_at_end:
+        if asked:
             self._stop(trainer, stream, asked)
 
     def _stop(self, trainer: Trainer, stream: EditStream, asked: int) -> None:
@@ -73,6 +87,7 @@ class StopOnSignal(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listen no longer."""
+        self._listens = False
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()

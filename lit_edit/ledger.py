@@ -206,7 +206,9 @@ class EditLedger:
         self._record(record, change.tensors)
         for update in updates:  # nothing below can fail
             # The leader's bits for all ranks: another processor may have rounded otherwise.
-            write_(self.adapter.own_weight(update.layer), self.adapter.ranks.same(new[update.name]))
+            weight = self.adapter.ranks.same(new[update.name])
+            write_(self.adapter.own_weight(update.layer), weight)
+            self._edited[update.layer] = (update.delta, weight)
             self.deltas[update.name] = update.delta
         torch.clear_autocast_cache()  # may hold copies of the old weights
         return numbered

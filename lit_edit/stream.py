@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -38,7 +40,7 @@ from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.packed import check_passes
 from lit_edit.models.shards import gather_weights
 from lit_edit.precision import check_precision, check_range, passes_of, restore_tables, tables_of
-from lit_edit.ranks import Payload, Ranks
+from lit_edit.ranks import Payload, RankError, Ranks
 from lit_edit.session import EditSession, RefusalPolicy, check_request
 from lit_edit.shared_journal import SharedJournal
 from lit_edit.stats.second_moment import KeyStatistics, weights_hash
@@ -178,6 +180,7 @@ class EditStream(LightningModule):
     def on_train_start(self) -> None:
         """Prepare the editor and measure the unedited model, or take everything up where an earlier process left it."""
         requests = self.stream_requests()
+        self._compare_ranks(requests)
         self._take_up()
         self._reopened, self._open = self._reopened + self._open, 0
         loader = self._loader()
@@ -195,6 +198,28 @@ class EditStream(LightningModule):
             self.perplexities["base"] = self._perplexity(self.ledger.original())
         if not self.edits_made:
             self.log_at_edit(flatten(self.summary_of("base", requests), "base"))
+
+    def _compare_ranks(self, requests: Sequence[EditRequest]) -> None:
+        """Refuse to begin when another rank has loaded something else: a folder of its own that is older, for example.
+
+        Raises:
+            RankError: On all ranks; names the rank and what differs.
+        """
+        text = json.dumps([request.as_dict() for request in requests], sort_keys=True)
+        own = {
+            "base model": self.base_hash,
+            "edits": hashlib.blake2b(text.encode(), digest_size=12).hexdigest(),
+            "editor": type(self.editor).__name__,
+            "layers": str(self.ledger.layers),
+        }
+        everyone = self.ranks.gather(own)
+        for rank, theirs in enumerate(everyone):
+            for what, value in theirs.items():
+                if value != everyone[0][what]:
+                    raise RankError(
+                        f"rank {rank} has another {what} than rank 0 ({value} against {everyone[0][what]}): every rank "
+                        "must read the same files; nothing was edited"
+                    )
 
     def _take_up(self) -> None:
         """Open the journal, prepare the editor, and begin a stream or go on where an earlier process left it."""
@@ -420,6 +445,8 @@ class EditStream(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Begin a measurement of the model as it is."""
+        # Every rank measures all of it: there is nothing to be averaged over ranks.
+        warnings.filterwarnings("ignore", ".*sync_dist=True.*")
         self._align()
         self._measured = EditMetrics()
         self._measured_perplexity = self._perplexity(self.adapter)

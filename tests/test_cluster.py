@@ -207,8 +207,8 @@ def test_the_script_starts_a_fit_that_parses(job: str, tmp_path: Path) -> None:
     nodes = "1" if job.endswith("ddp") else "2"
     variables = {"SLURM_JOB_NAME": "llama", "SLURM_JOB_NUM_NODES": nodes, "SLURM_NTASKS_PER_NODE": "8"}
     [words] = run_script(SCRIPT, tmp_path, f"cluster/{job}", "--data.path", "my facts.json", **variables)
-    kill, program, command, *arguments = words
-    assert (kill, program, command) == ("--kill-on-bad-exit=1", "lit-edit", "fit")
+    kill, cpus, program, command, *arguments = words
+    assert (kill, cpus, program, command) == ("--kill-on-bad-exit=1", "--cpus-per-task=1", "lit-edit", "fit")
     settings = FitParser().parse(arguments)
     assert (settings["run_name"], settings["resume"], settings["data"]["path"]) == ("llama", "auto", "my facts.json")
     assert (settings["trainer"]["num_nodes"], int(settings["trainer"]["devices"])) == (int(nodes), 8)

@@ -176,6 +176,11 @@ def check_trainer(trainer: Any) -> None:
             f"an edit stream cannot run with trainer.strategy={strategy}; use ddp (a whole model on each device) or "
             "fsdp2 (each layer cut over all devices), or leave it out for one device"
         )
+    if str(trainer.precision) == "16-mixed":  # on a CPU Lightning takes bf16-mixed in its place, and says so nowhere
+        raise ArgumentError(
+            "trainer.precision=16-mixed scales the gradients of an optimizer, and there is none: use 32-true, "
+            "bf16-true, bf16-mixed or 16-true"
+        )
     for name, low in (
         ("min_epochs", 0),
         ("min_steps", 0),

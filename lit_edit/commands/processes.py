@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_edit.errors import ArgumentError
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
@@ -64,6 +66,25 @@ def handed_down() -> Decision | None:
     """Return what the process that has started this one has decided."""
     told = os.environ.get(_DECISION)
     return None if told is None else Decision(**json.loads(told))
+
+
+def check_launched(trainer: Trainer) -> None:
+    """Refuse to run as one of several processes that do not know of each other.
+
+    Raises:
+        ArgumentError: If torchrun or SLURM has started other than as many as the Trainer is made for.
+    """
+    started = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    if started_together() and started != trainer.world_size:
+        raise ArgumentError(
+            f"{started} processes were started, and the Trainer is made for {trainer.world_size}: add "
+            f"--trainer.strategy ddp (or fsdp2), --trainer.num_nodes, and --trainer.devices (processes of a node)"
+        )
+
+
+def forget_decision() -> None:
+    """Let later runs of this process decide anew."""
+    os.environ.pop(_DECISION, None)
 
 
 def share_decision(trainer: Trainer, module: LightningModule, decision: Decision) -> Decision:

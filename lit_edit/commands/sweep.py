@@ -37,7 +37,7 @@ SCRIPT = """\
 #SBATCH --open-mode=append
 
 cd {here} || exit 1
-srun {command} --only "$SLURM_ARRAY_TASK_ID"
+srun --cpus-per-task="${{SLURM_CPUS_PER_TASK:-1}}" {command} --only "$SLURM_ARRAY_TASK_ID"
 """
 
 

@@ -20,14 +20,18 @@ import yaml
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_edit.callbacks import ReplicaCheck, ReplicaError, StopOnSignal, StoppedBySignal
 from lit_edit.checkpoints import CheckpointError, load_tree
 from lit_edit.commands.configs import changed_settings, check_settings, expand_arguments, explain
+from lit_edit.commands.launching import WatchingLauncher
 from lit_edit.commands.processes import (
     Decision,
+    check_launched,
+    forget_decision,
     handed_down,
     job_name,
     leads,
@@ -211,9 +215,11 @@ class EditCLI(LightningCLI):
         if decided.ended:
             raise SystemExit(0)
         kwargs["ckpt_path"] = decided.checkpoint
+        self._watch_children()
         self.model.journal = str(journal_path(Path(decided.folder)))
         try:
             self.trainer.fit(**kwargs)
+            forget_decision()
         except StoppedBySignal as stopped:
             if leads():
                 sys.stderr.write(f"\nlit-edit: stopped; it goes on with\n  {self._go_on()}\n")
@@ -231,6 +237,15 @@ class EditCLI(LightningCLI):
             raise SystemExit(130) from None
         if self.model.is_at_end:
             self.model.ledger.note({"kind": "end"})
+
+    def _watch_children(self) -> None:
+        """Put a launcher in the place of Lightning's that says which process has ended, and gives this one time."""
+        strategy: Any = self.trainer.strategy
+        if isinstance(strategy.launcher, _SubprocessScriptLauncher):
+            environment = strategy.cluster_environment
+            strategy._launcher = WatchingLauncher(
+                environment, strategy.num_processes, strategy.num_nodes, self._go_on()
+            )
 
     def _go_on(self) -> str:
         return f"lit-edit fit --config {self.run_folder}/config.yaml --resume auto"
@@ -252,7 +267,9 @@ class EditCLI(LightningCLI):
             raise
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             given = changed_settings(self.config[self.subcommand].trainer, TRAINER_DEFAULTS)
-            raise ArgumentError(f"{error} (the Trainer was given {given})") from error
+            together = "; several processes were started: set both to what was started" if started_together() else ""
+            raise ArgumentError(f"{error} (the Trainer was given {given}){together}") from error
+        check_launched(trainer)
         if self.subcommand == "fit" and (trainer.world_size > 1 or SLURMEnvironment.detect()):
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
             present = {type(callback) for callback in callbacks}

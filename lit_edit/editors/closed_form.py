@@ -330,7 +330,8 @@ class ClosedFormEditor(ReversibleEditor):
         with self.ledger.adapter.fast_products():
             rows = self._get_key_rows(requests, window)
             keys = walk.first_keys(rows.of([asked(r) for r in requests]))
-        return [self.known.nearest(keys[:, column]) for column in range(len(requests))]
+        found = [self.known.nearest(keys[:, column]) for column in range(len(requests))]
+        return [[(number, cosine) for number, cosine in row] for row in self.ledger.adapter.ranks.agree(found)]
 
     # ---- targets ------------------------------------------------------------------------------------------------
 

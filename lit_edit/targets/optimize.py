@@ -192,7 +192,7 @@ def _optimise(
     if settings.precision == "bfloat16" or (settings.precision == "fastest" and adapter.bfloat16_pays()):
         window.adapter = adapter.rounded(torch.bfloat16, layer + 1)
     evaluate = TargetLoss(window, settings.kl_factor)
-    base = window.base()
+    base = adapter.ranks.same(window.base())  # all ranks are to take the same steps
     count, device = len(problems), base.device
     delta = torch.zeros_like(base)
     base_norm = torch.linalg.vector_norm(base, dim=1)
