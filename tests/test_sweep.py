@@ -409,8 +409,8 @@ def test_an_array_script_runs_the_points(
     assert "#SBATCH --signal=SIGUSR1@120\n" in head
     assert {"--requeue", "--open-mode=append"} <= set(re.findall(r"(?m)^#SBATCH (\S+)$", head))
     [words] = run_script(script, tmp_path, SLURM_ARRAY_TASK_ID="2")
-    assert words[:2] == ["lit-edit", "sweep"]
-    assert main(words[1:]) == 0
+    assert words[:3] == ["--cpus-per-task=1", "lit-edit", "sweep"]
+    assert main(words[2:]) == 0
     assert pretended.names == [POINTS[2]]
 
 

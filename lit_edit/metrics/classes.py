@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from lit_edit.metrics import functional as F  # noqa: N812 - the idiom of torchmetrics
 
@@ -125,8 +126,8 @@ class TextPerplexity(_ExactMetric):
         """Return ``{"mean", "median", "corpus"}``."""
         if not len(self.length):
             return F.perplexity([])
-        lengths = torch.cat([torch.as_tensor(n).reshape(-1) for n in self.length]).tolist()
-        return F.perplexity(torch.cat([torch.as_tensor(n) for n in self.nll]).split(lengths))
+        lengths = dim_zero_cat(self.length).tolist()  # lists, or joined already where ranks have put theirs together
+        return F.perplexity(dim_zero_cat(self.nll).split(lengths))
 
 
 class HarmonicScore(_ExactMetric):

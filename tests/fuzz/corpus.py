@@ -886,7 +886,7 @@ def config_overrides() -> Iterator[BrokenConfig]:
     for args, what in (
         ("--data.limit=0", "data.limit must be at least 1, got 0"),
         ("--ckpt_path=gone.ckpt", "--ckpt_path gone.ckpt: no such file"),
-        ("--trainer.strategy=ddp", "trainer.strategy=ddp"),
+        ("--trainer.strategy=ddp_spawn", "trainer.strategy=ddp_spawn"),
         ("--model.language_model.name=no-such-model", "there is no model 'no-such-model'"),
     ):
         for command in ("validate", "test"):
@@ -918,8 +918,8 @@ def config_numbers() -> Iterator[BrokenConfig]:
         "--trainer.max_steps": ("-2", ".nan"),
         "--trainer.min_epochs": ("-1",),
         "--trainer.min_steps": ("-1",),
-        "--trainer.devices": ("2", "0", "-1", "two", "[0,1]", "[]"),
-        "--trainer.num_nodes": ("2", "0", "-1"),
+        "--trainer.devices": ("0", "-1", "two", "[0,1]", "[]"),
+        "--trainer.num_nodes": ("0", "-1"),
         "--trainer.limit_train_batches": ("-1", "0", "1.5", ".nan"),
         "--trainer.overfit_batches": ("-1", "1.5"),
         "--trainer.val_check_interval": ("-1", "1.5", "99"),
@@ -944,7 +944,7 @@ def config_trainers() -> Iterator[BrokenConfig]:
         ("accelerator", "toaster", "accelerator='toaster'"),
         ("accelerator", "tpu", "accelerator='tpu'"),
         ("strategy", "nonsense", "trainer.strategy=nonsense"),
-        ("strategy", "ddp", "trainer.strategy=ddp"),
+        ("strategy", "ddp_fork", "trainer.strategy=ddp_fork"),
         ("strategy", "fsdp", "trainer.strategy=fsdp"),
         ("strategy", "deepspeed", "trainer.strategy=deepspeed"),
         ("strategy", "ddp_spawn", "trainer.strategy=ddp_spawn"),
