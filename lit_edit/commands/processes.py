@@ -46,8 +46,11 @@ def leads() -> bool:
 
 def started_together() -> bool:
     """Tell whether torchrun or SLURM has started several processes, which do not know of each other yet."""
-    several = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1
-    return several and (TorchElasticEnvironment.detect() or SLURMEnvironment.detect())
+    return _started() > 1 and (TorchElasticEnvironment.detect() or SLURMEnvironment.detect())
+
+
+def _started() -> int:
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
 
 
 def job_name() -> str | None:
@@ -74,7 +77,7 @@ def check_launched(trainer: Trainer) -> None:
     Raises:
         ArgumentError: If torchrun or SLURM has started other than as many as the Trainer is made for.
     """
-    started = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    started = _started()
     if started_together() and started != trainer.world_size:
         raise ArgumentError(
             f"{started} processes were started, and the Trainer is made for {trainer.world_size}: add "

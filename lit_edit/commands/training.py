@@ -219,7 +219,6 @@ class EditCLI(LightningCLI):
         self.model.journal = str(journal_path(Path(decided.folder)))
         try:
             self.trainer.fit(**kwargs)
-            forget_decision()
         except StoppedBySignal as stopped:
             if leads():
                 sys.stderr.write(f"\nlit-edit: stopped; it goes on with\n  {self._go_on()}\n")
@@ -235,6 +234,8 @@ class EditCLI(LightningCLI):
             begun = (self.run_folder / "config.yaml").is_file()
             sys.stderr.write(f"\nlit-edit: interrupted; {hint if begun else 'nothing was saved yet'}\n")
             raise SystemExit(130) from None
+        finally:
+            forget_decision()
         if self.model.is_at_end:
             self.model.ledger.note({"kind": "end"})
 

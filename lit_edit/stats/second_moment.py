@@ -124,7 +124,8 @@ def accumulate(
     partial = folder / f"partial-{'-'.join(map(str, layers))}.safetensors"
     ranks = adapter.ranks
     dtype = algebra_dtype(torch.device("cpu"))
-    sums = {layer: torch.zeros(*[adapter.shape(layer)[1]] * 2, dtype=dtype) for layer in layers}
+    counting = layers if ranks.leads or not ranks.lockstep else ()  # in lockstep the others run for company
+    sums = {layer: torch.zeros(*[adapter.shape(layer)[1]] * 2, dtype=dtype) for layer in counting}
     count, index = _load_partial(partial, sums) if ranks.leads else (0, 0)
     count, index = ranks.agree([count, index])
     at_once, mine = (1, 0) if ranks.lockstep else (ranks.size, ranks.rank)
@@ -180,8 +181,9 @@ def _add_rows(
             counted[:, 0] = False
         with adapter.fast_products():
             keys_of = adapter.read_keys(ids, mask, layers)
-        for layer, keys in keys_of.items():
-            add_gram(sums[layer], for_algebra(keys[counted]).cpu())
+        for layer, total in sums.items():
+            keys = keys_of[layer]
+            add_gram(total, for_algebra(keys[counted]).cpu())
 
 
 def add_gram(total: Tensor, vectors: Tensor, block: int = 256) -> None:
