@@ -14,6 +14,7 @@ from time import sleep, time
 from typing import Any
 
 import pytest
+from google.protobuf.message import DecodeError
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_edit.cli import main
@@ -44,10 +45,18 @@ def finished(folder: Path) -> dict[str, Any]:
     wandb.finish()
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     for _ in range(500):
-        if any(record.WhichOneof("record_type") == "exit" for record in read_records(path)):
+        if has_ended(path):
             break
         sleep(0.02)
     return read_run(folder)
+
+
+def has_ended(path: Path) -> bool:
+    """Tell whether a wandb file is whole; while it is being written its last block may not be, and cannot be read."""
+    try:
+        return any(record.WhichOneof("record_type") == "exit" for record in read_records(path))
+    except DecodeError:
+        return False
 
 
 @pytest.fixture(scope="module")
