@@ -6,8 +6,8 @@
 Counts the floating-point operations of matrix products that an exact D4S edit cannot avoid: the unchanged model once
 over the distinct tokens, then for each step the layers above the edited one, forward and backward, at the tokens from
 the lookup token on, and the head at target positions; the edited layers once more for the keys; the solve. Divided by
-the machine's rate of large float32 matrix products of the model's own shape, measured in the same process before and
-after with the fastest exact kernel, that is the time an edit takes at least. Norms, attention scores, softmax, Python
+the machine's rate of large float32 matrix products of the model's own shape, measured in between with the fastest exact
+kernel, that is the time an edit takes at least. Norms, attention scores, softmax, Python
 and all else are not counted: the engine cannot reach 100 %.
 """
 
@@ -29,21 +29,37 @@ from lit_edit.models import ModelAdapter
 from lit_edit.targets.problem import TargetProblem, build_problem
 
 
-def matmul_rates(adapter: ModelAdapter, layer: int, tokens: int = 768) -> tuple[float, float]:
-    """Return operations per second of float32 products with a layer's own weight shape: sustained, and at best.
+class MatmulRate:
+    """Times float32 products with a layer's own weight shape, a few at a time while the engine works.
 
-    Sustained is the median of a hundred products in a row: the rate that work of some seconds can have.
+    A virtual machine gives more in one second than in the next: products timed before or after the work would be
+    measured on another machine than it.
     """
-    d_out, d_in = adapter.shape(layer)
-    keys, weight = torch.randn(tokens, d_in), torch.randn(d_out, d_in)
-    spent = []
-    with adapter.fast_products():
-        for _ in range(100):
-            start = perf_counter()
-            torch.nn.functional.linear(keys, weight)
-            spent.append(perf_counter() - start)
-    operations = 2 * tokens * d_in * d_out
-    return operations / median(spent), operations / min(spent)
+
+    def __init__(self, adapter: ModelAdapter, layer: int, tokens: int = 768) -> None:
+        d_out, d_in = adapter.shape(layer)
+        self.adapter, self.operations = adapter, 2 * tokens * d_in * d_out
+        self.keys, self.weight = torch.randn(tokens, d_in), torch.randn(d_out, d_in)
+        self.spent: list[float] = []
+        self.total = 0.0  # seconds taken by the measurement itself
+
+    def __call__(self, message: str = "") -> None:
+        begin = perf_counter()
+        with self.adapter.fast_products():
+            for number in range(6):
+                start = perf_counter()
+                torch.nn.functional.linear(self.keys, self.weight)
+                if number > 0:  # the first one finds its operands out of the cache
+                    self.spent.append(perf_counter() - start)
+        self.total += perf_counter() - begin
+
+    def sustained(self) -> float:
+        """Return operations per second at the median: the rate that work of some seconds can have."""
+        return self.operations / median(self.spent)
+
+    def best(self) -> float:
+        """Return operations per second of the fastest product."""
+        return self.operations / min(self.spent)
 
 
 def layer_operations(adapter: ModelAdapter, layer: int) -> int:
@@ -97,19 +113,21 @@ def main() -> None:
     ledger = EditLedger(adapter, editor.resolve_layers(adapter))
     editor.prepare(ledger, tokenizer, KeyStatistics(tokens=options.tokens))
 
-    rates = [matmul_rates(adapter, ledger.layers[-1])]
+    rates = MatmulRate(adapter, ledger.layers[-1])
     seconds: dict[str, float] = {}
     for number, request in enumerate(requests):
         first = number // options.window * options.window
-        proposal = editor.propose([request], requests[first : first + options.window])
+        aside = rates.total
+        proposal = editor.propose([request], requests[first : first + options.window], rates)
+        aside = rates.total - aside  # all of it between the steps of the targets
         start = perf_counter()
         ledger.commit(proposal.updates, proposal.entries)
         editor.accept(proposal)
         spent = {**proposal.seconds, "solve": proposal.seconds["solve"] + perf_counter() - start}
+        spent["targets"] -= aside
         for phase, value in spent.items():
             seconds[phase] = seconds.get(phase, 0.0) + value
-    rates.append(matmul_rates(adapter, ledger.layers[-1]))
-    rate, best = (max(pair) for pair in zip(*rates, strict=True))
+    rate, best = rates.sustained(), rates.best()
 
     problems = [build_problem(tokenizer, request, editor.templates) for request in requests]
     steps = [int(entry.facts["target_steps"]) for entry in ledger.entries]

@@ -22,7 +22,7 @@ from lit_edit.workload import Workload
 Strategy = Literal["single", "ddp", "fsdp2"]
 Place = Literal["device", "host", "disk"]
 
-CHUNK_TOKENS = 384  # as lit_edit.targets.window cuts them
+CHUNK_TOKENS = 768  # as lit_edit.targets.window cuts them
 HEAD_ROWS = 128  # states that the head sees at a time
 FOLD_EVERY = 64  # facts that the solver keeps as columns
 MEASURED_TOKENS = 2048  # of probes, at a time

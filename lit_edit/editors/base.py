@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lit_edit.data.request import EditRequest
 from lit_edit.errors import ArgumentError
@@ -52,6 +52,35 @@ class Proposal:
     change: Change = field(default_factory=Change)
 
 
+@dataclass(frozen=True)
+class EditorInfo:
+    """What a user wants to know of a method before choosing it; ``lit-edit editors`` shows it.
+
+    Attributes:
+        title: The method's name in the literature.
+        paper: Short title and arXiv number.
+        kind: What it does with the model.
+        cost: Of an edit, in words.
+        state: What is carried from edit to edit, and how it grows.
+        batch: Whether several edits can be made in one step.
+        undo: How edits are taken out: ``exact`` (as if they had never been), ``approximate``, or ``no``.
+        lora: Whether a run can be exported as a LoRA adapter of a rank that grows with the edits, not the layer.
+        devices: Whether several processes share the work.
+        lacks: What it cannot do by its nature.
+    """
+
+    title: str
+    paper: str
+    kind: Literal["closed form", "fine-tuning", "adapter", "gradient, closed form", "hyper-network", "memory", "in context"]
+    cost: str
+    state: str
+    batch: bool = True
+    undo: Literal["exact", "approximate", "no"] = "no"
+    lora: bool = False
+    devices: bool = False
+    lacks: str = ""
+
+
 def commit_proposal(ledger: EditLedger, editor: Editor, proposal: Proposal) -> tuple[LedgerEntry, ...]:
     """Write a proposal and take it into the editor's state: both or neither.
 
@@ -65,7 +94,13 @@ def commit_proposal(ledger: EditLedger, editor: Editor, proposal: Proposal) -> t
 
 
 class Editor(ABC):
-    """A method: requests in, updates out. It knows neither Lightning nor files."""
+    """A method: requests in, updates out. It knows neither Lightning nor files.
+
+    Attributes:
+        about: What the method is, for people.
+    """
+
+    about: ClassVar[EditorInfo]
 
     @property
     def exact_undo(self) -> bool:

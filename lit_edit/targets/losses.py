@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lit_edit.memory import release_free_memory
+from lit_edit.memory import LARGE, release_free_memory
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.targets.window import Chunk, Window
 
 _HEAD_ROWS = 128
-"""States that the head sees at a time: its logits are by far the largest tensors of a step."""
+"""States that the head sees at a time, at most: its logits are by far the largest tensors of a step."""
 
 
 @dataclass
@@ -162,7 +162,8 @@ class _HeadLosses:
         self.gradient = torch.zeros_like(states)
         nlls, margins, divergences, essences = [], [], [], []
         count = len(wanted)
-        blocks = states.detach().tensor_split(max(1, math.ceil(len(states) / _HEAD_ROWS)))
+        at_once = max(1, min(_HEAD_ROWS, LARGE // (4 * adapter.head.weight.shape[0])))
+        blocks = states.detach().tensor_split(max(1, math.ceil(len(states) / at_once)))
         first = 0
         for block in blocks:
             block.requires_grad_(with_gradient)
@@ -191,7 +192,8 @@ class _HeadLosses:
 
 
 def _margins(logp: Tensor, label: Tensor) -> Tensor:
-    """Return the lead of each row's labelled entry over its best other one."""
-    best = logp.topk(min(2, logp.shape[1]), dim=1)
-    own = logp.gather(1, label[:, None])[:, 0]
-    return own - torch.where(best.indices[:, 0] == label, best.values[:, -1], best.values[:, 0])
+    """Return the lead of each row's labelled entry over its best other one; ``logp`` is written, and put back."""
+    own = logp.gather(1, label[:, None])
+    others = logp.scatter_(1, label[:, None], -math.inf).amax(1)
+    logp.scatter_(1, label[:, None], own)
+    return own[:, 0] - others

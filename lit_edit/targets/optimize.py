@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.errors import ArgumentError
-from lit_edit.memory import release_free_memory
+from lit_edit.memory import kept_memory
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.targets.losses import TargetLoss
 from lit_edit.targets.problem import TargetProblem
@@ -167,10 +167,8 @@ def optimise_targets(
     """
     if not problems:
         return []
-    with adapter.fast_products():
-        targets = _optimise(adapter, problems, layer, settings, pad, progress)
-    release_free_memory()
-    return targets
+    with adapter.fast_products(), kept_memory():
+        return _optimise(adapter, problems, layer, settings, pad, progress)
 
 
 def _optimise(

@@ -13,7 +13,7 @@ from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.packed import Line, TokenRows
 from lit_edit.targets.problem import TargetProblem
 
-_CHUNK_TOKENS = 384
+_CHUNK_TOKENS = 768
 """Tokens run forward and backward at a time: enough to keep matrix products busy, few enough to bound memory."""
 
 
