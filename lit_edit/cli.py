@@ -22,6 +22,8 @@ commands:
   validate   measure without editing:  lit-edit validate --config quickstart [--ckpt_path runs/x/checkpoints/last.ckpt]
   test       the same, under Lightning's test loop
   sweep      run a grid of them:       lit-edit sweep --config sweep/editors
+  compare    editors on one stream:    lit-edit compare --config compare
+  editors    the methods there are:    lit-edit editors (or lit-edit editors D4S: one in full)
   ask        compare answers:          lit-edit ask --run runs/x "The capital of Italy is"
   export     take the edits away:      lit-edit export --run runs/x --as model (or delta, or lora)
   apply      put them into the base:   lit-edit apply --delta edited.safetensors --model smollm2-135m
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"lit-edit {version('lit-edit')}\n")
         return 0
-    if command not in (*LIGHTNING_COMMANDS, "sweep", *TOOLS):
+    if command not in (*LIGHTNING_COMMANDS, "sweep", "compare", "editors", *TOOLS):
         sys.stderr.write(f"lit-edit: error: unknown command {command!r}\n\n{HELP}")
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -74,6 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from lit_edit.commands.sweep import run_sweep
 
             return run_sweep(rest)
+        elif command == "compare":
+            from lit_edit.commands.compare import run_compare
+
+            return run_compare(rest)
+        elif command == "editors":
+            from lit_edit.commands.editors_list import run_editors
+
+            run_editors(rest)
         else:
             from lit_edit.commands.tools import run_tool
 

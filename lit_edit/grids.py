@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,7 @@ def _grid_of(path: Path, content: Any) -> Grid:
         raise ArgumentError(f"{path}: a grid has the entries {', '.join(KEYS)}, got {shorten(repr(content))}")
     if unknown := [str(key) for key in content if key not in KEYS]:
         raise ArgumentError(f"{path}: unknown entry {unknown[0]!r}; a grid has the entries {', '.join(KEYS)}")
-    name = content.get("name", path.stem)
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.+=@-]+", name) or not name.strip("."):
-        raise ArgumentError(f"{path}: name must be a plain folder name, got {shorten(repr(name))}")
+    name = _folder_name(str(path), content.get("name", path.stem))
     base = _configs(path, "base", content.get("base"))
     settings = _settings(path, "settings", content.get("settings") or {})
     axes_given = content.get("grid")
@@ -138,6 +136,29 @@ def _grid_of(path: Path, content: Any) -> Grid:
     ]
     _check_names(path, points)
     return Grid(path, name, base, settings, axes, points)
+
+
+def with_changes(grid: Grid, where: str, name: str | None = None, settings: Mapping[str, Any] | None = None) -> Grid:
+    """Return a grid under another name, or with other settings of every run.
+
+    Args:
+        grid: The grid as its file has it.
+        where: Where the changes come from, for messages.
+        name: Of its folder; by default as it is.
+        settings: They win over those of the file.
+
+    Raises:
+        ArgumentError: If a name or a setting is none, or an axis makes the setting as well.
+    """
+    made = grid.settings | _settings(Path(where), "settings", dict(settings or {}))
+    _check_overlaps(grid.path, made, grid.axes)
+    return replace(grid, name=grid.name if name is None else _folder_name(where, name), settings=made)
+
+
+def _folder_name(where: str, name: Any) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.+=@-]+", name) or not name.strip("."):
+        raise ArgumentError(f"{where}: name must be a plain folder name, got {shorten(repr(name))}")
+    return name
 
 
 def _axis(path: Path, axis: str, values: Any, shown: str) -> list[Choice]:

@@ -8,6 +8,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lit_edit.grids import Grid, Point, is_seed
@@ -27,7 +28,8 @@ METRICS = {  # by column: where summary.json has it, and digits
     "locality accuracy": ("final", "locality", "accuracy"),
     "agreement": ("final", "locality", "agreement"),
 }
-COLUMNS = ("edits", *METRICS, "perplexity change", "largest growth of mean |W|", "seconds per edit")
+COSTS = ("perplexity change", "largest growth of mean |W|", "seconds per edit")
+COLUMNS = ("edits", *METRICS, *COSTS)
 _AS_PERCENT = ("perplexity change", "largest growth of mean |W|")
 
 
@@ -66,36 +68,44 @@ def gather(grid: Grid, folder: Path) -> str:
     """
     rows = [row_of(point, folder / point.name) for point in grid.points]
     over = over_seeds(grid, rows)
-    text = f"# {grid.name}\n\n{_markdown(_shown(rows))}"
+    text = f"# {grid.name}\n\n{as_markdown(_shown(rows))}"
     if over:
         seeds = ", ".join(axis for axis in grid.axes if is_seed(axis))
-        text += f"\nMean and standard deviation over {seeds}:\n\n{_markdown(_shown_over(over))}"
+        text += f"\nMean and standard deviation over {seeds}:\n\n{as_markdown(_shown_over(over))}"
     write_atomically(folder / "table.md", lambda path: path.write_text(text, encoding="utf-8"))
-    write_atomically(folder / "table.csv", lambda path: path.write_text(_csv(rows), encoding="utf-8"))
+    write_atomically(folder / "table.csv", lambda path: path.write_text(as_csv(rows), encoding="utf-8"))
     if over:
-        write_atomically(folder / "over_seeds.csv", lambda path: path.write_text(_csv(over), encoding="utf-8"))
+        write_atomically(folder / "over_seeds.csv", lambda path: path.write_text(as_csv(over), encoding="utf-8"))
     write_json(folder / "table.json", {"sweep": grid.name, "points": rows, "over_seeds": over})
     return text
 
 
-def row_of(point: Point, folder: Path) -> dict[str, Any]:
-    """Return a point's row; what is not there is ``None``."""
+def row_of(
+    point: Point, folder: Path, metrics: Mapping[str, tuple[str, str, str]] = MappingProxyType(METRICS)
+) -> dict[str, Any]:
+    """Return a point's row; what is not there is ``None``.
+
+    Args:
+        point: Which.
+        folder: Its run's.
+        metrics: By column: where ``summary.json`` has it (stage, kind, name).
+    """
     row: dict[str, Any] = {"index": point.index, "point": point.name, "state": state_of(folder), **point.labels}
-    row |= dict.fromkeys(COLUMNS)
+    row |= dict.fromkeys(("edits", *metrics, *COSTS))
     if row["state"] != "done":
         return row
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        found = _values(summary)
+        found = _values(summary, metrics)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return row | {"state": f"summary.json cannot be read ({type(error).__name__})"}
     state = "edits changed since it was measured" if summary.get("stale") else "done"
     return row | without_nan(found) | {"state": state}
 
 
-def _values(summary: Mapping[str, Any]) -> dict[str, Any]:
+def _values(summary: Mapping[str, Any], metrics: Mapping[str, tuple[str, str, str]]) -> dict[str, Any]:
     found: dict[str, Any] = {"edits": summary["edits"]}
-    for column, (stage, kind, name) in METRICS.items():
+    for column, (stage, kind, name) in metrics.items():
         found[column] = summary[stage][kind].get(name)
     before, after = summary["base"]["perplexity"], summary["final"]["perplexity"]
     found["perplexity change"] = after / before - 1 if before and after else None
@@ -126,7 +136,8 @@ def _mean_row(labels: dict[str, Any], group: Sequence[Mapping[str, Any]]) -> dic
     return row
 
 
-def _number(column: str, value: Any, signed: bool = True) -> str:
+def as_number(column: str, value: Any, signed: bool = True) -> str:
+    """Return a cell of a table as it is shown."""
     if value is None or isinstance(value, (str, int)):
         return "–" if value is None else str(value)
     if column in _AS_PERCENT:
@@ -136,21 +147,21 @@ def _number(column: str, value: Any, signed: bool = True) -> str:
 
 def _shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     names = [name for name in rows[0] if name != "point"]  # the axes say it
-    return [{name: _number(name, row[name]) for name in names} for row in rows]
+    return [{name: as_number(name, row[name]) for name in names} for row in rows]
 
 
 def _shown_over(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     shown = []
     for row in rows:
-        cells = {name: _number(name, value) for name, value in row.items() if not name.endswith(" sd")}
+        cells = {name: as_number(name, value) for name, value in row.items() if not name.endswith(" sd")}
         for name in COLUMNS[1:]:
             if row[f"{name} sd"] is not None:
-                cells[name] += f" ± {_number(name, row[f'{name} sd'], signed=False)}"
+                cells[name] += f" ± {as_number(name, row[f'{name} sd'], signed=False)}"
         shown.append(cells)
     return shown
 
 
-def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
+def as_markdown(rows: Sequence[Mapping[str, str]]) -> str:
     """Return rows as a table whose columns stand below each other."""
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
@@ -161,7 +172,8 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
     )
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as a CSV file, every digit kept."""
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
     writer.writeheader()

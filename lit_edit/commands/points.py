@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from time import perf_counter
 from typing import Any
 
 from lit_edit.commands.children import ProcessLine
-from lit_edit.commands.gathering import RECORD, is_done, read_record
+from lit_edit.commands.gathering import RECORD, is_done, read_record, state_of
 from lit_edit.commands.parsing import FitParser, changes
 from lit_edit.data.request import shorten
 from lit_edit.errors import ArgumentError
@@ -71,7 +72,7 @@ def check_begun(folder: Path, points: Sequence[Point], settings: Mapping[str, An
         for name, (old, new) in changes(before, settings[point.name]).items():
             raise ArgumentError(
                 f"the point {point.name} was made with {name}={shorten(str(old))}, the grid now gives it "
-                f"{shorten(str(new))}: give the sweep another name, or delete {run}"
+                f"{shorten(str(new))}: give the sweep another name ('name:' in the grid), or delete {run}"
             )
 
 
@@ -79,6 +80,15 @@ def command_of(grid: Grid, point: Point, folder: Path) -> list[str]:
     """Return the command of a point, behind the program's name."""
     own = ["--run_name", point.name, "--runs_dir", str(folder), "--resume", "auto"]
     return ["fit", *grid.arguments(point.choices), *own]
+
+
+def list_points(grid: Grid, points: Sequence[Point], folder: Path) -> str:
+    """Return points, how far they are, and their commands, as ``--dry-run`` shows them."""
+    text = ""
+    for point in points:
+        line = shlex.join(["lit-edit", *command_of(grid, point, folder)])
+        text += f"{point.index}  {point.name}  {state_of(folder / point.name)}\n   {line}\n"
+    return text
 
 
 def run_points(grid: Grid, folder: Path, points: Sequence[Point], settings: Mapping[str, Any]) -> int:
@@ -127,15 +137,15 @@ def _run_point(line: ProcessLine, grid: Grid, point: Point, folder: Path, settin
     status = line.run(command, run / LOG, {"WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP", grid.name)})
     if line.stopped is not None:
         return "interrupted" if line.stopped == signal.SIGINT else "stopped"
-    said = _last_line(run / LOG)
+    said = last_line(run / LOG)
     if status and f"another process is working in {run}" in said:
         return "being done elsewhere"
     write_json(run / RECORD, record | {"status": status})
     return "done" if status == 0 else f"failed, exit status {status}: {said} (all of it: {run / LOG})"
 
 
-def _last_line(log: Path) -> str:
-    """Return the last thing that a process has said: its error, if it has named one."""
+def last_line(log: Path) -> str:
+    """Return the last thing that a point's processes have said: the error, if one has named it."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace"))]
     errors = [line for line in lines if line.startswith("lit-edit: error:")]
     return shorten((errors or [line for line in lines if line] or ["nothing said"])[-1], 400)

@@ -45,11 +45,11 @@ def run_sweep(args: list[str]) -> int:
     """Run a sweep; return the exit status: 0 all well, 1 a point has failed, 128 and more for a signal."""
     options = _options(args)
     grid = read_grid(Path(find_config(options.config)))
-    folder = Path(options.runs_dir).expanduser().resolve() / "sweeps" / grid.name
+    folder = folder_of(grid, options.runs_dir)
     chosen = _chosen(grid, options.only)
 
-    from lit_edit.commands.gathering import gather, state_of
-    from lit_edit.commands.points import check_begun, command_of, parse_points, run_points
+    from lit_edit.commands.gathering import gather
+    from lit_edit.commands.points import check_begun, list_points, parse_points, run_points
 
     if options.gather:
         sys.stdout.write(gather(grid, folder))
@@ -57,9 +57,7 @@ def run_sweep(args: list[str]) -> int:
     settings = parse_points(grid, chosen)
     check_begun(folder, chosen, settings)
     if options.dry_run:
-        for point in chosen:
-            line = shlex.join(["lit-edit", *command_of(grid, point, folder)])
-            sys.stdout.write(f"{point.index}  {point.name}  {state_of(folder / point.name)}\n   {line}\n")
+        sys.stdout.write(list_points(grid, chosen, folder))
         return 0
     if options.array:
         script = write_script(grid, folder, _command(options))
@@ -70,6 +68,11 @@ def run_sweep(args: list[str]) -> int:
     if status > 128:
         sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {_command(options)}{_only(options)}\n")
     return status
+
+
+def folder_of(grid: Grid, runs_dir: str) -> Path:
+    """Return where a sweep keeps its runs and tables."""
+    return Path(runs_dir).expanduser().resolve() / "sweeps" / grid.name
 
 
 def _options(args: list[str]) -> argparse.Namespace:
@@ -131,11 +134,14 @@ def write_script(grid: Grid, folder: Path, command: str) -> Path:
 
 
 def _command(options: argparse.Namespace) -> str:
-    """Return the command of this sweep, for use in any folder."""
-    name = options.config
+    return command_again("sweep", options.config, options.runs_dir)
+
+
+def command_again(command: str, name: str, runs_dir: str, *words: str) -> str:
+    """Return the command of a sweep, for use in any folder."""
     config = str(Path(name).resolve()) if os.path.isfile(name) else name
-    runs = str(Path(options.runs_dir).expanduser().resolve())
-    return shlex.join(["lit-edit", "sweep", "--config", config, "--runs_dir", runs])
+    runs = str(Path(runs_dir).expanduser().resolve())
+    return shlex.join(["lit-edit", command, "--config", config, "--runs_dir", runs, *words])
 
 
 def _only(options: argparse.Namespace) -> str:

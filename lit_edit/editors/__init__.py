@@ -1,9 +1,29 @@
 """Editing methods, one small file each."""
 
-from lit_edit.editors.base import Editor, Proposal
+from lit_edit.editors.alphaedit import AlphaEdit
+from lit_edit.editors.base import Editor, EditorInfo, Proposal
 from lit_edit.editors.closed_form import ClosedFormEditor
 from lit_edit.editors.d4s import D4S
-from lit_edit.editors.memit import MEMIT
+from lit_edit.editors.emmet import EMMET
+from lit_edit.editors.encore import ENCORE
+from lit_edit.editors.memit import MEMIT, MEMITSeq
+from lit_edit.editors.rlsedit import RLSEdit
+from lit_edit.editors.rome import ROME, RROME
 from lit_edit.targets.optimize import TargetSettings
 
-__all__ = ["D4S", "MEMIT", "ClosedFormEditor", "Editor", "Proposal", "TargetSettings"]
+__all__ = [
+    "D4S",
+    "EMMET",
+    "ENCORE",
+    "MEMIT",
+    "ROME",
+    "RROME",
+    "AlphaEdit",
+    "ClosedFormEditor",
+    "Editor",
+    "EditorInfo",
+    "MEMITSeq",
+    "Proposal",
+    "RLSEdit",
+    "TargetSettings",
+]

@@ -71,7 +71,9 @@ class EditorInfo:
 
     title: str
     paper: str
-    kind: Literal["closed form", "fine-tuning", "adapter", "gradient, closed form", "hyper-network", "memory", "in context"]
+    kind: Literal[
+        "closed form", "fine-tuning", "adapter", "gradient, closed form", "hyper-network", "memory", "in context"
+    ]
     cost: str
     state: str
     batch: bool = True
@@ -101,6 +103,12 @@ class Editor(ABC):
     """
 
     about: ClassVar[EditorInfo]
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether the method is defined for a single edit per step."""
+        about: EditorInfo | None = getattr(type(self), "about", None)
+        return about is not None and not about.batch
 
     @property
     def exact_undo(self) -> bool:

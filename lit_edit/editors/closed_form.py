@@ -19,13 +19,14 @@ from lit_edit.editors.facts import Facts, join_facts
 from lit_edit.editors.key_index import KeyIndex
 from lit_edit.editors.key_rows import KeyRows
 from lit_edit.editors.reversible import ReversibleEditor, asked
+from lit_edit.editors.transforms import UpdateTransform, transformed
 from lit_edit.editors.trial import Trial
 from lit_edit.editors.walk import ResidualMode, Walk, alone, as_columns
 from lit_edit.errors import ArgumentError
 from lit_edit.ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
 from lit_edit.models.presets import edit_layers
 from lit_edit.solvers.ridge import RidgeSolver, RidgeStep
-from lit_edit.solvers.shared import SharedSolver, Solver
+from lit_edit.solvers.shared import OwnSolver, SharedSolver, Solver
 from lit_edit.solvers.storage import SolverStorage
 from lit_edit.targets.contexts import STARTS, Templates, check_templates, sample_templates
 from lit_edit.targets.optimize import DivergedError, Target, TargetSettings, optimise_targets
@@ -63,7 +64,8 @@ class ClosedFormEditor(ReversibleEditor):
         residual: How the residual :math:`r` is spread over the :math:`n` layers: ``remeasured`` measures it again after
             each layer and writes ``1/(remaining layers)`` of what is left (MEMIT); ``shared`` measures once and still
             divides by the remaining layers (the released D4S code, which writes 2.28 times the residual over five
-            layers); ``uniform`` writes :math:`r/n` everywhere.
+            layers); ``uniform`` writes :math:`r/n` everywhere; ``root`` is ``remeasured`` with the square root of the
+            number of remaining layers (PMET).
         target: Settings of the target optimisation.
         keys: Where keys are read: ``walked`` reads each layer's with all that has been written into the layers below
             (MEMIT, the released D4S); ``base`` reads them, and measures residuals, as if the edit were the only one
@@ -74,10 +76,11 @@ class ClosedFormEditor(ReversibleEditor):
         seed: Seeds the sampled contexts.
         ridge: Added to the diagonal of the second moment, relative to its mean.
         storage: Type and place of the solver's matrices, for layers too large for the memory at hand.
+        transforms: What is done to updates before they are written, in order (:mod:`lit_edit.editors.transforms`).
 
     Attributes:
         on_original: Targets and residuals are measured on the original weights (else on the current ones).
-        memory: Earlier facts stay in the least-squares problem.
+        memory: Earlier facts stay in the least-squares problem. On current weights they stay what they were made to be.
         targets: Targets that are fitted and not yet used, by the edit's id, with what they were fitted for.
     """
 
@@ -96,13 +99,14 @@ class ClosedFormEditor(ReversibleEditor):
         seed: int = 0,
         ridge: float = 0.0,
         storage: SolverStorage = SolverStorage(),  # noqa: B008 - frozen
+        transforms: Sequence[UpdateTransform] = (),
     ) -> None:
         if layers is not None and (len(layers) == 0 or list(layers) != sorted(set(layers)) or min(layers) < 0):
             raise ValueError(f"layers must be ascending, different and not negative, got {list(layers)}")
         if not 0 < covariance_weight < float("inf"):
             raise ValueError(f"covariance_weight (lambda) must be positive and finite, got {covariance_weight}")
-        if residual not in ("shared", "remeasured", "uniform"):
-            raise ValueError(f"residual must be 'shared', 'remeasured' or 'uniform', got {residual!r}")
+        if residual not in ("shared", "remeasured", "uniform", "root"):
+            raise ValueError(f"residual must be 'shared', 'remeasured', 'uniform' or 'root', got {residual!r}")
         if keys not in ("walked", "base"):
             raise ValueError(f"keys must be 'walked' or 'base', got {keys!r}")
         if keys == "base" and not self.on_original:
@@ -123,6 +127,7 @@ class ClosedFormEditor(ReversibleEditor):
         self.seed = seed
         self.ridge = ridge
         self.storage = storage
+        self.transforms = tuple(transforms)
         self.solvers: dict[int, Solver] = {}
         self.templates: Templates = ()
         self.targets: dict[str, tuple[str, Target]] = {}  # by id: what was asked for, and its target
@@ -177,18 +182,26 @@ class ClosedFormEditor(ReversibleEditor):
         """Make the solver of a layer of its second moment, which is taken out of ``moments``."""
         shape = adapter.shape(layer)
 
-        def make() -> RidgeSolver:
+        def make() -> OwnSolver:
             moment = moments.pop(layer)
             if self.storage.offload == "none":
                 moment = moment.to(algebra_device(adapter.device))
-            prior = self.covariance_weight * for_algebra(self.storage.place(moment))
-            if self.ridge:
-                prior.diagonal().add_(self.ridge * prior.diagonal().mean())
-            return RidgeSolver(prior, shape[0], memory=self.memory, storage=self.storage)
+            return self._solver_of(for_algebra(self.storage.place(moment)), shape[0])
 
         return (
             SharedSolver(adapter.ranks, make, shape, self.memory, adapter.device) if adapter.ranks.together else make()
         )
+
+    def _solver_of(self, moment: Tensor, d_out: int) -> OwnSolver:
+        """Make a solver of a second moment ``(d_in, d_in)``, float64."""
+        return RidgeSolver(self._prior_of(moment), d_out, memory=self.memory, storage=self.storage)
+
+    def _prior_of(self, moment: Tensor) -> Tensor:
+        r"""Return :math:`\lambda C`, with the ridge."""
+        prior = self.covariance_weight * moment
+        if self.ridge:
+            prior.diagonal().add_(self.ridge * prior.diagonal().mean())
+        return prior
 
     def settings(self) -> dict[str, Any]:
         """Return all settings that a result depends on, and what the second moments were."""
@@ -205,8 +218,14 @@ class ClosedFormEditor(ReversibleEditor):
             "context_count": self.context_count,
             "seed": self.seed,
             "storage.inverse": self.storage.inverse,
+            **({"transforms": [transform.settings() for transform in self.transforms]} if self.transforms else {}),
+            **self._own_settings(),
             "key statistics": [solver.prior_checksum for solver in self.solvers.values()],
         }
+
+    def _own_settings(self) -> dict[str, Any]:
+        """Return, as primitives, the settings that a method has beside those of the engine."""
+        return {}
 
     def opening(self) -> dict[str, Any]:
         """Return the sampled contexts."""
@@ -240,6 +259,11 @@ class ClosedFormEditor(ReversibleEditor):
         replaced: Sequence[RecordedFacts] = (),
     ) -> Proposal:
         """Work out the updates for some requests; see :meth:`Editor.propose`."""
+        if self.one_by_one and len(requests) > 1:
+            raise ArgumentError(
+                f"{type(self).__name__} makes one edit at a time, got a step of {len(requests)}: set data.batch_size to "
+                "1, or use a batch method (EMMET, MEMIT)"
+            )
         watch = Stopwatch()
         trial = Trial(self.solvers)
         with watch("solve"):
@@ -273,7 +297,14 @@ class ClosedFormEditor(ReversibleEditor):
         """Find keys and residuals of some edits and add them to the trial."""
         walk = Walk(self.ledger, model, self.residual, self.templates, watch)
         if self.keys == "walked":
-            return walk.facts(rows.of(names), targets, shifts, trial.add)
+
+            def adjust(layer: int, keys: Tensor, plain: Tensor, missing: Tensor) -> Tensor:
+                return self._residuals(layer, keys, plain, missing, trial.solvers[layer], model)
+
+            def solve(layer: int, keys: Tensor, residuals: Tensor) -> Tensor:
+                return self._written(layer, trial.add(layer, keys, residuals))
+
+            return walk.facts(rows.of(names), targets, shifts, solve, adjust)
         single = [slice(i, i + 1) for i in range(len(names))]
         parts = [
             walk.facts(rows.of([name]), targets[:, i], shifts[:, i], alone(self.solvers))
@@ -284,13 +315,40 @@ class ClosedFormEditor(ReversibleEditor):
             trial.add_blocks(facts)
         return facts
 
+    def _residuals(
+        self, layer: int, keys: Tensor, plain: Tensor, missing: Tensor, solver: Solver, model: ModelAdapter
+    ) -> Tensor:
+        """Return what a layer's solution is to say to some keys.
+
+        Args:
+            layer: Which.
+            keys: ``(d_in, n)``, means over contexts.
+            plain: ``(d_in, n)``, those at the plain prompts.
+            missing: ``(d_out, n)``, what the layer's weight is to add to its output at the plain prompts.
+            solver: The layer's solver, before the step.
+            model: What was measured on.
+        """
+        if self.memory and not self.on_original:  # what the current weights say already is part of the fact
+            return missing + solver.delta.to(missing) @ keys
+        return missing
+
+    def _written(self, layer: int, delta: Tensor) -> Tensor:
+        """Return what is written for a layer's solution."""
+        if not self.transforms:
+            return delta
+        base = for_algebra(self.ledger.base[self.ledger.names[layer]])
+        return transformed(delta, self.ledger.adapter.to_layout(layer, base).to(delta), self.transforms)
+
     def _model(self, trial: Trial, edited: bool) -> ModelAdapter:
         """Return the model that targets and keys are measured on."""
         if self.on_original:
             return self.ledger.original()
         if not edited:
             return self.ledger.adapter
-        weights = {self.ledger.names[n]: self.ledger.edited_weight(n, delta) for n, delta in trial.deltas().items()}
+        weights = {
+            self.ledger.names[n]: self.ledger.edited_weight(n, self._written(n, delta))
+            for n, delta in trial.deltas().items()
+        }
         return self.ledger.adapter.with_weights(weights)
 
     def _proposal(
@@ -305,7 +363,9 @@ class ClosedFormEditor(ReversibleEditor):
         if not entries and not change.restored and {e.number for e in self.ledger.entries} <= set(change.removed):
             trial.clear()
         names = self.ledger.names
-        updates = tuple(LayerUpdate(layer, names[layer], delta) for layer, delta in trial.deltas().items())
+        updates = tuple(
+            LayerUpdate(layer, names[layer], self._written(layer, delta)) for layer, delta in trial.deltas().items()
+        )
         first = self.ledger.layers[0]
         keys = facts.keys[first] if facts is not None else self.solvers[first].delta.new_empty(0, 0)
         return Proposal(requests, updates, entries, _Pending(trial.steps, keys), seconds or {}, change)

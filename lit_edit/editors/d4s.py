@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.closed_form import ClosedFormEditor
 
 
@@ -20,5 +21,16 @@ class D4S(ClosedFormEditor):
     By its nature D4S averages two edits of one and the same fact.
     """
 
+    about = EditorInfo(
+        title="D4S, Dump for Sequence",
+        paper="Reasons and Solutions for the Decline in Model Performance after Editing, arXiv 2410.23843",
+        kind="closed form",
+        cost="target optimisation; d_in^2 + d_in d_out per layer",
+        state="2 d_in^2 + d_in d_out per layer, whatever the number of edits",
+        undo="exact",
+        lora=True,
+        devices=True,
+        lacks="averages two edits of the same fact, unless the earlier one is taken out (on_conflict: replace)",
+    )
     on_original = True
     memory = True

@@ -13,9 +13,9 @@ from torch import Tensor
 class UpdateTransform(ABC):
     """A function of a layer's whole update and its original weight.
 
-    It is applied to the update relative to the original weights, each time anew: editors keep what they have solved, and
-    what is written is made of that. So it composes with undo and resume, and applying it at every edit is the same as
-    applying it once at the end.
+    It is applied to the update relative to the original weights, each time anew: editors keep what they have solved,
+    and what is written is made of that. So it composes with undo and resume, and applying it at every edit is the same
+    as applying it once at the end.
     """
 
     @abstractmethod

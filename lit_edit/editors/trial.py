@@ -88,10 +88,7 @@ class Trial:
     def clear(self) -> None:
         """Make all solutions zero: no edit holds any more, and what taking them out has left is rounding."""
         for layer, solver in self.solvers.items():
-            delta = torch.zeros_like(solver.delta)
-            rows, columns = delta.shape
-            keys = delta.new_empty(columns, 0)
-            self._take(layer, RidgeStep(delta, keys, delta.new_empty(rows, 0), keys))
+            self._take(layer, solver.clearing())
 
     def _exchange(self, groups: Sequence[Group], out: bool) -> None:
         if not groups:

@@ -18,10 +18,15 @@ from lit_edit.models.adapter import ModelAdapter
 from lit_edit.solvers.shared import Solver
 from lit_edit.targets.contexts import Templates, group_weights
 
-ResidualMode = Literal["shared", "remeasured", "uniform"]
+ResidualMode = Literal["shared", "remeasured", "uniform", "root"]
 
 Solve = Callable[[int, Tensor, Tensor], Tensor]
 """From a layer, keys ``(d_in, n)`` and residuals ``(d_out, n)`` to the update ``(d_out, d_in)`` to go on with."""
+
+
+Adjust = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""From a layer, keys and keys at the plain prompts ``(d_in, n)``, and what is missing at those ``(d_out, n)``, to the
+residuals that the layer's solution is to say to the keys."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,9 @@ class Walk:
     watch: Stopwatch
 
     @torch.no_grad()
-    def facts(self, rows: KeyLine, targets: Tensor, shifts: Tensor, solve: Solve) -> Facts:
+    def facts(
+        self, rows: KeyLine, targets: Tensor, shifts: Tensor, solve: Solve, adjust: Adjust | None = None
+    ) -> Facts:
         """Walk up the layers.
 
         Args:
@@ -51,6 +58,7 @@ class Walk:
             targets: ``(d_model, n)``, the wanted states behind the last edited layer.
             shifts: ``(d_model, n)``, what is missing to them on the reference model.
             solve: What to write into a layer before the next one is read.
+            adjust: What a method makes of the residuals.
         """
         layers, hidden = self.ledger.layers, rows.hidden
         keys, residuals = {}, {}
@@ -59,20 +67,29 @@ class Walk:
             with self.watch("keys"):
                 after, inputs = self._run(rows, layer, hidden)
                 keys[layer] = self._mean_key(rows, inputs)
-                if self.residual == "remeasured" and index > 0:
+                if self.residual in ("remeasured", "root") and index > 0:
                     plain = rows.line.carry(after, rows.plain)
                     reached = rows.plain.run(plain, layer + 1, layers[-1] + 1, adapter=self.reference)
                     missing = targets.to(hidden.device) - reached[rows.plain_lookups].T.to(missing)
             with self.watch("solve"):
-                share = len(layers) if self.residual == "uniform" else len(layers) - index
                 plain_inputs = inputs[rows.lookups[:, 0]]
-                residuals[layer] = self.reference.to_weight_residual(layer, plain_inputs, for_algebra(missing) / share)
+                share = for_algebra(missing) / self._share(index)
+                residuals[layer] = self.reference.to_weight_residual(layer, plain_inputs, share)
+                if adjust is not None:
+                    residuals[layer] = adjust(layer, keys[layer], for_algebra(plain_inputs).T, residuals[layer])
                 delta = solve(layer, keys[layer], residuals[layer])
             if layer != layers[-1]:
                 with self.watch("keys"):
                     weight = self.ledger.edited_weight(layer, delta)
                     hidden = self._rewritten(layer, weight, hidden, after, inputs, rows)
         return Facts(keys, residuals, targets, shifts, (targets.shape[1],))
+
+    def _share(self, index: int) -> float:
+        """Return the number that what is missing is divided by at a layer, counted from the lowest edited one."""
+        count = len(self.ledger.layers)
+        if self.residual == "uniform":
+            return count
+        return (count - index) ** 0.5 if self.residual == "root" else count - index
 
     @torch.no_grad()
     def first_keys(self, rows: KeyLine) -> Tensor:

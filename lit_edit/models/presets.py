@@ -16,15 +16,36 @@ PUBLISHED: dict[tuple[str, int, int], tuple[int, ...]] = {
 }
 
 
+PUBLISHED_SINGLE: dict[tuple[str, int, int], int] = {
+    # for methods that edit one layer (ROME)
+    ("llama", 30, 576): 8,
+    ("gpt2", 48, 1600): 17,
+    ("gptj", 28, 4096): 5,
+    ("llama", 32, 4096): 5,
+    ("mistral", 32, 4096): 5,
+    ("llama", 28, 3072): 5,
+    ("qwen2", 28, 3584): 5,
+}
+
+
+def edit_layer(adapter: ModelAdapter) -> int:
+    """Return the layer to edit when a method edits one and the user names none: by default the middle of the group."""
+    layers = edit_layers(adapter)
+    return PUBLISHED_SINGLE.get(_key(adapter), layers[len(layers) // 2])
+
+
 def edit_layers(adapter: ModelAdapter) -> tuple[int, ...]:
     """Return the layers to edit when the user names none.
 
     Models that nobody has tuned get the layers from an eighth to a third of the depth, where the published choices lie.
     """
-    config = adapter.model.config
-    key = (config.model_type, adapter.n_layers, adapter.shape(0)[0])
+    key = _key(adapter)
     if key in PUBLISHED:
         return PUBLISHED[key]
     depth = adapter.n_layers
     last = min(depth - 1, max(1, round(depth * 0.3)))
     return tuple(range(max(0, last - 4), last + 1))
+
+
+def _key(adapter: ModelAdapter) -> tuple[str, int, int]:
+    return adapter.model.config.model_type, adapter.n_layers, adapter.shape(0)[0]

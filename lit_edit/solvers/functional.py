@@ -65,16 +65,17 @@ def ridge_update(keys: Tensor, residuals: Tensor, prior: Tensor) -> Tensor:
 
 
 @outside_autocast
-def ridge_gain(projected: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def ridge_gain(projected: Tensor, keys: Tensor, slack: float = 1.0) -> tuple[Tensor, Tensor]:
     r"""Return what a block of facts does to a solution :math:`D` and to :math:`P`.
 
-    With :math:`S = I + K^\top P K = L L^\top` (Woodbury): the gain :math:`G = P K S^{-1}`, so that
+    With :math:`S = s I + K^\top P K = L L^\top` (Woodbury): the gain :math:`G = P K S^{-1}`, so that
     :math:`D \leftarrow D + (R - D K) G^\top`, and the factor :math:`V = P K L^{-\top}`, so that
     :math:`P \leftarrow P - V V^\top`.
 
     Args:
         projected: :math:`P K`, ``(d_in, b)``.
         keys: ``(d_in, b)``.
+        slack: :math:`s`, 1 in least squares; with 0 the facts hold exactly (ROME), in between nearly (EMMET).
 
     Returns:
         Gain and factor, each ``(d_in, b)``.
@@ -83,13 +84,51 @@ def ridge_gain(projected: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: If ``P`` is not positive definite.
     """
     inner = keys.T @ projected
-    inner.diagonal().add_(1.0)
+    inner.diagonal().add_(slack)
     lower, info = torch.linalg.cholesky_ex(inner)
+    if slack < 1:
+        pivots = lower.diagonal().square()
+        if info.item() != 0 or not bool((pivots > 1e-12 * inner.diagonal()).all()):
+            raise FactsError(_NOT_INDEPENDENT)
     if info.item() != 0:
         raise ArgumentError(_NOT_POSITIVE)
     factor = torch.linalg.solve_triangular(lower, projected.T, upper=False).T
     gain = torch.linalg.solve_triangular(lower.T, factor.T, upper=True).T
     return gain, factor
+
+
+@outside_autocast
+def constrained_update(keys: Tensor, residuals: Tensor, prior: Tensor, slack: float = 0.0) -> Tensor:
+    r"""Return the delta that makes facts hold and else changes as little as it can.
+
+    :math:`\Delta = R\,(K^\top \Lambda^{-1} K + s I)^{-1} K^\top \Lambda^{-1}` (EMMET, arXiv 2403.14236, eq. 14): of all
+    :math:`\Delta` with :math:`\Delta K = R` the one with the least :math:`\operatorname{tr} \Delta \Lambda \Delta^\top`
+    where :math:`s = 0`. One fact: ROME (arXiv 2202.05262, eq. 2). With :math:`s = 1` it is :func:`ridge_update`.
+
+    Args:
+        keys: ``(d_in, n)``.
+        residuals: ``(d_out, n)``.
+        prior: ``(d_in, d_in)``, symmetric positive definite.
+        slack: :math:`s`.
+
+    Returns:
+        ``(d_out, d_in)`` in the dtype of ``prior``.
+
+    Raises:
+        ValueError: If the shapes do not fit, a value is not finite, ``prior`` is not positive definite, or the keys are
+            not independent where there is no slack.
+
+    Example:
+        >>> key, residual = torch.tensor([[2.0], [0.0]]), torch.tensor([[2.0]])
+        >>> constrained_update(key, residual, torch.eye(2, dtype=torch.float64)) @ key.double()
+        tensor([[2.]], dtype=torch.float64)
+    """
+    if prior.dim() != 2 or prior.shape[0] != prior.shape[1]:
+        raise ValueError(f"prior must be square (d_in, d_in), got {tuple(prior.shape)}")
+    check_facts(keys, residuals, prior.shape[0], residuals.shape[0] if residuals.dim() else 0)
+    keys, residuals = keys.to(prior), residuals.to(prior)
+    gain, _ = ridge_gain(solve_spd(prior, keys), keys, slack)
+    return residuals @ gain.T
 
 
 @outside_autocast
@@ -143,6 +182,10 @@ def inverse_spd(matrix: Tensor) -> Tensor:
     return torch.cholesky_inverse(factor).contiguous()
 
 
+_NOT_INDEPENDENT = (
+    "two edits of one step have nearly the same key, or a key is zero: they cannot all hold exactly. Use a larger "
+    "slack (model.editor.init_args.slack) or smaller steps (data.batch_size)"
+)
 _NOT_POSITIVE = (
     "the second moment of the keys is not positive definite: it was computed from too few or too uniform tokens. "
     "Use more tokens (model.statistics.tokens, at least 10 x d_in) or a larger ridge "

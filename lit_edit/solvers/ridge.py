@@ -15,7 +15,14 @@ from torch import Tensor
 from lit_edit.checksum import checksum
 from lit_edit.devices import algebra_dtype, without_autocast
 from lit_edit.errors import ArgumentError
-from lit_edit.solvers.functional import check_facts, inverse_spd, removal_gain, ridge_gain, ridge_update
+from lit_edit.solvers.functional import (
+    check_facts,
+    constrained_update,
+    inverse_spd,
+    removal_gain,
+    ridge_gain,
+    ridge_update,
+)
 from lit_edit.solvers.storage import SolverStorage
 
 log = logging.getLogger(__name__)
@@ -96,9 +103,12 @@ class RidgeSolver:
         drift_bound: Factorise anew when ``|P (prior + G) x - x| / |x|`` exceeds this for a probe ``x``; measured at
             each fold. By default 1e-8, or 1e-3 with ``P`` in float32.
         storage: Type and place of the matrices.
+        slack: How exactly a block is to hold: 1 in least squares, 0 exactly (:func:`constrained_update`). Other values
+            than 1 are for solvers without memory.
+        slack_alone: The same for a block of one fact; by default as the others.
 
     Raises:
-        ValueError: If the prior is not square, not finite or not positive definite.
+        ValueError: If the prior is not square, not finite or not positive definite, or an argument is out of range.
 
     Example:
         >>> solver = RidgeSolver(torch.eye(2), d_out=1)
@@ -115,7 +125,14 @@ class RidgeSolver:
         fold_every: int = 64,
         drift_bound: float | None = None,
         storage: SolverStorage = SolverStorage(),  # noqa: B008 - frozen
+        slack: float = 1.0,
+        slack_alone: float | None = None,
     ) -> None:
+        self.slack, self.slack_alone = slack, slack if slack_alone is None else slack_alone
+        if not (0 <= self.slack < float("inf") and 0 <= self.slack_alone < float("inf")):
+            raise ValueError(f"slack must not be negative or infinite, got {slack} and {slack_alone}")
+        if memory and (self.slack, self.slack_alone) != (1.0, 1.0):
+            raise ValueError("facts are remembered in least squares: with memory the slack is 1")
         if prior.dim() != 2 or prior.shape[0] != prior.shape[1]:
             raise ValueError(f"prior must be square (d_in, d_in), got {tuple(prior.shape)}")
         if not torch.isfinite(prior).all():
@@ -189,7 +206,7 @@ class RidgeSolver:
         """
         check_facts(keys, residuals, self.d_in, self.d_out)
         keys, residuals = self._in_rows(keys), self._in_rows(residuals)
-        gain, factor = ridge_gain(self._project(keys), keys)
+        gain, factor = ridge_gain(self._project(keys), keys, self._slack_of(keys))
         missing = residuals - self.delta @ keys if self.memory else residuals
         delta = torch.addmm(self.delta, missing, gain.T)
         return RidgeStep(delta, keys, residuals, factor, change=(missing, gain))
@@ -241,8 +258,12 @@ class RidgeSolver:
         for sign, blocks in ((-1.0, old), (1.0, new)):
             for block in blocks:
                 if block.keys.shape[1]:
-                    facts = self._in_rows(block.keys), self._in_rows(block.residuals)
-                    delta = delta + sign * ridge_update(*facts, prior)
+                    keys, residuals = self._in_rows(block.keys), self._in_rows(block.residuals)
+                    slack = self._slack_of(keys)
+                    if slack == 1.0:
+                        delta = delta + sign * ridge_update(keys, residuals, prior)
+                    else:
+                        delta = delta + sign * constrained_update(keys, residuals, prior, slack)
         empty = prior.new_empty(self.d_in, 0)
         return RidgeStep(delta, empty, prior.new_empty(self.d_out, 0), empty)
 
@@ -264,6 +285,9 @@ class RidgeSolver:
         else:
             projected = torch.cholesky_solve(keys, self._prior_factor())
         return projected, 1.0 + (keys * projected).sum(0)
+
+    def _slack_of(self, keys: Tensor) -> float:
+        return self.slack_alone if keys.shape[1] == 1 else self.slack
 
     def _in_rows(self, facts: Tensor) -> Tensor:
         """Return facts in the solver's type, laid out in rows whatever they come from.
@@ -328,6 +352,11 @@ class RidgeSolver:
     def update(self, keys: Tensor, residuals: Tensor) -> None:
         """Add a block of facts: keys ``(d_in, b)``, residuals ``(d_out, b)``."""
         self.absorb(self.preview(keys, residuals))
+
+    def clearing(self) -> RidgeStep:
+        """Return the step to a solution of zero, when no fact holds and what is left of them is rounding."""
+        none = self.delta.new_empty(self.d_in, 0)
+        return RidgeStep(torch.zeros_like(self.delta), none, self.delta.new_empty(self.d_out, 0), none)
 
     def solve(self) -> Tensor:
         """Return the running solution ``(d_out, d_in)``, float64."""

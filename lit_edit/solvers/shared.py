@@ -13,6 +13,10 @@ from lit_edit.errors import ArgumentError
 from lit_edit.ranks import Payload, Ranks
 from lit_edit.solvers.functional import FactsError
 from lit_edit.solvers.ridge import Block, RidgeSolver, RidgeStep
+from lit_edit.solvers.subspace import SubspaceSolver
+
+OwnSolver = RidgeSolver | SubspaceSolver
+"""A solver of one process."""
 
 _TOLD = (ArgumentError, FactsError)
 
@@ -36,11 +40,11 @@ class SharedSolver:
     """
 
     def __init__(
-        self, ranks: Ranks, make: Callable[[], RidgeSolver], shape: tuple[int, int], memory: bool, device: torch.device
+        self, ranks: Ranks, make: Callable[[], OwnSolver], shape: tuple[int, int], memory: bool, device: torch.device
     ) -> None:
         self.ranks, self.memory = ranks, memory
         self.d_out, self.d_in = shape
-        self._own: RidgeSolver | None = None
+        self._own: OwnSolver | None = None
         place, rows = algebra_device(device), 0 if ranks.leads else self.d_out
         self._delta = torch.zeros(rows, self.d_in, dtype=algebra_dtype(place), device=place)
 
@@ -72,6 +76,10 @@ class SharedSolver:
     def preview_exchange(self, old: Sequence[Block], new: Sequence[Block]) -> RidgeStep:
         """Solve with some blocks in place of others; see :meth:`RidgeSolver.preview_exchange`."""
         return self._step(lambda own: own.preview_exchange(old, new))
+
+    def clearing(self) -> RidgeStep:
+        """Return the step to a solution of zero; see :meth:`RidgeSolver.clearing`."""
+        return self._step(lambda own: own.clearing())
 
     def alone(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Return what facts would do if each were alone; see :meth:`RidgeSolver.alone`."""
@@ -116,7 +124,7 @@ class SharedSolver:
             assert isinstance(delta, Tensor)  # noqa: S101 - the leader has looked at the same state
             self._delta = delta.to(self._delta, copy=True)
 
-    def _step(self, solve: Callable[[RidgeSolver], RidgeStep]) -> RidgeStep:
+    def _step(self, solve: Callable[[OwnSolver], RidgeStep]) -> RidgeStep:
         made: list[RidgeStep] = []
 
         def work() -> Payload:
@@ -136,4 +144,4 @@ class SharedSolver:
         return RidgeStep(delta, empty, empty, empty)
 
 
-Solver = RidgeSolver | SharedSolver
+Solver = OwnSolver | SharedSolver

@@ -60,6 +60,10 @@ class TargetSettings:
         trust: With ``polyak``, no step is longer than this share of ``|h0|``.
         margin: By how many nats each target token must lead all others before an edit stops; with ``probability`` 0 it
             stops then.
+        first_choice: Stop an edit at so many steps at which every target token was the first choice in every context
+            (ENCORE's most-probable stop, 2 there); 0 does not count them.
+        anchor: What ``clamp`` and ``weight_decay`` measure ``|delta|`` against, in place of ``h0``: the ``state``
+            behind the layer (MEMIT), or the output of its ``mlp`` (ROME).
         precision: Type of the matrix products in the layers above. ``bfloat16`` is faster on processors that have it;
             states, norms, sums and losses stay as they are, and so do statistics, keys and the solve. ``fastest`` takes
             it where a short measurement says that it pays.
@@ -77,23 +81,30 @@ class TargetSettings:
     rule: Literal["adam", "polyak"] = "adam"
     trust: float = 0.3
     margin: float = 0.0
+    first_choice: int = 0
+    anchor: Literal["state", "mlp"] = "state"
     precision: Literal["float32", "bfloat16", "fastest"] = "float32"
 
     def __post_init__(self) -> None:
         for name in ("steps", "lr", "weight_decay", "clamp", "kl_factor", "loss_threshold", "probability", "trust",
-                     "margin"):  # fmt: skip
+                     "margin", "first_choice"):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name} must be a number, got {value!r}")
             if not math.isfinite(value) and name not in ("clamp", "trust"):  # without these two no step is cut
                 raise ValueError(f"{name} must be finite, got {value}")
-        for name, low in (("steps", 1), ("weight_decay", 0), ("kl_factor", 0), ("margin", 0)):
+        for name, low in (("steps", 1), ("weight_decay", 0), ("kl_factor", 0), ("margin", 0),
+                          ("first_choice", 0)):  # fmt: skip
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         for name in ("lr", "clamp", "trust"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name, known in (("rule", ("adam", "polyak")), ("precision", ("float32", "bfloat16", "fastest"))):
+        for name, known in (
+            ("rule", ("adam", "polyak")),
+            ("anchor", ("state", "mlp")),
+            ("precision", ("float32", "bfloat16", "fastest")),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
         if not 0.0 <= self.probability < 1.0:
@@ -193,7 +204,9 @@ def _optimise(
     base = adapter.ranks.same(window.base())  # all ranks are to take the same steps
     count, device = len(problems), base.device
     delta = torch.zeros_like(base)
-    base_norm = torch.linalg.vector_norm(base, dim=1)
+    anchor = base if settings.anchor == "state" else adapter.ranks.same(window.mlp_base())
+    base_norm = torch.linalg.vector_norm(anchor, dim=1)
+    leading = torch.zeros(count, dtype=torch.int64, device=device)  # steps at which the target was the first choice
     rule: StepRule = Polyak(settings.trust, base_norm, delta) if settings.rule == "polyak" else Adam(settings.lr, delta)
     every = torch.tensor([len(p.prompts) for p in problems], device=device, dtype=base.dtype)
     plain = {edit for edit, problem in enumerate(problems) if settings.plain_first and len(problem.prompts) > 1}
@@ -220,12 +233,16 @@ def _optimise(
         first = losses.probability if step == 0 else first
         last = torch.where(active, losses.probability, last)
         done = loss < settings.loss_threshold
+        leading += losses.margin > 0
+        if settings.first_choice > 0:
+            done |= leading >= settings.first_choice
         if settings.probability > 0 or settings.margin > 0:
             done |= (losses.margin > settings.margin) & (losses.probability >= settings.probability)
         widened = [edit for edit in sorted(plain) if done[edit]]  # said at the plain prompt: on to all contexts
         plain.difference_update(widened)
         done[widened] = False
         contexts[widened] = every[widened]
+        leading[widened] = 0
         finished = active & done
         active = active & ~done
         if final or not active.any():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.packed import Line, TokenRows
+from lit_edit.models.shards import whole
 from lit_edit.targets.problem import TargetProblem
 
 _CHUNK_TOKENS = 768
@@ -69,9 +70,12 @@ class Window:
         self.rows, self.lookups = TokenRows(adapter, rows, pad, share=lookups), lookups
         self.lengths = [len(row) for row in rows]
         everything = self.rows.line()
-        states = everything.run(everything.hidden, 0, layer + 1)
+        found: dict[int, Tensor] = {}
+        states = everything.run(everything.run(everything.hidden, 0, layer), layer, layer + 1, keys=found)
         self.hidden = torch.empty_like(states)
         self.hidden[everything.nodes] = states  # by node
+        self.down_inputs = torch.empty_like(found[layer])
+        self.down_inputs[everything.nodes] = found[layer]
         # What comes before the lookup tokens never changes: its attention keys and values are computed once.
         self.before = self.rows.line(stops=lookups) if any(lookups) else None
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
@@ -80,9 +84,22 @@ class Window:
 
     def base(self) -> Tensor:
         """Return ``h0`` ``(edits, d_model)``: the states at the lookup tokens of the plain prompts."""
-        nodes = [self.rows.paths[rows[0]][self.lookups[rows[0]]] for rows in self.rows_of]
-        states = self.hidden[torch.tensor(nodes, device=self.hidden.device)]
+        states = self.hidden[self._plain_lookups()]
         return states if states.dtype == torch.float64 else states.float()
+
+    @torch.no_grad()
+    def mlp_base(self) -> Tensor:
+        """Return ``v0`` ``(edits, d_out)``: the down projection's outputs at the lookup tokens of the plain prompts."""
+        module = self.adapter.down_proj(self.layer)
+        weight = self.adapter.to_layout(self.layer, self.adapter.weight(self.layer))
+        values = torch.nn.functional.linear(self.down_inputs[self._plain_lookups()], weight)
+        if isinstance(module.bias, Tensor):
+            values = values + whole(module.bias)
+        return values if values.dtype == torch.float64 else values.float()
+
+    def _plain_lookups(self) -> Tensor:
+        nodes = [self.rows.paths[rows[0]][self.lookups[rows[0]]] for rows in self.rows_of]
+        return torch.tensor(nodes, device=self.hidden.device)
 
     def chunks(self, edits: Sequence[int], plain: Collection[int] = ()) -> list[Chunk]:
         """Cut the rows of some edits into chunks of about ``_CHUNK_TOKENS`` tokens, and return this rank's share.

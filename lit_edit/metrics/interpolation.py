@@ -1,0 +1,83 @@
+"""How an edited model would do with a part of its updates: the table behind the choice of alpha (1-LI, 2303.00046)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_edit.data.request import EditRequest
+from lit_edit.ledger import EditLedger
+from lit_edit.metrics.evaluation import KINDS, evaluate_edits, summarise
+from lit_edit.metrics.functional import harmonic_score
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Shares to measure when none are given; 0 is the original model."""
+
+
+@dataclass(frozen=True)
+class InterpolationRow:
+    """A model with a share of its updates.
+
+    Attributes:
+        alpha: The share.
+        efficacy: On the prompts of the edits.
+        generalization: On their paraphrases.
+        locality: On their neighbours.
+        score: Harmonic mean of the three; ``None`` if one is missing.
+    """
+
+    alpha: float
+    efficacy: float | None
+    generalization: float | None
+    locality: float | None
+    score: float | None
+
+
+def interpolation_rows(
+    ledger: EditLedger,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    alphas: Sequence[float] = SHARES,
+    measure: Literal["success", "accuracy", "token_accuracy"] = "success",
+) -> list[InterpolationRow]:
+    r"""Measure an edited model with shares of its updates, :math:`(1 - \alpha) W_0 + \alpha W`; it is not changed.
+
+    Args:
+        ledger: Holds the model, its original weights and its updates, of whichever editor.
+        tokenizer: The model's.
+        requests: What to measure on: of the edits that were made, or some that were held out.
+        alphas: The shares, in the order of the rows.
+        measure: Which family of metrics.
+
+    Returns:
+        A row per share.
+
+    Raises:
+        ValueError: If a share is not in [0, 1], or there is nothing to measure.
+    """
+    if not requests:
+        raise ValueError("requests must hold at least one edit to measure, got none")
+    if wrong := [alpha for alpha in alphas if not 0 <= alpha <= 1]:
+        raise ValueError(f"alphas must be in [0, 1], got {wrong[0]}")
+    rows = []
+    for alpha in alphas:
+        view = ledger.adapter.with_weights(interpolated_weights(ledger, alpha))
+        summary = summarise(evaluate_edits(view, tokenizer, requests))
+        values = [summary[kind][measure] for kind in KINDS]
+        rows.append(InterpolationRow(alpha, *values, harmonic_score(values)))
+    return rows
+
+
+@torch.no_grad()
+def interpolated_weights(ledger: EditLedger, alpha: float) -> Mapping[str, Tensor]:
+    """Return the edited weights with a share of their updates, by name, rounded as the ledger would."""
+    return {
+        name: ledger.edited_weight(layer, delta if alpha == 1 else alpha * delta)
+        for layer, name in ledger.names.items()
+        if (delta := ledger.deltas.get(name)) is not None
+    }
