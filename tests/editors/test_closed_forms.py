@@ -436,14 +436,11 @@ def test_another_subspace_is_refused() -> None:
 
 
 def test_first_choices_are_counted() -> None:
-    model, tokenizer = tiny_model("gpt2", F64), tiny_tokenizer()
-    logits = model(torch.tensor([tokenizer(REQUESTS[0].text)["input_ids"]])).logits[0, -1]
-    words = [tokenizer.decode(token) for token in logits.topk(30).indices[1:]]
-    likely = next(w for w in words if w.startswith(" ") and len(tokenizer(w)["input_ids"]) == 1 and w.strip().isalpha())
-    request = replace(REQUESTS[0], target_new=likely.strip())
-    problems = [build_problem(tokenizer, request, tuple(map(tuple, CONTEXTS)))]
+    request = replace(REQUESTS[0], target_new="C")  # nearly what this model says anyway
+    problems = [build_problem(tiny_tokenizer(), request, (("{}",),))]
     stops: list[dict[str, Any]] = [{"margin": 1e-9}, {"first_choice": 1}, {"first_choice": 2}]
-    settings = [TargetSettings(60, loss_threshold=0, **stop) for stop in stops]
-    steps = [len(optimise_targets(ModelAdapter(model), problems, LAYER, own)[0].trace) for own in settings]
+    settings = [TargetSettings(60, lr=0.05, loss_threshold=0, **stop) for stop in stops]
+    adapter = ModelAdapter(tiny_model("gpt2", F64))
+    steps = [len(optimise_targets(adapter, problems, LAYER, own)[0].trace) for own in settings]
     assert 1 < steps[0] < 60
     assert steps[1:] == [steps[0], steps[0] + 1]
