@@ -180,6 +180,11 @@ class EditStream(LightningModule):
     def on_train_start(self) -> None:
         """Prepare the editor and measure the unedited model, or take everything up where an earlier process left it."""
         requests = self.stream_requests()
+        if self.editor.one_by_one and self._loader().batch_size > 1:
+            raise MisconfigurationException(
+                f"{type(self.editor).__name__} makes one edit at a time, got "
+                f"data.batch_size={self._loader().batch_size}: set it to 1, or use a batch method (lit-edit editors)"
+            )
         self._compare_ranks(requests)
         self._take_up()
         self._reopened, self._open = self._reopened + self._open, 0

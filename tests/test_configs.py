@@ -11,7 +11,8 @@ from lit_edit.cli import main
 from lit_edit.commands.configs import config_root, expand_arguments, find_config, shipped_configs
 from lit_edit.errors import ArgumentError
 
-SWEEPS = [name for name in shipped_configs() if name.startswith("sweep/")]  # tests/test_sweep.py
+# tests/test_sweep.py and tests/test_compare.py
+SWEEPS = [name for name in shipped_configs() if name.startswith("sweep/") or name == "compare"]
 CLUSTER = [name for name in shipped_configs() if name.startswith("cluster/")]  # tests/test_cluster.py
 RUNS = [name for name in shipped_configs() if name not in SWEEPS + CLUSTER]
 PIECES = [name for name in RUNS if "/" in name and not name.startswith("experiment/")]

@@ -15,12 +15,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_edit.callbacks import LayerNorms, Retention
 from torch.utils.data import DataLoader
 
-from lit_edit import EditStream
+from lit_edit import EditStream, LanguageModel
 from lit_edit.checkpoints import load_tree
-from lit_edit.editors import Proposal
+from lit_edit.editors import ROME, Proposal
 from lit_edit.errors import ArgumentError
 from lit_edit.ledger import EditRefusedError, LayerUpdate
-from tests.streams import make_data, make_stream, make_trainer, state_of
+from lit_edit.testing import tiny_model, tiny_tokenizer
+from tests.streams import FixedStatistics, make_data, make_stream, make_trainer, state_of
 
 
 class StopAfter(Callback):
@@ -396,3 +397,11 @@ def test_a_run_that_refuses_an_edit_can_be_resumed(tmp_path: Path) -> None:
     assert [entry.id for entry in resumed.ledger.entries] == list("02345")
     for name, delta in whole.ledger.deltas.items():
         assert torch.equal(delta, resumed.ledger.deltas[name])
+
+
+def test_a_method_for_single_edits_refuses_larger_steps(tmp_path: Path) -> None:
+    language_model = LanguageModel.of(tiny_model(), tiny_tokenizer())
+    stream = EditStream(language_model, ROME(layers=[1]), FixedStatistics())
+    with pytest.raises(MisconfigurationException, match=r"ROME makes one edit at a time, got data.batch_size=2"):
+        make_trainer(tmp_path).fit(stream, make_data(batch_size=2))
+    assert stream.edits_made == 0

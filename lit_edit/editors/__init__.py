@@ -6,9 +6,15 @@ from lit_edit.editors.closed_form import ClosedFormEditor
 from lit_edit.editors.d4s import D4S
 from lit_edit.editors.emmet import EMMET
 from lit_edit.editors.encore import ENCORE
+from lit_edit.editors.interpolate import Interpolate
 from lit_edit.editors.memit import MEMIT, MEMITSeq
+from lit_edit.editors.norm_anchor import NormAnchor
+from lit_edit.editors.prune import PRUNE
+from lit_edit.editors.rect import RECT
 from lit_edit.editors.rlsedit import RLSEdit
 from lit_edit.editors.rome import ROME, RROME
+from lit_edit.editors.simie import SimIE
+from lit_edit.editors.transforms import UpdateTransform
 from lit_edit.targets.optimize import TargetSettings
 
 __all__ = [
@@ -16,14 +22,20 @@ __all__ = [
     "EMMET",
     "ENCORE",
     "MEMIT",
+    "PRUNE",
+    "RECT",
     "ROME",
     "RROME",
     "AlphaEdit",
     "ClosedFormEditor",
     "Editor",
     "EditorInfo",
+    "Interpolate",
     "MEMITSeq",
+    "NormAnchor",
     "Proposal",
     "RLSEdit",
+    "SimIE",
     "TargetSettings",
+    "UpdateTransform",
 ]

@@ -6,18 +6,21 @@ the residual is spread over the layers, and whether earlier facts are remembered
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
+from lit_edit.data.sources import load_requests
 from lit_edit.devices import algebra_device, for_algebra
 from lit_edit.editors.base import Proposal, Status, Stopwatch, silent
 from lit_edit.editors.facts import Facts, join_facts
 from lit_edit.editors.key_index import KeyIndex
 from lit_edit.editors.key_rows import KeyRows
+from lit_edit.editors.norm_anchor import NormAnchor, anchor_targets, reference_norm
 from lit_edit.editors.reversible import ReversibleEditor, asked
 from lit_edit.editors.transforms import UpdateTransform, transformed
 from lit_edit.editors.trial import Trial
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 
     from lit_edit.models.adapter import ModelAdapter
     from lit_edit.stats.second_moment import KeyStatistics
+
+log = logging.getLogger(__name__)
 
 DEFAULT_TARGET = TargetSettings(probability=0.95)
 """The published settings, but an edit stops once its target is said everywhere with this probability: going on until
@@ -65,7 +70,8 @@ class ClosedFormEditor(ReversibleEditor):
             each layer and writes ``1/(remaining layers)`` of what is left (MEMIT); ``shared`` measures once and still
             divides by the remaining layers (the released D4S code, which writes 2.28 times the residual over five
             layers); ``uniform`` writes :math:`r/n` everywhere; ``root`` is ``remeasured`` with the square root of the
-            number of remaining layers (PMET).
+            number of remaining layers (PMET); ``ends`` writes half into the first and what is left into the last layer,
+            and nothing between (after BLUE, arXiv 2502.03748).
         target: Settings of the target optimisation.
         keys: Where keys are read: ``walked`` reads each layer's with all that has been written into the layers below
             (MEMIT, the released D4S); ``base`` reads them, and measures residuals, as if the edit were the only one
@@ -77,6 +83,7 @@ class ClosedFormEditor(ReversibleEditor):
         ridge: Added to the diagonal of the second moment, relative to its mean.
         storage: Type and place of the solver's matrices, for layers too large for the memory at hand.
         transforms: What is done to updates before they are written, in order (:mod:`lit_edit.editors.transforms`).
+        norm_anchor: Norm-anchor scaling of the targets (:mod:`lit_edit.editors.norm_anchor`); by default none.
 
     Attributes:
         on_original: Targets and residuals are measured on the original weights (else on the current ones).
@@ -100,13 +107,14 @@ class ClosedFormEditor(ReversibleEditor):
         ridge: float = 0.0,
         storage: SolverStorage = SolverStorage(),  # noqa: B008 - frozen
         transforms: Sequence[UpdateTransform] = (),
+        norm_anchor: NormAnchor | None = None,
     ) -> None:
         if layers is not None and (len(layers) == 0 or list(layers) != sorted(set(layers)) or min(layers) < 0):
             raise ValueError(f"layers must be ascending, different and not negative, got {list(layers)}")
         if not 0 < covariance_weight < float("inf"):
             raise ValueError(f"covariance_weight (lambda) must be positive and finite, got {covariance_weight}")
-        if residual not in ("shared", "remeasured", "uniform", "root"):
-            raise ValueError(f"residual must be 'shared', 'remeasured', 'uniform' or 'root', got {residual!r}")
+        if residual not in get_args(ResidualMode):
+            raise ValueError(f"residual must be one of {', '.join(get_args(ResidualMode))}, got {residual!r}")
         if keys not in ("walked", "base"):
             raise ValueError(f"keys must be 'walked' or 'base', got {keys!r}")
         if keys == "base" and not self.on_original:
@@ -128,6 +136,8 @@ class ClosedFormEditor(ReversibleEditor):
         self.ridge = ridge
         self.storage = storage
         self.transforms = tuple(transforms)
+        self.norm_anchor = norm_anchor
+        self._reference: float | None = None  # of norm_anchor, once it is known
         self.solvers: dict[int, Solver] = {}
         self.templates: Templates = ()
         self.targets: dict[str, tuple[str, Target]] = {}  # by id: what was asked for, and its target
@@ -177,6 +187,7 @@ class ClosedFormEditor(ReversibleEditor):
         self.targets.clear()
         self._failed.clear()
         self._key_rows = None
+        self._reference = None if self.norm_anchor is None else self.norm_anchor.reference
 
     def _make_solver(self, adapter: ModelAdapter, layer: int, moments: dict[int, Tensor]) -> Solver:
         """Make the solver of a layer of its second moment, which is taken out of ``moments``."""
@@ -219,6 +230,7 @@ class ClosedFormEditor(ReversibleEditor):
             "seed": self.seed,
             "storage.inverse": self.storage.inverse,
             **({"transforms": [transform.settings() for transform in self.transforms]} if self.transforms else {}),
+            **({} if self.norm_anchor is None else {"norm_anchor": asdict(self.norm_anchor)}),
             **self._own_settings(),
             "key statistics": [solver.prior_checksum for solver in self.solvers.values()],
         }
@@ -228,12 +240,14 @@ class ClosedFormEditor(ReversibleEditor):
         return {}
 
     def opening(self) -> dict[str, Any]:
-        """Return the sampled contexts."""
-        return {"templates": [list(group) for group in self.templates]}
+        """Return the sampled contexts, and the length that norm-anchor scaling gives to what is written."""
+        anchored = {} if self.norm_anchor is None else {"reference": self._anchor_length(self.norm_anchor, silent)}
+        return {"templates": [list(group) for group in self.templates], **anchored}
 
     def reopen(self, opening: Mapping[str, Any]) -> None:
         """Go on with the contexts of an earlier process."""
         self.templates = check_templates(opening["templates"])
+        self._reference = opening.get("reference")
 
     @property
     def exact_undo(self) -> bool:
@@ -261,8 +275,8 @@ class ClosedFormEditor(ReversibleEditor):
         """Work out the updates for some requests; see :meth:`Editor.propose`."""
         if self.one_by_one and len(requests) > 1:
             raise ArgumentError(
-                f"{type(self).__name__} makes one edit at a time, got a step of {len(requests)}: set data.batch_size to "
-                "1, or use a batch method (EMMET, MEMIT)"
+                f"{type(self).__name__} makes one edit at a time, got a step of {len(requests)}: set "
+                "data.batch_size to 1, or use a batch method (EMMET, MEMIT)"
             )
         watch = Stopwatch()
         trial = Trial(self.solvers)
@@ -434,7 +448,47 @@ class ClosedFormEditor(ReversibleEditor):
         return {asked(first): error}
 
     def _optimise(self, requests: Sequence[EditRequest], adapter: ModelAdapter, status: Status) -> list[Target]:
-        problems = [build_problem(self.tokenizer, r, self.templates) for r in requests]
+        if self.norm_anchor is None:
+            return self._fit(requests, adapter, self.templates, status)
+        reference = self._anchor_length(self.norm_anchor, status)
+        targets = self._fit(requests, adapter, self.templates, status, outputs=True)
+        return [self._anchored(r, t, reference) for r, t in zip(requests, targets, strict=True)]
+
+    def _anchored(self, request: EditRequest, target: Target, reference: float) -> Target:
+        """Return a target whose written part has the reference length; see :mod:`lit_edit.editors.norm_anchor`."""
+        assert self.norm_anchor is not None  # noqa: S101 - for the type checker
+        assert target.output is not None  # noqa: S101 - it was asked for
+        columns = (target.value[:, None], target.base[:, None], target.output[:, None])
+        anchored = anchor_targets(*columns, reference, self.norm_anchor.factor)
+        if bool(anchored.dropped):
+            log.warning(
+                "edit %r (%r -> %r) changes nothing: what it wants written is longer than %g times the reference "
+                "length (norm_anchor)",
+                request.id,
+                request.text,
+                request.target_new,
+                self.norm_anchor.factor,
+            )
+        return replace(target, delta=anchored.targets[:, 0] - target.base)
+
+    def _anchor_length(self, settings: NormAnchor, status: Status) -> float:
+        if self._reference is None:
+            sample, _ = load_requests("builtin", limit=settings.samples)
+            status(f"norm anchor: fitting {len(sample)} targets")
+            targets = self._fit(sample, self.ledger.original(), (("{}",),), status, outputs=True)
+            lengths = [float((t.output + t.delta).norm()) for t in targets if t.output is not None]
+            self._reference = reference_norm(lengths, settings.drop)
+        return self._reference
+
+    def _fit(
+        self,
+        requests: Sequence[EditRequest],
+        adapter: ModelAdapter,
+        templates: Templates,
+        status: Status,
+        outputs: bool = False,
+    ) -> list[Target]:
+        problems = [build_problem(self.tokenizer, r, templates) for r in requests]
         what = repr(requests[0].subject) if len(requests) == 1 else f"{len(requests)} edits"
         try:
             return optimise_targets(
@@ -444,6 +498,7 @@ class ClosedFormEditor(ReversibleEditor):
                 self.target,
                 pad_token(self.tokenizer),
                 lambda step, steps: status(f"fitting targets of {what}: step {step + 1}/{steps}"),
+                outputs,
             )
         except DivergedError as error:
             request = requests[error.index]

@@ -20,5 +20,5 @@ class RLSEdit(MEMITSeq):
     about = replace(
         MEMITSeq.about,
         title="RLSEdit",
-        paper="Recursive least squares for lifelong knowledge editing, arXiv 2601.15686",
+        paper="Beyond Hard Writes and Rigid Preservation, arXiv 2601.15686",
     )

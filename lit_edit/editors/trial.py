@@ -68,6 +68,10 @@ class Trial:
         """Add a block of facts to one layer; return its solution."""
         return self._take(layer, self.solvers[layer].preview(keys, residuals))
 
+    def take_out(self, layer: int, keys: Tensor, residuals: Tensor) -> Tensor:
+        """Take facts out of one layer, of a solver with memory; return its solution."""
+        return self._take(layer, self.solvers[layer].preview_removal(keys, residuals))
+
     def add_blocks(self, facts: Facts) -> None:
         """Add facts to all layers, block by block as they were solved."""
         first = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +19,7 @@ from lit_edit.models.adapter import ModelAdapter
 from lit_edit.solvers.shared import Solver
 from lit_edit.targets.contexts import Templates, group_weights
 
-ResidualMode = Literal["shared", "remeasured", "uniform", "root"]
+ResidualMode = Literal["shared", "remeasured", "uniform", "root", "ends"]
 
 Solve = Callable[[int, Tensor, Tensor], Tensor]
 """From a layer, keys ``(d_in, n)`` and residuals ``(d_out, n)`` to the update ``(d_out, d_in)`` to go on with."""
@@ -67,7 +68,7 @@ class Walk:
             with self.watch("keys"):
                 after, inputs = self._run(rows, layer, hidden)
                 keys[layer] = self._mean_key(rows, inputs)
-                if self.residual in ("remeasured", "root") and index > 0:
+                if self.residual in ("remeasured", "root", "ends") and index > 0:
                     plain = rows.line.carry(after, rows.plain)
                     reached = rows.plain.run(plain, layer + 1, layers[-1] + 1, adapter=self.reference)
                     missing = targets.to(hidden.device) - reached[rows.plain_lookups].T.to(missing)
@@ -89,6 +90,8 @@ class Walk:
         count = len(self.ledger.layers)
         if self.residual == "uniform":
             return count
+        if self.residual == "ends":
+            return 1 if index == count - 1 else 2 if index == 0 else math.inf
         return (count - index) ** 0.5 if self.residual == "root" else count - index
 
     @torch.no_grad()

@@ -121,6 +121,7 @@ class Target:
         probability_before: Mean over contexts of the target's (length-normalised) probability, unchanged model.
         probability: The same with the fitted delta.
         trace: Per forward pass ``(loss, nll, kl, weight_decay)``.
+        output: ``(d_model,)``, what the layer's down projection adds to :attr:`base`, where it was asked for.
     """
 
     base: Tensor
@@ -128,6 +129,7 @@ class Target:
     probability_before: float
     probability: float
     trace: tuple[tuple[float, float, float, float], ...] = field(repr=False)
+    output: Tensor | None = None
 
     @property
     def value(self) -> Tensor:
@@ -158,6 +160,7 @@ def optimise_targets(
     settings: TargetSettings,
     pad: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    outputs: bool = False,
 ) -> list[Target]:
     """Fit the targets of some edits together.
 
@@ -168,6 +171,7 @@ def optimise_targets(
         settings: Steps, rates and bounds.
         pad: Token id for padding.
         progress: Called with ``(step, steps)`` before each forward pass.
+        outputs: Whether :attr:`Target.output` is wanted.
 
     Returns:
         The targets, in order.
@@ -179,7 +183,7 @@ def optimise_targets(
     if not problems:
         return []
     with adapter.fast_products(), kept_memory():
-        return _optimise(adapter, problems, layer, settings, pad, progress)
+        return _optimise(adapter, problems, layer, settings, pad, progress, outputs)
 
 
 def _optimise(
@@ -189,6 +193,7 @@ def _optimise(
     settings: TargetSettings,
     pad: int,
     progress: Callable[[int, int], None] | None,
+    outputs: bool,
 ) -> list[Target]:
     adapter.check_layer(layer)
     loss_layer = adapter.n_layers - 1 if settings.loss_layer is None else settings.loss_layer
@@ -204,7 +209,8 @@ def _optimise(
     base = adapter.ranks.same(window.base())  # all ranks are to take the same steps
     count, device = len(problems), base.device
     delta = torch.zeros_like(base)
-    anchor = base if settings.anchor == "state" else adapter.ranks.same(window.mlp_base())
+    output = adapter.ranks.same(window.mlp_base()) if outputs or settings.anchor == "mlp" else None
+    anchor = base if settings.anchor == "state" or output is None else output
     base_norm = torch.linalg.vector_norm(anchor, dim=1)
     leading = torch.zeros(count, dtype=torch.int64, device=device)  # steps at which the target was the first choice
     rule: StepRule = Polyak(settings.trust, base_norm, delta) if settings.rule == "polyak" else Adam(settings.lr, delta)
@@ -260,7 +266,10 @@ def _optimise(
             chunks = window.chunks(active.nonzero()[:, 0].tolist(), plain)
 
     before, after = first.tolist(), last.tolist()
-    return [Target(base[i].clone(), delta[i].clone(), before[i], after[i], tuple(traces[i])) for i in range(count)]
+    added = [None if output is None or not outputs else output[i].clone() for i in range(count)]
+    return [
+        Target(base[i].clone(), delta[i].clone(), before[i], after[i], tuple(traces[i]), added[i]) for i in range(count)
+    ]
 
 
 def _refuse_divergence(values: Tensor, active: Tensor, step: int) -> None:

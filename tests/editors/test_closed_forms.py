@@ -18,6 +18,7 @@ from lit_edit.editors import EMMET, ENCORE, MEMIT, ROME, RROME, AlphaEdit, Edito
 from lit_edit.editors.alphaedit import null_space
 from lit_edit.editors.closed_form import ClosedFormEditor
 from lit_edit.editors.interpolate import Interpolate
+from lit_edit.editors.norm_anchor import NormAnchor
 from lit_edit.editors.prune import PRUNE
 from lit_edit.editors.rect import RECT
 from lit_edit.errors import ArgumentError
@@ -315,6 +316,55 @@ def test_transforms_are_applied_in_order_to_the_whole_update() -> None:
     ledger = both.ledger
     base = ledger.adapter.to_layout(1, ledger.base[ledger.names[1]]).double()
     torch.testing.assert_close(deltas(both)[0], RECT(keep=0.3)(0.5 * deltas(plain)[0], base))
+
+
+def test_norm_anchor_gives_what_is_written_the_reference_length(caplog: pytest.LogCaptureFixture) -> None:
+    request = REQUESTS[0]
+
+    def written(**settings: Any) -> tuple[Tensor, Tensor]:
+        session = make(open_session(editor_of("alphaedit", layers=[1], **settings)), [request])
+        (facts,) = session.ledger.facts_of([1])
+        return facts.tensors["targets"][:, 0], facts.tensors["shifts"][:, 0]
+
+    target, shift = written()
+    problem = build_problem(tiny_tokenizer(), request, tuple(map(tuple, CONTEXTS)))
+    model = tiny_model("gpt2", F64)
+    (fitted,) = optimise_targets(ModelAdapter(model), [problem], 1, TARGET, outputs=True)
+    assert fitted.output is not None
+    found: list[Tensor] = []
+    model.transformer.h[1].mlp.c_proj.register_forward_hook(lambda _, inputs, output: found.append(output[0]))
+    model(torch.tensor([problem.prompts[0].ids]))
+    output = found[0][problem.prompts[0].lookup]
+    torch.testing.assert_close(fitted.output, output)
+
+    anchored, _ = written(norm_anchor=NormAnchor(reference=2.5, factor=100.0))
+    value, before = anchored - (target - shift - output), output + shift
+    assert float(value.norm()) == pytest.approx(2.5)
+    torch.testing.assert_close(value / value.norm(), before / before.norm())
+
+    caplog.clear()
+    _, nothing = written(norm_anchor=NormAnchor(reference=0.01))
+    assert float(nothing.norm()) == 0
+    assert "changes nothing" in caplog.text
+
+
+def test_the_reference_length_is_measured_once_and_put_on_record(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"layers": [1], "norm_anchor": NormAnchor(samples=5, factor=100.0)}
+    session = make(open_session(editor_of("memit", **settings), journal=tmp_path / "journal"), REQUESTS[:2])
+    length = session.editor.opening()["reference"]
+    assert length > 0
+    again = open_session(editor_of("memit", **settings), journal=tmp_path / "journal")
+    assert again.editor._reference == length  # type: ignore[attr-defined]
+    again.repeat_all()
+    assert torch.equal(deltas(again)[0], deltas(session)[0])
+
+
+def test_spreading_over_the_ends_leaves_the_layers_between_alone() -> None:
+    session = make(open_session(editor_of("memit", layers=[0, 1, 2], residual="ends")), REQUESTS[:2])
+    norms = [float(delta.norm()) for delta in deltas(session)]
+    assert norms[0] > 0
+    assert norms[1] == 0
+    assert norms[2] > 0
 
 
 # ---- what all of them must do ----------------------------------------------------------------------------------------
