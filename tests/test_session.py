@@ -451,7 +451,7 @@ def forbid_fitting(monkeypatch: pytest.MonkeyPatch) -> None:
     def fit(*args: object, **options: object) -> None:
         raise AssertionError("something was fitted")
 
-    monkeypatch.setattr("lit_edit.editors.closed_form.optimise_targets", fit)
+    monkeypatch.setattr("lit_edit.editors.located.optimise_targets", fit)
     monkeypatch.setattr(Walk, "facts", fit)
 
 
@@ -949,7 +949,7 @@ def test_errors_of_a_program_are_not_harm(monkeypatch: pytest.MonkeyPatch) -> No
     def broken(*args: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("lit_edit.editors.closed_form.optimise_targets", broken)
+    monkeypatch.setattr("lit_edit.editors.located.optimise_targets", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         make(session, requests_of(1))
     assert session.ledger.history.refused == []

@@ -6,35 +6,29 @@ the residual is spread over the layers, and whether earlier facts are remembered
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
-from lit_edit.data.sources import load_requests
 from lit_edit.devices import algebra_device, for_algebra
 from lit_edit.editors.base import Proposal, Status, Stopwatch, silent
 from lit_edit.editors.facts import Facts, join_facts
-from lit_edit.editors.key_index import KeyIndex
 from lit_edit.editors.key_rows import KeyRows
-from lit_edit.editors.norm_anchor import NormAnchor, anchor_targets, reference_norm
+from lit_edit.editors.located import DEFAULT_TARGET, Contexts, LocatedEditor, entry_of
+from lit_edit.editors.norm_anchor import NormAnchor
 from lit_edit.editors.reversible import ReversibleEditor, asked
-from lit_edit.editors.transforms import UpdateTransform, transformed
+from lit_edit.editors.transforms import UpdateTransform
 from lit_edit.editors.trial import Trial
 from lit_edit.editors.walk import ResidualMode, Walk, alone, as_columns
 from lit_edit.errors import ArgumentError
 from lit_edit.ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
-from lit_edit.models.presets import edit_layers
 from lit_edit.solvers.ridge import RidgeSolver, RidgeStep
 from lit_edit.solvers.shared import OwnSolver, SharedSolver, Solver
 from lit_edit.solvers.storage import SolverStorage
-from lit_edit.targets.contexts import STARTS, Templates, check_templates, sample_templates
-from lit_edit.targets.optimize import DivergedError, Target, TargetSettings, optimise_targets
-from lit_edit.targets.problem import build_problem
-from lit_edit.tokens import check_tokenizer, pad_token
+from lit_edit.targets.optimize import TargetSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,13 +36,6 @@ if TYPE_CHECKING:
     from lit_edit.models.adapter import ModelAdapter
     from lit_edit.stats.second_moment import KeyStatistics
 
-log = logging.getLogger(__name__)
-
-DEFAULT_TARGET = TargetSettings(probability=0.95)
-"""The published settings, but an edit stops once its target is said everywhere with this probability: going on until
-the loss is 0.05 writes more and costs locality (measured: docs/settings.md)."""
-
-Contexts = Literal["sampled", "plain"]
 KeyMode = Literal["walked", "base"]
 
 
@@ -60,7 +47,7 @@ class _Pending:
     keys: Tensor
 
 
-class ClosedFormEditor(ReversibleEditor):
+class ClosedFormEditor(LocatedEditor, ReversibleEditor):
     r"""Locate, fit a target, and solve least squares in the MLP down projections of some layers.
 
     Args:
@@ -109,8 +96,6 @@ class ClosedFormEditor(ReversibleEditor):
         transforms: Sequence[UpdateTransform] = (),
         norm_anchor: NormAnchor | None = None,
     ) -> None:
-        if layers is not None and (len(layers) == 0 or list(layers) != sorted(set(layers)) or min(layers) < 0):
-            raise ValueError(f"layers must be ascending, different and not negative, got {list(layers)}")
         if not 0 < covariance_weight < float("inf"):
             raise ValueError(f"covariance_weight (lambda) must be positive and finite, got {covariance_weight}")
         if residual not in get_args(ResidualMode):
@@ -121,38 +106,15 @@ class ClosedFormEditor(ReversibleEditor):
             raise ValueError(f"keys='base' reads the original model, {type(self).__name__} measures on the current one")
         if not 0 <= ridge < float("inf"):
             raise ValueError(f"ridge must not be negative or infinite, got {ridge}")
-        if isinstance(contexts, str) and contexts not in ("sampled", "plain"):
-            raise ValueError(f"contexts must be 'sampled', 'plain' or groups of templates, got {contexts!r}")
-        self.layers = None if layers is None else tuple(layers)
+        super().__init__(layers, target, contexts, context_count, seed, transforms, norm_anchor)
         self.covariance_weight = covariance_weight
         self.residual = residual
-        self.target = target
         self.keys = keys
-        self.contexts = contexts if isinstance(contexts, str) else check_templates(contexts)
-        if not 1 <= context_count <= len(STARTS):
-            raise ValueError(f"context_count must be 1 to {len(STARTS)}, got {context_count}")
-        self.context_count = context_count
-        self.seed = seed
         self.ridge = ridge
         self.storage = storage
-        self.transforms = tuple(transforms)
-        self.norm_anchor = norm_anchor
-        self._reference: float | None = None  # of norm_anchor, once it is known
         self.solvers: dict[int, Solver] = {}
-        self.templates: Templates = ()
-        self.targets: dict[str, tuple[str, Target]] = {}  # by id: what was asked for, and its target
-        self.known: KeyIndex | None = None
-        self._key_rows: KeyRows | None = None
-        self._failed: dict[str, FloatingPointError] = {}  # what was asked for in the window and diverged
 
     # ---- before the stream --------------------------------------------------------------------------------------
-
-    def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
-        """Return the layers to edit, those of the model's preset when none were given."""
-        layers = self.layers or edit_layers(adapter)
-        for layer in layers:
-            adapter.check_layer(layer)
-        return layers
 
     def prepare(
         self,
@@ -171,10 +133,8 @@ class ClosedFormEditor(ReversibleEditor):
             status: Receives a line about what is going on.
             progress: Called with tokens read and tokens in all.
         """
-        check_tokenizer(tokenizer)
-        self.ledger, self.tokenizer = ledger, tokenizer
+        self._begin(ledger, tokenizer)
         original = ledger.original()
-        self.templates = self._make_templates(original)
         if isinstance(statistics, Mapping):
             moments = dict(statistics)
         else:
@@ -183,11 +143,6 @@ class ClosedFormEditor(ReversibleEditor):
         self.solvers = {}
         for layer in ledger.layers:
             self.solvers[layer] = self._make_solver(ledger.adapter, layer, moments)
-        self.known = KeyIndex(ledger.adapter.shape(ledger.layers[0])[1])
-        self.targets.clear()
-        self._failed.clear()
-        self._key_rows = None
-        self._reference = None if self.norm_anchor is None else self.norm_anchor.reference
 
     def _make_solver(self, adapter: ModelAdapter, layer: int, moments: dict[int, Tensor]) -> Solver:
         """Make the solver of a layer of its second moment, which is taken out of ``moments``."""
@@ -216,21 +171,13 @@ class ClosedFormEditor(ReversibleEditor):
 
     def settings(self) -> dict[str, Any]:
         """Return all settings that a result depends on, and what the second moments were."""
-        target = asdict(self.target)
         return {
             **super().settings(),
-            "layers": list(self.ledger.layers),
             "covariance_weight": self.covariance_weight,
             "ridge": self.ridge,
             "residual": self.residual,
             "keys": self.keys,
-            **{f"target.{name}": value for name, value in target.items()},
-            "contexts": self.contexts if isinstance(self.contexts, str) else [list(group) for group in self.contexts],
-            "context_count": self.context_count,
-            "seed": self.seed,
             "storage.inverse": self.storage.inverse,
-            **({"transforms": [transform.settings() for transform in self.transforms]} if self.transforms else {}),
-            **({} if self.norm_anchor is None else {"norm_anchor": asdict(self.norm_anchor)}),
             **self._own_settings(),
             "key statistics": [solver.prior_checksum for solver in self.solvers.values()],
         }
@@ -239,29 +186,11 @@ class ClosedFormEditor(ReversibleEditor):
         """Return, as primitives, the settings that a method has beside those of the engine."""
         return {}
 
-    def opening(self) -> dict[str, Any]:
-        """Return the sampled contexts, and the length that norm-anchor scaling gives to what is written."""
-        anchored = {} if self.norm_anchor is None else {"reference": self._anchor_length(self.norm_anchor, silent)}
-        return {"templates": [list(group) for group in self.templates], **anchored}
-
-    def reopen(self, opening: Mapping[str, Any]) -> None:
-        """Go on with the contexts of an earlier process."""
-        self.templates = check_templates(opening["templates"])
-        self._reference = opening.get("reference")
-
     @property
     def exact_undo(self) -> bool:
         """Whether facts depend on no other edit: targets and keys are those of the original model."""
         layers = self.ledger.layers if self.solvers else self.layers or ()
         return self.on_original and self.memory and (self.keys == "base" or len(layers) == 1)
-
-    def _make_templates(self, original: ModelAdapter) -> Templates:
-        if self.contexts == "plain":
-            return (("{}",),)
-        if self.contexts == "sampled":
-            sampled = sample_templates(original, self.tokenizer, self.seed, STARTS[: self.context_count])
-            return check_templates(original.ranks.agree([list(group) for group in sampled]))
-        return check_templates(self.contexts)
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
@@ -290,10 +219,7 @@ class ClosedFormEditor(ReversibleEditor):
             with watch("keys"):
                 rows = self._get_key_rows(requests, window)
             facts = self._find(rows, [asked(r) for r in requests], *columns, model, trial, watch)
-        entries = tuple(
-            LedgerEntry(r.id, r.subject, r.text, r.target_new, _facts(t), r.as_dict())
-            for r, t in zip(requests, targets, strict=True)
-        )
+        entries = tuple(entry_of(r, t) for r, t in zip(requests, targets, strict=True))
         numbers = tuple(number for recorded in replaced for number in recorded.numbers)
         change = Change(removed=numbers, tensors=facts.as_tensors())
         return self._proposal(trial, change, facts, entries, tuple(requests), watch.seconds)
@@ -346,13 +272,6 @@ class ClosedFormEditor(ReversibleEditor):
             return missing + solver.delta.to(missing) @ keys
         return missing
 
-    def _written(self, layer: int, delta: Tensor) -> Tensor:
-        """Return what is written for a layer's solution."""
-        if not self.transforms:
-            return delta
-        base = for_algebra(self.ledger.base[self.ledger.names[layer]])
-        return transformed(delta, self.ledger.adapter.to_layout(layer, base).to(delta), self.transforms)
-
     def _model(self, trial: Trial, edited: bool) -> ModelAdapter:
         """Return the model that targets and keys are measured on."""
         if self.on_original:
@@ -386,149 +305,18 @@ class ClosedFormEditor(ReversibleEditor):
 
     def accept(self, proposal: Proposal) -> None:
         """Take the solved facts into the solvers."""
-        pending, change = proposal.pending, proposal.change
+        pending: _Pending = proposal.pending
         for layer, steps in pending.steps.items():
             for step in steps:
                 self.solvers[layer].absorb(step)
-        if self.known is not None:
-            self.known.remove([*change.removed, *change.rewritten])
-            self.known.add([*(e.number for e in proposal.entries), *change.rewritten, *change.restored], pending.keys)
-        for entry in proposal.entries:
-            self.targets.pop(entry.id, None)
-
-    def similar(self, requests: Sequence[EditRequest], window: Sequence[EditRequest]) -> list[list[tuple[int, float]]]:
-        """Return, per request, the edits with the nearest keys at the first edited layer, and the cosines."""
-        if self.known is None or not self.known.numbers:
-            return [[] for _ in requests]
-        walk = Walk(self.ledger, self.ledger.original(), self.residual, self.templates, Stopwatch())
-        with self.ledger.adapter.fast_products():
-            rows = self._get_key_rows(requests, window)
-            keys = walk.first_keys(rows.of([asked(r) for r in requests]))
-        found = [self.known.nearest(keys[:, column]) for column in range(len(requests))]
-        return [[(number, cosine) for number, cosine in row] for row in self.ledger.adapter.ranks.agree(found)]
-
-    # ---- targets ------------------------------------------------------------------------------------------------
-
-    def _get_targets(
-        self, requests: Sequence[EditRequest], window: Sequence[EditRequest], model: ModelAdapter, status: Status
-    ) -> list[Target]:
-        if not self.on_original:
-            return self._optimise(requests, model, status)
-        if any(asked(r) not in self._failed and self.targets.get(r.id, ("",))[0] != asked(r) for r in requests):
-            group = list(window if all(r in window for r in requests) else requests)
-            self.targets, self._failed = {}, {}
-            while group:
-                try:
-                    made = self._optimise(group, model, status)
-                except _TargetDivergedError as error:  # the others are not to suffer for it
-                    self._failed |= self._blame(group, error, model)
-                    group = [r for r in group if asked(r) not in self._failed]
-                else:
-                    self.targets = {r.id: (asked(r), target) for r, target in zip(group, made, strict=True)}
-                    break
-        for request in requests:
-            if asked(request) in self._failed:
-                raise self._failed[asked(request)]
-        return [self.targets[r.id][1] for r in requests]
-
-    def _blame(
-        self, group: Sequence[EditRequest], error: _TargetDivergedError, model: ModelAdapter
-    ) -> dict[str, FloatingPointError]:
-        """Return which targets of a group diverge by themselves: one row without numbers may take others along."""
-        first = next(request for request in group if request.id == error.id)
-        found: dict[str, FloatingPointError] = {}
-        for suspects in ([first], group):
-            for request in suspects:
-                try:
-                    self._optimise([request], model, silent)
-                except _TargetDivergedError as own:
-                    found[asked(request)] = own
-            if found:
-                return found
-        return {asked(first): error}
-
-    def _optimise(self, requests: Sequence[EditRequest], adapter: ModelAdapter, status: Status) -> list[Target]:
-        if self.norm_anchor is None:
-            return self._fit(requests, adapter, self.templates, status)
-        reference = self._anchor_length(self.norm_anchor, status)
-        targets = self._fit(requests, adapter, self.templates, status, outputs=True)
-        return [self._anchored(r, t, reference) for r, t in zip(requests, targets, strict=True)]
-
-    def _anchored(self, request: EditRequest, target: Target, reference: float) -> Target:
-        """Return a target whose written part has the reference length; see :mod:`lit_edit.editors.norm_anchor`."""
-        assert self.norm_anchor is not None  # noqa: S101 - for the type checker
-        assert target.output is not None  # noqa: S101 - it was asked for
-        columns = (target.value[:, None], target.base[:, None], target.output[:, None])
-        anchored = anchor_targets(*columns, reference, self.norm_anchor.factor)
-        if bool(anchored.dropped):
-            log.warning(
-                "edit %r (%r -> %r) changes nothing: what it wants written is longer than %g times the reference "
-                "length (norm_anchor)",
-                request.id,
-                request.text,
-                request.target_new,
-                self.norm_anchor.factor,
-            )
-        return replace(target, delta=anchored.targets[:, 0] - target.base)
-
-    def _anchor_length(self, settings: NormAnchor, status: Status) -> float:
-        if self._reference is None:
-            sample, _ = load_requests("builtin", limit=settings.samples)
-            status(f"norm anchor: fitting {len(sample)} targets")
-            targets = self._fit(sample, self.ledger.original(), (("{}",),), status, outputs=True)
-            lengths = [float((t.output + t.delta).norm()) for t in targets if t.output is not None]
-            self._reference = reference_norm(lengths, settings.drop)
-        return self._reference
-
-    def _fit(
-        self,
-        requests: Sequence[EditRequest],
-        adapter: ModelAdapter,
-        templates: Templates,
-        status: Status,
-        outputs: bool = False,
-    ) -> list[Target]:
-        problems = [build_problem(self.tokenizer, r, templates) for r in requests]
-        what = repr(requests[0].subject) if len(requests) == 1 else f"{len(requests)} edits"
-        try:
-            return optimise_targets(
-                adapter,
-                problems,
-                self.ledger.layers[-1],
-                self.target,
-                pad_token(self.tokenizer),
-                lambda step, steps: status(f"fitting targets of {what}: step {step + 1}/{steps}"),
-                outputs,
-            )
-        except DivergedError as error:
-            request = requests[error.index]
-            raise _TargetDivergedError(
-                request.id,
-                f"the target of edit {request.id!r} ({request.text!r} -> {request.target_new!r}) diverged at step "
-                f"{error.step}; nothing of it was written. Use a smaller learning rate "
-                f"(model.editor.init_args.target.lr, now {self.target.lr})",
-            ) from None
-
-    def _get_key_rows(self, requests: Sequence[EditRequest], window: Sequence[EditRequest]) -> KeyRows:
-        if self._key_rows is None or not self._key_rows.holds([asked(r) for r in requests]):
-            # The same rows together whatever was done before: a resumed run computes the very same batch.
-            self._key_rows = self._make_key_rows(window if all(r in window for r in requests) else requests)
-        return self._key_rows
-
-    def _make_key_rows(self, requests: Sequence[EditRequest]) -> KeyRows:
-        problems = {asked(r): build_problem(self.tokenizer, r, self.templates) for r in requests}
-        return KeyRows(self.ledger.adapter, problems, self.ledger.layers[0], pad_token(self.tokenizer))
+        self._note(proposal, pending.keys)
 
     # ---- state --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return contexts, solver states (the solvers' own tensors), and targets that are fitted but not yet used."""
-        return {
-            "targets": {name: {"asked": asked, **target.as_state()} for name, (asked, target) in self.targets.items()},
-            "templates": [list(group) for group in self.templates],
-            "solvers": {str(layer): solver.state_dict(copy=False) for layer, solver in self.solvers.items()},
-            "known": None if self.known is None else self.known.state_dict(),
-        }
+        solvers = {str(layer): solver.state_dict(copy=False) for layer, solver in self.solvers.items()}
+        return {**super().state_dict(), "solvers": solvers}
 
     def check_state(self, state: Mapping[str, Any], layers: Sequence[int]) -> None:
         """Raise :class:`ArgumentError` if a saved state is of other layers or of an editor with another memory."""
@@ -553,29 +341,6 @@ class ClosedFormEditor(ReversibleEditor):
             raise ValueError(
                 f"the checkpoint edits layers {sorted(map(int, state['solvers']))}, this editor {sorted(self.solvers)}"
             )
-        self.templates = check_templates(state["templates"])
         for layer, solver in self.solvers.items():
             solver.load_state_dict(state["solvers"][str(layer)])
-        if self.known is not None and state.get("known") is not None:
-            self.known.load_state_dict(state["known"])
-        self.targets = {name: (saved["asked"], Target.from_state(saved)) for name, saved in state["targets"].items()}
-        self._key_rows = None
-
-
-class _TargetDivergedError(FloatingPointError):
-    """The target of one edit left the finite numbers."""
-
-    def __init__(self, id: str, message: str) -> None:
-        super().__init__(message)
-        self.id = id
-
-
-def _facts(target: Target) -> dict[str, float]:
-    return {
-        "target_probability_before": target.probability_before,
-        "target_probability": target.probability,
-        "target_loss": target.trace[-1][0],
-        "target_steps": float(len(target.trace)),
-        "residual_norm": float(target.delta.norm()),
-        "state_norm": float(target.base.norm()),
-    }
+        super().load_state_dict(state)

@@ -13,6 +13,7 @@ from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
 from lit_edit.editors.facts import Facts, join_facts
 from lit_edit.editors.key_index import KeyIndex
 from lit_edit.editors.key_rows import KeyRows
+from lit_edit.editors.located import asked
 from lit_edit.editors.trial import Group, Trial, by_block
 from lit_edit.editors.walk import as_columns
 from lit_edit.ledger import Change, EditLedger, LedgerEntry, RecordedFacts
@@ -156,11 +157,6 @@ class ReversibleEditor(Editor):
 
     def _read(self, recorded: Sequence[RecordedFacts]) -> list[Group]:
         return [Group.of(block, self.ledger.adapter.device) for block in by_block(recorded)]
-
-
-def asked(request: EditRequest) -> str:
-    """Tell requests apart by all that their targets depend on."""
-    return "\x1f".join((request.id, request.prompt, request.subject, request.target_new))
 
 
 def _distance(one: Facts, other: Facts) -> float:
