@@ -9,6 +9,7 @@ from lit_edit.editors.encore import ENCORE
 from lit_edit.editors.interpolate import Interpolate
 from lit_edit.editors.memit import MEMIT, MEMITSeq
 from lit_edit.editors.norm_anchor import NormAnchor
+from lit_edit.editors.nse import NSE
 from lit_edit.editors.prune import PRUNE
 from lit_edit.editors.rect import RECT
 from lit_edit.editors.rlsedit import RLSEdit
@@ -22,6 +23,7 @@ __all__ = [
     "EMMET",
     "ENCORE",
     "MEMIT",
+    "NSE",
     "PRUNE",
     "RECT",
     "ROME",

@@ -85,6 +85,14 @@ class Walk:
                     hidden = self._rewritten(layer, weight, hidden, after, inputs, rows)
         return Facts(keys, residuals, targets, shifts, (targets.shape[1],))
 
+    @torch.no_grad()
+    def reached(self, rows: KeyLine) -> Tensor:
+        """Return the states ``(d_model, n)`` behind the last edited layer at the plain prompts' lookup tokens."""
+        layers = self.ledger.layers
+        plain = rows.line.carry(rows.hidden, rows.plain)
+        states = rows.plain.run(plain, layers[0], layers[-1] + 1, adapter=self.reference)
+        return states[rows.plain_lookups].T
+
     def _share(self, index: int) -> float:
         """Return the number that what is missing is divided by at a layer, counted from the lowest edited one."""
         count = len(self.ledger.layers)

@@ -101,9 +101,9 @@ def ridge_gain(projected: Tensor, keys: Tensor, slack: float = 1.0) -> tuple[Ten
 def constrained_update(keys: Tensor, residuals: Tensor, prior: Tensor, slack: float = 0.0) -> Tensor:
     r"""Return the delta that makes facts hold and else changes as little as it can.
 
-    :math:`\Delta = R\,(K^\top \Lambda^{-1} K + s I)^{-1} K^\top \Lambda^{-1}` (EMMET, arXiv 2403.14236, eq. 14): of all
-    :math:`\Delta` with :math:`\Delta K = R` the one with the least :math:`\operatorname{tr} \Delta \Lambda \Delta^\top`
-    where :math:`s = 0`. One fact: ROME (arXiv 2202.05262, eq. 2). With :math:`s = 1` it is :func:`ridge_update`.
+    :math:`\Delta = R\,(K^\top \Lambda^{-1} K + s I)^{-1} K^\top \Lambda^{-1}` (EMMET, arXiv 2403.14236, eq. 14): of
+    all :math:`\Delta` with :math:`\Delta K = R` the one with the least
+    :math:`\operatorname{tr} \Delta \Lambda \Delta^\top` where :math:`s = 0`. One fact: ROME (arXiv 2202.05262, eq. 2). With :math:`s = 1` it is :func:`ridge_update`.
 
     Args:
         keys: ``(d_in, n)``.
@@ -129,6 +129,40 @@ def constrained_update(keys: Tensor, residuals: Tensor, prior: Tensor, slack: fl
     keys, residuals = keys.to(prior), residuals.to(prior)
     gain, _ = ridge_gain(solve_spd(prior, keys), keys, slack)
     return residuals @ gain.T
+
+
+@outside_autocast
+def selected_gain(keys: Tensor, system: Tensor, share: float) -> Tensor:
+    r"""Return :math:`G` with :math:`\Delta = R G^\top`, in the rows that keys excite most (NSE, arXiv 2410.04045).
+
+    :math:`G_S = (M_{SS})^{-1} K_S` and zero elsewhere, where :math:`S` is the smallest set of rows that holds a share
+    of :math:`\sum_i |k_i|`.
+
+    Args:
+        keys: ``(d_in, n)``.
+        system: :math:`M`, ``(d_in, d_in)``, symmetric positive definite.
+        share: Of the keys' mass, in (0, 1].
+
+    Returns:
+        ``(d_in, n)``.
+
+    Raises:
+        ValueError: If a key is not finite, or the system is not positive definite.
+
+    Example:
+        >>> keys = torch.tensor([[3.0], [-1.0], [0.5]], dtype=torch.float64)
+        >>> selected_gain(keys, torch.eye(3, dtype=torch.float64), 0.8).T.tolist()
+        [[3.0, -1.0, 0.0]]
+    """
+    if not torch.isfinite(keys).all():
+        raise FactsError("keys hold NaN or infinite values; the edit is refused and the weights stay as they are")
+    order = keys.abs().sum(1).sort(descending=True, stable=True)
+    mass = order.values.cumsum(0)
+    count = len(mass) if share >= 1 else min(len(mass), int((mass < share * mass[-1]).sum()) + 1)
+    chosen = order.indices[:count].sort().values
+    gain = torch.zeros_like(keys)
+    gain[chosen] = solve_spd(system[chosen[:, None], chosen], keys[chosen])
+    return gain
 
 
 @outside_autocast

@@ -1,4 +1,4 @@
-"""The formulas of UltraEdit (arXiv 2505.14679): pure functions on tensors, rows are tokens, deltas ``(d_out, d_in)``."""
+"""The formulas of UltraEdit (arXiv 2505.14679): pure functions; rows are tokens, deltas are ``(d_out, d_in)``."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def ridge_increment(
 
     Example:
         >>> eye = torch.eye(2, dtype=torch.float64)
-        >>> ridge_increment(eye[:1], 4 * eye[1:])
+        >>> ridge_increment(eye[:1], 4 * eye[1:]).round(decimals=6)
         tensor([[0., 0.],
                 [2., 0.]], dtype=torch.float64)
     """

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lit_edit import D4S, EditRequest, EditStream, KeyStatistics, LanguageModel, TargetSettings
-from lit_edit.editors import EMMET, ENCORE, MEMIT, ROME, RROME, AlphaEdit, Editor, MEMITSeq, RLSEdit
+from lit_edit.editors import EMMET, ENCORE, MEMIT, NSE, ROME, RROME, AlphaEdit, Editor, MEMITSeq, RLSEdit
 from lit_edit.editors.alphaedit import null_space
-from lit_edit.editors.closed_form import ClosedFormEditor
 from lit_edit.editors.interpolate import Interpolate
+from lit_edit.editors.located import LocatedEditor
 from lit_edit.editors.norm_anchor import NormAnchor
 from lit_edit.editors.prune import PRUNE
 from lit_edit.editors.rect import RECT
@@ -38,7 +38,7 @@ TARGET = TargetSettings(steps=4)
 ENGINE: dict[str, Any] = {"contexts": CONTEXTS, "target": TARGET}
 
 # The shared tester's rows: a new closed-form editor is one more.
-ROWS: dict[str, tuple[type[ClosedFormEditor], dict[str, Any]]] = {
+ROWS: dict[str, tuple[type[LocatedEditor], dict[str, Any]]] = {
     "d4s": (D4S, {"layers": [1, 2], "covariance_weight": 5.0}),
     "memit": (MEMIT, {"layers": [1, 2], "covariance_weight": 5.0}),
     "memit_seq": (MEMITSeq, {"layers": [1, 2], "covariance_weight": 5.0}),
@@ -48,6 +48,7 @@ ROWS: dict[str, tuple[type[ClosedFormEditor], dict[str, Any]]] = {
     "rome": (ROME, {"layers": [1]}),
     "rrome": (RROME, {"layers": [1]}),
     "emmet": (EMMET, {"layers": [1], "covariance_weight": 5.0}),
+    "nse": (NSE, {"layers": [1, 2], "covariance_weight": 5.0, "neurons": 0.7, "lower": 0.0}),
     "pmet spread": (MEMIT, {"layers": [1, 2], "covariance_weight": 5.0, "residual": "root"}),
     "rect": (MEMIT, {"layers": [1, 2], "covariance_weight": 5.0, "transforms": [RECT(keep=0.4)]}),
     "prune": (D4S, {"layers": [1, 2], "covariance_weight": 0.01, "transforms": [PRUNE()]}),
@@ -69,13 +70,13 @@ def moment_of(layer: int, d_in: int) -> Tensor:
 
 
 def open_session(
-    editor: ClosedFormEditor, model_type: str = "gpt2", dtype: torch.dtype = F64, journal: Path | None = None
+    editor: LocatedEditor, model_type: str = "gpt2", dtype: torch.dtype = F64, journal: Path | None = None
 ) -> EditSession:
     language_model = LanguageModel.of(tiny_model(model_type, dtype), tiny_tokenizer())
     return EditStream(language_model, editor, SomeStatistics(), journal=str(journal) if journal else None).open()
 
 
-def editor_of(row: str, **settings: Any) -> ClosedFormEditor:
+def editor_of(row: str, **settings: Any) -> LocatedEditor:
     kind, own = ROWS[row]
     return kind(**{**ENGINE, **own, **settings})
 
@@ -87,6 +88,13 @@ def make(session: EditSession, requests: Sequence[EditRequest], batch: int = 1) 
         assert proposal is not None
         session.apply(proposal)
     return session
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A saved state by paths, without what is fitted and not yet used."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for name, part in tree.items() if name != "targets" for k, v in flat(part, f"{prefix}/{name}").items()}
 
 
 def deltas(session: EditSession) -> list[Tensor]:
@@ -183,6 +191,16 @@ def emmet(book: Textbook, keys: Tensor, plain: Tensor, shifts: Tensor) -> Tensor
 ANCHORED = TargetSettings(steps=4, anchor="mlp")
 
 
+def nse(book: Textbook, keys: Tensor, plain: Tensor, shifts: Tensor) -> Tensor:
+    order = keys.abs().sum(1).argsort(descending=True)
+    mass = keys.abs().sum(1)[order].cumsum(0)
+    chosen = order[: int((mass < 0.7 * mass[-1]).sum()) + 1]
+    system = 5 * book.moment + book.past @ book.past.T + keys @ keys.T
+    change = torch.zeros_like(book.weight)
+    change[:, chosen] = shifts @ keys[chosen].T @ torch.linalg.inv(system[chosen][:, chosen])
+    return change
+
+
 @pytest.mark.parametrize(
     ("editor", "formula", "batch", "flat"),
     [
@@ -202,7 +220,7 @@ ANCHORED = TargetSettings(steps=4, anchor="mlp")
     ids=lambda value: type(value).__name__ if isinstance(value, Editor) else None,
 )
 def test_a_method_is_its_textbook_formula(
-    editor: ClosedFormEditor, formula: Callable[..., Tensor], batch: int, flat: bool
+    editor: LocatedEditor, formula: Callable[..., Tensor], batch: int, flat: bool
 ) -> None:
     (found,) = deltas(make(open_session(editor), REQUESTS, batch))
     wanted = Textbook(editor.target).run(formula, len(REQUESTS), batch, flat)
@@ -382,12 +400,12 @@ def test_edits_of_every_family(row: str, model_type: str) -> None:
 def test_a_proposal_changes_nothing(row: str) -> None:
     session = make(open_session(editor_of(row)), REQUESTS[:2])
     model = session.ledger.adapter.model
-    before, state = deepcopy(model.state_dict()), deepcopy(session.editor.state_dict()["solvers"])
+    before, state = deepcopy(model.state_dict()), flat(deepcopy(session.editor.state_dict()))
     session.propose(REQUESTS[2:3], REQUESTS[2:3])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    for layer, solver in session.editor.state_dict()["solvers"].items():
-        for name, value in solver.items():
-            assert torch.equal(value, state[layer][name]) if isinstance(value, Tensor) else value == state[layer][name]
+    after = flat(session.editor.state_dict())
+    for name, value in state.items():
+        assert torch.equal(value, after[name]) if isinstance(value, Tensor) else value == after[name]
 
 
 @every_row
@@ -494,3 +512,64 @@ def test_first_choices_are_counted() -> None:
     steps = [len(optimise_targets(adapter, problems, LAYER, own)[0].trace) for own in settings]
     assert 1 < steps[0] < 60
     assert steps[1:] == [steps[0], steps[0] + 1]
+
+
+# ---- NSE -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_nse_is_its_textbook_formula_pass_by_pass(batch: int) -> None:
+    editor = NSE(layers=[LAYER], covariance_weight=5.0, neurons=0.7, passes=2, lower=0.0, **ENGINE)
+    found = make(open_session(editor), REQUESTS, batch)
+    book, original = Textbook(TARGET), Textbook(TARGET)
+    for past in range(0, len(REQUESTS), batch):
+        step = REQUESTS[past : past + batch]
+        keys, plain, shifts = original.facts(step)  # targets of the original model
+        problems = [build_problem(tiny_tokenizer(), request, (("{}",),)) for request in step]
+
+        def reached(model: Any, problems: Any = problems) -> Tensor:
+            columns = []
+            for problem in problems:
+                out: list[Tensor] = []
+                block = model.transformer.h[LAYER]
+                handle = block.register_forward_hook(lambda _, inputs, output, out=out: out.append(output[0]))
+                model(torch.tensor([problem.prompts[0].ids[: problem.prompts[0].lookup + 1]]))
+                handle.remove()
+                columns.append(out[0].reshape(-1, out[0].shape[-1])[-1])
+            return torch.stack(columns, 1)
+
+        wanted = reached(original.model) + shifts
+        for _ in range(2):
+            book.module.weight.data += nse(book, keys, plain, wanted - reached(book.model)).T
+        book.past = torch.cat([book.past, keys], 1)
+    assert distance(deltas(found)[0], book.weight - book.base) < 1e-9
+
+
+def test_nse_writes_again_only_what_is_within_bounds() -> None:
+    def passes(**settings: Any) -> Tensor:
+        session = make(open_session(NSE(layers=[LAYER], neurons=0.5, passes=4, **settings, **ENGINE)), REQUESTS[:3], 3)
+        gains = session.ledger.facts_of([1])[0].tensors[f"gains.{LAYER}"]
+        return (gains.norm(dim=0) > 0).sum(1)
+
+    assert passes(lower=0.0).tolist() == [4, 4, 4]
+    assert passes(lower=1e6, upper=1e7).tolist() == [1, 1, 1]
+    assert passes(lower=0.0, upper=1e-9).tolist() == [1, 1, 1]
+    session = make(open_session(NSE(layers=[LAYER], neurons=0.5, passes=1, **ENGINE)), REQUESTS[:3], 3)
+    record = session.ledger.facts_of([1])[0].tensors
+    assert record[f"gains.{LAYER}"].shape[2] == 1
+
+
+def test_all_neurons_in_one_pass_are_memit_with_memory_and_targets_of_the_original_model() -> None:
+    editor = NSE(layers=[1], covariance_weight=5.0, neurons=1.0, passes=1, **ENGINE)
+    (one,) = deltas(make(open_session(editor), REQUESTS[:1]))
+    (other,) = deltas(make(open_session(editor_of("memit_seq", layers=[1])), REQUESTS[:1]))
+    assert distance(one, other) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"neurons": 0.0}, "neurons"), ({"passes": 0}, "passes"), ({"lower": 2.0, "upper": 1.0}, "lower")],
+)
+def test_nse_checks_its_arguments(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NSE(**settings)
