@@ -55,13 +55,11 @@ class KnownEditor:
 def known_editors() -> list[KnownEditor]:
     """Return the editors that ``lit_edit.editors`` exports and that say what they are, in alphabetical order."""
     sources = Sources()
-    names = sources.exported()
-    classes = [found for name in names if (found := sources.find(HOME, name)) and isinstance(found[1], ast.ClassDef)]
-    editors = [_Class(sources, *found) for found in classes]
+    found = (_class_of(sources, HOME, name) for name in sources.exported())
     known = [
         KnownEditor(editor.node.name, editor.about(), editor.summary, tuple(editor.settings()))
-        for editor in editors
-        if editor.says_what_it_is and editor.is_editor and not editor.is_abstract
+        for editor in found
+        if editor is not None and editor.says_what_it_is and editor.is_editor and not editor.is_abstract
     ]
     return sorted(known, key=lambda editor: editor.name.lower())
 
@@ -139,9 +137,8 @@ class _Class:
         """The class and those of this package that it inherits from, nearest first."""
         found = [self]
         for base in self.node.bases:
-            place = self.sources.find(self.module, base.id) if isinstance(base, ast.Name) else None
-            if place is not None and isinstance(place[1], ast.ClassDef):
-                found += _Class(self.sources, place[0], place[1]).lineage
+            parent = _class_of(self.sources, self.module, base.id) if isinstance(base, ast.Name) else None
+            found += [] if parent is None else parent.lineage
         return found
 
     @property
@@ -224,9 +221,9 @@ class _Class:
             if not isinstance(found[1], ast.ClassDef):
                 return _Class(self.sources, found[0], self.node)._value(found[1])
         elif isinstance(node, ast.Attribute) and node.attr == "about" and isinstance(node.value, ast.Name):
-            place = self.sources.find(self.module, node.value.id)
-            if place is not None and isinstance(place[1], ast.ClassDef):
-                return _Class(self.sources, place[0], place[1]).about()
+            other = _class_of(self.sources, self.module, node.value.id)
+            if other is not None:
+                return other.about()
         elif isinstance(node, ast.Call) and all(word.arg for word in node.keywords):
             given = {str(word.arg): self._value(word.value) for word in node.keywords}
             if ast.unparse(node.func) == "replace" and len(node.args) == 1:
@@ -242,6 +239,12 @@ class _Class:
         found = self.sources.find(f"{HOME}.base", "EditorInfo")
         fields = [node for node in getattr(found and found[1], "body", ()) if isinstance(node, ast.AnnAssign)]
         return {ast.unparse(f.target): None if f.value is None else self._value(f.value) for f in fields}
+
+
+def _class_of(sources: Sources, module: str, name: str) -> _Class | None:
+    """Return the class that a name of a module stands for."""
+    found = sources.find(module, name)
+    return _Class(sources, found[0], found[1]) if found is not None and isinstance(found[1], ast.ClassDef) else None
 
 
 def _calls_above(constructor: ast.FunctionDef) -> list[ast.Call]:

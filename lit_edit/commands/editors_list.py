@@ -80,17 +80,16 @@ def configs_of(name: str) -> list[str]:
 
 def _list(editors: list[KnownEditor]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="Editors; lit-edit editors NAME shows one in full", title_justify="left")
-    for column in ("name", "method", "paper", "kind"):
-        table.add_column(column, no_wrap=column == "name")
-    for column in ("batch", "undo", "LoRA export", "several devices"):
-        table.add_column(column)
+    for column in ("name", "method", "paper", "kind", "batch", "undo", "LoRA\nexport", "several\ndevices"):
+        table.add_column(column, no_wrap=True)
     for editor in editors:
         about = editor.about
-        paper = ", ".join(re.findall(r"arXiv [\d.]*\d", about["paper"])) or about["paper"]
+        paper = "\n".join(re.findall(r"arXiv [\d.]*\d", about["paper"])) or about["paper"]
         can = (_yes(about["batch"]), about["undo"], _yes(about["lora"]), _yes(about["devices"]))
-        table.add_row(editor.name, about["title"], paper, about["kind"], *can)
+        table.add_row(*map(Text, (editor.name, about["title"], paper, about["kind"], *can)))
     print_whole(table)
 
 
@@ -120,7 +119,7 @@ def _show(editor: KnownEditor) -> None:
         facts.add_row(name, Text(value))
     table = Table(title="Settings, below model.editor.init_args", title_justify="left")
     for column in ("name", "default", "type"):
-        table.add_column(column, no_wrap=column == "name")
+        table.add_column(column, overflow="fold")
     for setting in editor.settings:
         default = "must be given" if setting.default is None else setting.default
         table.add_row(setting.name, Text(default), Text(setting.type))

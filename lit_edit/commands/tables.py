@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
+from rich.table import Table
 
 
 def print_whole(*things: RenderableType) -> None:
-    """Print things as wide as the widest of them must be: no cell is cut, also where the output is no terminal."""
-    from rich.console import Console
-    from rich.measure import Measurement
-
+    """Print things; tables none of whose columns wraps are never cut, also where the output is no terminal."""
     console = Console()
     options = console.options.update(max_width=10_000)
-    needed = max(Measurement.get(console, options, thing).minimum for thing in things)
+    rigid = [t for t in things if isinstance(t, Table) and t.columns and all(c.no_wrap for c in t.columns)]
+    needed = max((Measurement.get(console, options, table).maximum for table in rigid), default=0)
+    wide = Console(width=max(console.width, needed), highlight=False)
     for thing in things:
-        console.print(thing, width=max(console.width, needed), highlight=False, crop=False)
+        wide.print(thing, crop=False)

@@ -18,6 +18,36 @@ from lit_edit.solvers.functional import FactsError
 
 
 @dataclass(frozen=True)
+class NormAnchor:
+    r"""Settings of norm-anchor scaling, for any editor that fits targets.
+
+    Args:
+        reference: :math:`\rho`; by default it is estimated on the original model from the built-in facts.
+        samples: How many of those to take.
+        factor: Edits whose :math:`v^*` is longer than so many :math:`\rho` change nothing, and a warning says so.
+        drop: Share of the longest that the estimate leaves out.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    reference: float | None = None
+    samples: int = 40
+    factor: float = 2.0
+    drop: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.reference is not None:
+            _check_reference(self.reference)
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples}")
+        if not self.factor > 0:
+            raise ValueError(f"factor must be positive, got {self.factor}")
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop must be in [0, 1), got {self.drop}")
+
+
+@dataclass(frozen=True)
 class AnchoredTargets:
     """What anchoring has made of some targets.
 

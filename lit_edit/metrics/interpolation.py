@@ -68,8 +68,8 @@ def interpolation_rows(
     for alpha in alphas:
         view = ledger.adapter.with_weights(interpolated_weights(ledger, alpha))
         summary = summarise(evaluate_edits(view, tokenizer, requests))
-        values = [summary[kind][measure] for kind in KINDS]
-        rows.append(InterpolationRow(alpha, *values, harmonic_score(values)))
+        values: dict[str, float | None] = {kind: summary[kind][measure] for kind in KINDS}
+        rows.append(InterpolationRow(alpha, **values, score=harmonic_score(list(values.values()))))
     return rows
 
 

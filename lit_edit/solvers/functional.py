@@ -103,7 +103,8 @@ def constrained_update(keys: Tensor, residuals: Tensor, prior: Tensor, slack: fl
 
     :math:`\Delta = R\,(K^\top \Lambda^{-1} K + s I)^{-1} K^\top \Lambda^{-1}` (EMMET, arXiv 2403.14236, eq. 14): of
     all :math:`\Delta` with :math:`\Delta K = R` the one with the least
-    :math:`\operatorname{tr} \Delta \Lambda \Delta^\top` where :math:`s = 0`. One fact: ROME (arXiv 2202.05262, eq. 2). With :math:`s = 1` it is :func:`ridge_update`.
+    :math:`\operatorname{tr} \Delta \Lambda \Delta^\top` where :math:`s = 0`. One fact: ROME (arXiv 2202.05262, eq. 2).
+    With :math:`s = 1` it is :func:`ridge_update`.
 
     Args:
         keys: ``(d_in, n)``.
