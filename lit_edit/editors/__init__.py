@@ -10,6 +10,7 @@ from lit_edit.editors.interpolate import Interpolate
 from lit_edit.editors.memit import MEMIT, MEMITSeq
 from lit_edit.editors.norm_anchor import NormAnchor
 from lit_edit.editors.nse import NSE
+from lit_edit.editors.pmet import PMET
 from lit_edit.editors.prune import PRUNE
 from lit_edit.editors.rect import RECT
 from lit_edit.editors.rlsedit import RLSEdit
@@ -24,6 +25,7 @@ __all__ = [
     "ENCORE",
     "MEMIT",
     "NSE",
+    "PMET",
     "PRUNE",
     "RECT",
     "ROME",

@@ -235,7 +235,7 @@ class ClosedFormEditor(LocatedEditor, ReversibleEditor):
         watch: Stopwatch,
     ) -> Facts:
         """Find keys and residuals of some edits and add them to the trial."""
-        walk = Walk(self.ledger, model, self.residual, self.templates, watch)
+        walk = Walk(self.ledger, model, self.residual, self.templates, watch, self.measured)
         if self.keys == "walked":
 
             def adjust(layer: int, keys: Tensor, plain: Tensor, missing: Tensor) -> Tensor:

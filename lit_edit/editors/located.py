@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from lit_edit.editors.key_index import KeyIndex
 from lit_edit.editors.key_rows import KeyRows
 from lit_edit.editors.norm_anchor import NormAnchor, anchor_targets, reference_norm
 from lit_edit.editors.transforms import UpdateTransform, transformed
-from lit_edit.editors.walk import Walk
+from lit_edit.editors.walk import Measured, Walk
 from lit_edit.ledger import EditLedger, LedgerEntry
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.presets import edit_layers
@@ -53,11 +53,13 @@ class LocatedEditor(Editor):
 
     Attributes:
         on_original: Targets are fitted on the original weights (else on the current ones).
+        measured: What targets are targets of.
         targets: Targets that are fitted and not yet used, by the edit's id, with what they were fitted for.
         known: Finds edits by their keys.
     """
 
     on_original: bool = True
+    measured: ClassVar[Measured] = "state"
 
     def __init__(
         self,
@@ -75,6 +77,13 @@ class LocatedEditor(Editor):
             raise ValueError(f"contexts must be 'sampled', 'plain' or groups of templates, got {contexts!r}")
         if not 1 <= context_count <= len(STARTS):
             raise ValueError(f"context_count must be 1 to {len(STARTS)}, got {context_count}")
+        if (target.moved == "modules") != (self.measured == "mlp"):
+            raise ValueError(
+                f"target.moved must be {'modules' if self.measured == 'mlp' else 'state'!r} for {type(self).__name__}, "
+                f"got {target.moved!r}"
+            )
+        if norm_anchor is not None and self.measured == "mlp":
+            raise ValueError(f"norm_anchor is for targets behind a layer; {type(self).__name__} has others")
         self.layers = None if layers is None else tuple(layers)
         self.target = target
         self.contexts = contexts if isinstance(contexts, str) else check_templates(contexts)

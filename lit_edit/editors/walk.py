@@ -25,6 +25,8 @@ Solve = Callable[[int, Tensor, Tensor], Tensor]
 """From a layer, keys ``(d_in, n)`` and residuals ``(d_out, n)`` to the update ``(d_out, d_in)`` to go on with."""
 
 
+Measured = Literal["state", "mlp"]
+
 Adjust = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """From a layer, keys and keys at the plain prompts ``(d_in, n)``, and what is missing at those ``(d_out, n)``, to the
 residuals that the layer's solution is to say to the keys."""
@@ -40,6 +42,7 @@ class Walk:
         residual: How the residual is spread over the layers (:class:`lit_edit.editors.closed_form.ClosedFormEditor`).
         templates: The contexts, whose keys are averaged.
         watch: Takes the times.
+        measured: What targets are targets of: the ``state`` behind the last edited layer, or the output of its ``mlp``.
     """
 
     ledger: EditLedger
@@ -47,6 +50,7 @@ class Walk:
     residual: ResidualMode
     templates: Templates
     watch: Stopwatch
+    measured: Measured = "state"
 
     @torch.no_grad()
     def facts(
@@ -69,13 +73,17 @@ class Walk:
                 after, inputs = self._run(rows, layer, hidden)
                 keys[layer] = self._mean_key(rows, inputs)
                 if self.residual in ("remeasured", "root", "ends") and index > 0:
-                    plain = rows.line.carry(after, rows.plain)
-                    reached = rows.plain.run(plain, layer + 1, layers[-1] + 1, adapter=self.reference)
-                    missing = targets.to(hidden.device) - reached[rows.plain_lookups].T.to(missing)
+                    if self.measured == "mlp":
+                        reached = self._reached_mlp(rows, inputs, after, layer)
+                    else:
+                        reached = self._reached_state(rows, after, layer)
+                    missing = targets.to(hidden.device) - reached.to(missing)
             with self.watch("solve"):
                 plain_inputs = inputs[rows.lookups[:, 0]]
                 share = for_algebra(missing) / self._share(index)
-                residuals[layer] = self.reference.to_weight_residual(layer, plain_inputs, share)
+                residuals[layer] = share
+                if self.measured == "state":
+                    residuals[layer] = self.reference.to_weight_residual(layer, plain_inputs, share)
                 if adjust is not None:
                     residuals[layer] = adjust(layer, keys[layer], for_algebra(plain_inputs).T, residuals[layer])
                 delta = solve(layer, keys[layer], residuals[layer])
@@ -84,6 +92,31 @@ class Walk:
                     weight = self.ledger.edited_weight(layer, delta)
                     hidden = self._rewritten(layer, weight, hidden, after, inputs, rows)
         return Facts(keys, residuals, targets, shifts, (targets.shape[1],))
+
+    def _reached_state(self, rows: KeyLine, after: Tensor, layer: int) -> Tensor:
+        """Return ``(d_model, n)``, the states behind the last edited layer, from the output of a lower one."""
+        plain = rows.line.carry(after, rows.plain)
+        states = rows.plain.run(plain, layer + 1, self.ledger.layers[-1] + 1, adapter=self.reference)
+        return states[rows.plain_lookups].T
+
+    def _reached_mlp(self, rows: KeyLine, inputs: Tensor, after: Tensor, layer: int) -> Tensor:
+        """Return ``(d_out, n)``, what the last edited layer's down projection says.
+
+        Args:
+            rows: The prompts.
+            inputs: ``(tokens, d_in)``, the inputs of the down projection of a layer.
+            after: ``(tokens, d_model)``, that layer's output.
+            layer: Which.
+        """
+        last = self.ledger.layers[-1]
+        if layer == last:
+            keys = inputs[rows.lookups[:, 0]]
+        else:
+            found: dict[int, Tensor] = {}
+            plain = rows.line.carry(after, rows.plain)
+            rows.plain.run(plain, layer + 1, last + 1, keys=found, adapter=self.reference)
+            keys = found[last][rows.plain_lookups]
+        return self.reference.project(last, keys).T
 
     @torch.no_grad()
     def reached(self, rows: KeyLine) -> Tensor:

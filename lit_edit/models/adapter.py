@@ -192,6 +192,26 @@ class ModelAdapter:
         """Return the full name of the edited parameter of a layer, as in ``model.named_parameters()``."""
         return f"{self.spec.layers}.{layer}.{self.spec.down_proj}.weight"
 
+    def project(self, layer: int, keys: Tensor) -> Tensor:
+        """Return what a layer's down projection makes of its inputs ``(n, d_in)``, in this view: ``(n, d_out)``."""
+        bias = self.down_proj(layer).bias
+        values = torch.nn.functional.linear(keys, self.to_layout(layer, self.weight(layer)))
+        return values + whole(bias) if isinstance(bias, Tensor) else values
+
+    def attention_module(self, layer: int) -> nn.Module:
+        """Return the attention of a layer: its one module whose class is called so.
+
+        Raises:
+            UnknownArchitectureError: If there is none, or more than one.
+        """
+        self.check_layer(layer)
+        found = [m for m in self.layers[layer].modules() if type(m).__name__.endswith("Attention")]
+        if len(found) != 1:
+            raise UnknownArchitectureError(
+                f"layer {layer} has {len(found)} modules whose class ends in 'Attention'; expected one"
+            )
+        return found[0]
+
     def weight(self, layer: int) -> Tensor:
         """Return the edited weight of a layer in this view, in the layout the model stores it in."""
         lent = self.weights.get(self.weight_name(layer))

@@ -107,8 +107,7 @@ class TargetLoss:
         window, edits = self.window, chunk.edits.tolist()
         leaf = delta.detach().requires_grad_(with_gradient)
         with torch.set_grad_enabled(with_gradient):
-            hidden = chunk.hidden.index_add(0, chunk.moved, leaf[chunk.owner].to(chunk.hidden.dtype))
-            hidden = chunk.line.run(hidden, window.layer + 1, window.stop, window.kept, adapter=window.adapter)
+            hidden = window.run(chunk, leaf)
             states = window.adapter.finish(hidden[torch.cat([chunk.read, chunk.essence])])
         known = all(edit in self.reference for edit in edits)
         base = torch.stack([self.reference[edit] for edit in edits]) if known else None

@@ -64,6 +64,8 @@ class TargetSettings:
             (ENCORE's most-probable stop, 2 there); 0 does not count them.
         anchor: What ``clamp`` and ``weight_decay`` measure ``|delta|`` against, in place of ``h0``: the ``state``
             behind the layer (MEMIT), or the output of its ``mlp`` (ROME).
+        moved: What the vector is added to: the ``state`` behind the layer, or the outputs of its two ``modules``,
+            attention and MLP, which get a vector each (PMET); the target is then the MLP's output.
         precision: Type of the matrix products in the layers above. ``bfloat16`` is faster on processors that have it;
             states, norms, sums and losses stay as they are, and so do statistics, keys and the solve. ``fastest`` takes
             it where a short measurement says that it pays.
@@ -83,6 +85,7 @@ class TargetSettings:
     margin: float = 0.0
     first_choice: int = 0
     anchor: Literal["state", "mlp"] = "state"
+    moved: Literal["state", "modules"] = "state"
     precision: Literal["float32", "bfloat16", "fastest"] = "float32"
 
     def __post_init__(self) -> None:
@@ -103,6 +106,7 @@ class TargetSettings:
         for name, known in (
             ("rule", ("adam", "polyak")),
             ("anchor", ("state", "mlp")),
+            ("moved", ("state", "modules")),
             ("precision", ("float32", "bfloat16", "fastest")),
         ):
             if getattr(self, name) not in known:
@@ -116,7 +120,8 @@ class Target:
     """The fitted state of one edit.
 
     Attributes:
-        base: ``(d_model,)``, the unchanged state ``h0`` at the lookup token of the plain prompt.
+        base: ``(d_model,)``, the unchanged state ``h0`` at the lookup token of the plain prompt; the MLP's output there
+            with ``moved: modules``.
         delta: ``(d_model,)``, what is to be added; the target state is :attr:`value`.
         probability_before: Mean over contexts of the target's (length-normalised) probability, unchanged model.
         probability: The same with the fitted delta.
@@ -202,18 +207,21 @@ def _optimise(
             f"loss_layer {loss_layer} does not exist: this model has layers 0 to {adapter.n_layers - 1}"
         )
     stop = max(loss_layer, layer) + 1
-    window = Window(adapter, problems, layer, stop, pad)
+    both = settings.moved == "modules"
+    window = Window(adapter, problems, layer, stop, pad, modules=both)
     if settings.precision == "bfloat16" or (settings.precision == "fastest" and adapter.bfloat16_pays()):
         window.adapter = adapter.rounded(torch.bfloat16, layer + 1)
     evaluate = TargetLoss(window, settings.kl_factor)
-    base = adapter.ranks.same(window.base())  # all ranks are to take the same steps
+    # All ranks are to take the same steps.
+    base = adapter.ranks.same(window.module_bases() if both else window.base())
     count, device = len(problems), base.device
     delta = torch.zeros_like(base)
     output = adapter.ranks.same(window.mlp_base()) if outputs or settings.anchor == "mlp" else None
-    anchor = base if settings.anchor == "state" or output is None else output
-    base_norm = torch.linalg.vector_norm(anchor, dim=1)
+    anchor = base if both or settings.anchor == "state" or output is None else output
+    parts = _Parts.of(anchor, 2 if both else 1)
     leading = torch.zeros(count, dtype=torch.int64, device=device)  # steps at which the target was the first choice
-    rule: StepRule = Polyak(settings.trust, base_norm, delta) if settings.rule == "polyak" else Adam(settings.lr, delta)
+    length = torch.linalg.vector_norm(anchor, dim=1)
+    rule: StepRule = Polyak(settings.trust, length, delta) if settings.rule == "polyak" else Adam(settings.lr, delta)
     every = torch.tensor([len(p.prompts) for p in problems], device=device, dtype=base.dtype)
     plain = {edit for edit, problem in enumerate(problems) if settings.plain_first and len(problem.prompts) > 1}
     contexts = every.clone()
@@ -229,8 +237,7 @@ def _optimise(
             progress(step, settings.steps)
         final = step == settings.steps - 1
         losses = evaluate(chunks, delta, contexts, with_gradient=not final)
-        norm = torch.linalg.vector_norm(delta, dim=1)
-        decay = settings.weight_decay * norm / base_norm**2
+        decay = settings.weight_decay * parts.decay(delta)
         loss = losses.nll + losses.kl + decay
         _refuse_divergence(loss, active, step)
         for index, row in enumerate(torch.stack([loss, losses.nll, losses.kl, decay], 1).tolist()):
@@ -253,23 +260,57 @@ def _optimise(
         active = active & ~done
         if final or not active.any():
             break
-        # Gradient of the weight decay, zero at delta = 0 as autograd has it.
-        safe = torch.where(norm > 0, norm, torch.ones_like(norm))
-        gradient = losses.gradient + (settings.weight_decay / base_norm**2 / safe)[:, None] * delta
+        gradient = losses.gradient + settings.weight_decay * parts.decay_gradient(delta)
         moved = rule.step(delta, gradient, loss)
-        radius = settings.clamp * base_norm
-        length = torch.linalg.vector_norm(moved, dim=1)
-        _refuse_divergence(length, active, step)  # clamping an infinite step would make it zero
-        scale = torch.where(length > radius, radius / length, torch.ones_like(length))
-        delta = torch.where(active[:, None], moved * scale[:, None], delta)
+        _refuse_divergence(torch.linalg.vector_norm(moved, dim=1), active, step)  # clamping infinity would make it zero
+        delta = torch.where(active[:, None], parts.clamped(moved, settings.clamp), delta)
         if finished.any() or widened:
             chunks = window.chunks(active.nonzero()[:, 0].tolist(), plain)
 
     before, after = first.tolist(), last.tolist()
     added = [None if output is None or not outputs else output[i].clone() for i in range(count)]
+    base, delta = (value[:, : parts.width] for value in (base, delta))  # of two modules the MLP comes first
     return [
         Target(base[i].clone(), delta[i].clone(), before[i], after[i], tuple(traces[i]), added[i]) for i in range(count)
     ]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Vectors of one or several parts, each measured against a length of its own.
+
+    Attributes:
+        lengths: ``(edits, parts)``.
+        width: Of a part.
+    """
+
+    lengths: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, anchor: Tensor, count: int) -> _Parts:
+        """Measure anchors ``(edits, count * width)``."""
+        width = anchor.shape[1] // count
+        return cls(torch.linalg.vector_norm(anchor.view(len(anchor), count, width), dim=2), width)
+
+    def norms(self, delta: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(delta.view(*self.lengths.shape, self.width), dim=2)
+
+    def decay(self, delta: Tensor) -> Tensor:
+        """Return ``(edits,)``, the sum over parts of ``|delta| / length^2``."""
+        return (self.norms(delta) / self.lengths**2).sum(1)
+
+    def decay_gradient(self, delta: Tensor) -> Tensor:
+        """Return its gradient, zero at zero as autograd has it."""
+        norms = self.norms(delta)
+        safe = torch.where(norms > 0, norms, torch.ones_like(norms))
+        return (delta.view(*self.lengths.shape, self.width) / (self.lengths**2 * safe)[..., None]).flatten(1)
+
+    def clamped(self, delta: Tensor, factor: float) -> Tensor:
+        """Return vectors none of whose parts is longer than ``factor`` times its length."""
+        norms, radius = self.norms(delta), factor * self.lengths
+        scale = torch.where(norms > radius, radius / norms, torch.ones_like(norms))
+        return (delta.view(*self.lengths.shape, self.width) * scale[..., None]).flatten(1)
 
 
 def _refuse_divergence(values: Tensor, active: Tensor, step: int) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.packed import Line, TokenRows
-from lit_edit.models.shards import whole
 from lit_edit.targets.problem import TargetProblem
 
 _CHUNK_TOKENS = 768
@@ -24,7 +26,8 @@ class Chunk:
 
     Attributes:
         line: The tokens.
-        hidden: ``(tokens, d_model)``, the unchanged states entering the first layer to run.
+        hidden: ``(tokens, d_model)``, the unchanged states entering the first layer to run: the one above the highest
+            edited one, or that one itself where its modules are moved.
         edits: Which edits.
         moved: ``(rows,)``, where in the line the lookup tokens are.
         owner: ``(rows,)``, the edit of each of those.
@@ -56,8 +59,15 @@ class Window:
 
     @torch.no_grad()
     def __init__(
-        self, adapter: ModelAdapter, problems: Sequence[TargetProblem], layer: int, stop: int, pad: int
+        self,
+        adapter: ModelAdapter,
+        problems: Sequence[TargetProblem],
+        layer: int,
+        stop: int,
+        pad: int,
+        modules: bool = False,
     ) -> None:
+        self.modules = modules
         self.adapter, self.problems, self.layer, self.stop = adapter, problems, layer, stop
         rows: list[tuple[int, ...]] = []
         lookups: list[int] = []
@@ -71,30 +81,83 @@ class Window:
         self.lengths = [len(row) for row in rows]
         everything = self.rows.line()
         found: dict[int, Tensor] = {}
-        states = everything.run(everything.run(everything.hidden, 0, layer), layer, layer + 1, keys=found)
-        self.hidden = torch.empty_like(states)
-        self.hidden[everything.nodes] = states  # by node
-        self.down_inputs = torch.empty_like(found[layer])
-        self.down_inputs[everything.nodes] = found[layer]
+        entering = everything.run(everything.hidden, 0, layer)
+        states = everything.run(entering, layer, layer + 1, keys=found)
+        self.entering, self.hidden, self.down_inputs = (  # by node
+            torch.empty_like(value).index_copy_(0, everything.nodes, value)
+            for value in (entering, states, found[layer])
+        )
         # What comes before the lookup tokens never changes: its attention keys and values are computed once.
         self.before = self.rows.line(stops=lookups) if any(lookups) else None
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         if self.before is not None:
-            self.before.run(self.hidden[self.before.nodes], layer + 1, stop, keep=self.kept)
+            first, start = self._start
+            self.before.run(start[self.before.nodes], first, stop, keep=self.kept)
+
+    @property
+    def _start(self) -> tuple[int, Tensor]:
+        """The first layer that is run at every step, and the states that enter it, by node."""
+        return (self.layer, self.entering) if self.modules else (self.layer + 1, self.hidden)
+
+    def run(self, chunk: Chunk, delta: Tensor) -> Tensor:
+        """Run a chunk with the vectors of its edits added, up to the layer that is read.
+
+        Args:
+            chunk: Which.
+            delta: ``(edits, d_model)`` of all edits, or ``(edits, 2 d_model)``: of the MLP's and the attention's
+                output.
+        """
+        vectors = delta[chunk.owner].to(chunk.hidden.dtype)
+        if not self.modules:
+            hidden = chunk.hidden.index_add(0, chunk.moved, vectors)
+        elif self.adapter.spec.family == "gptj":  # both modules read the layer's input: what they say is added up
+            hidden = chunk.line.run(chunk.hidden, self.layer, self.layer + 1, self.kept, adapter=self.adapter)
+            hidden = hidden.index_add(0, chunk.moved, vectors.view(len(vectors), 2, -1).sum(1))
+        else:
+            with self._moved_modules(chunk, vectors.chunk(2, 1)):
+                hidden = chunk.line.run(chunk.hidden, self.layer, self.layer + 1, self.kept, adapter=self.adapter)
+        return chunk.line.run(hidden, self.layer + 1, self.stop, self.kept, adapter=self.adapter)
+
+    @contextmanager
+    def _moved_modules(self, chunk: Chunk, vectors: Sequence[Tensor]) -> Iterator[None]:
+        """Add vectors to the outputs of the layer's MLP and attention, inside this context."""
+        if not self.adapter.packs:
+            raise ArgumentError(
+                f"the modules of a {self.adapter.spec.family!r} layer cannot be moved one by one: its attention does "
+                "not go through transformers' interface"
+            )
+
+        def add(values: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+                own = output[0] if isinstance(output, tuple) else output
+                moved = own.reshape(-1, own.shape[-1]).index_add(0, chunk.moved, values).view_as(own)
+                return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+            return hook
+
+        places = (self.adapter.down_proj(self.layer), self.adapter.attention_module(self.layer))
+        hooks = [place.register_forward_hook(add(values)) for place, values in zip(places, vectors, strict=True)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def base(self) -> Tensor:
         """Return ``h0`` ``(edits, d_model)``: the states at the lookup tokens of the plain prompts."""
         states = self.hidden[self._plain_lookups()]
         return states if states.dtype == torch.float64 else states.float()
 
+    def module_bases(self) -> Tensor:
+        """Return ``(edits, 2 d_model)``: what MLP and attention add to the stream at the plain lookup tokens."""
+        mlp, places = self.mlp_base(), self._plain_lookups()
+        both = (self.hidden[places] - self.entering[places]).to(mlp)
+        return torch.cat([mlp, both - mlp], 1)
+
     @torch.no_grad()
     def mlp_base(self) -> Tensor:
         """Return ``v0`` ``(edits, d_out)``: the down projection's outputs at the lookup tokens of the plain prompts."""
-        module = self.adapter.down_proj(self.layer)
-        weight = self.adapter.to_layout(self.layer, self.adapter.weight(self.layer))
-        values = torch.nn.functional.linear(self.down_inputs[self._plain_lookups()], weight)
-        if isinstance(module.bias, Tensor):
-            values = values + whole(module.bias)
+        values = self.adapter.project(self.layer, self.down_inputs[self._plain_lookups()])
         return values if values.dtype == torch.float64 else values.float()
 
     def _plain_lookups(self) -> Tensor:
@@ -149,4 +212,4 @@ class Window:
         device = self.hidden.device
         tensors = {name: torch.tensor(values, device=device) for name, values in found.items()}
         edits = torch.tensor(list(rows_of), device=device)
-        return Chunk(line, self.hidden[line.nodes], edits, **tensors, counts=counts)
+        return Chunk(line, self._start[1][line.nodes], edits, **tensors, counts=counts)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_edit import D4S, EditRequest, EditStream, KeyStatistics, LanguageModel, TargetSettings
-from lit_edit.editors import EMMET, ENCORE, MEMIT, NSE, ROME, RROME, AlphaEdit, Editor, MEMITSeq, RLSEdit
+from lit_edit.editors import EMMET, ENCORE, MEMIT, NSE, PMET, ROME, RROME, AlphaEdit, Editor, MEMITSeq, RLSEdit
 from lit_edit.editors.alphaedit import null_space
 from lit_edit.editors.interpolate import Interpolate
 from lit_edit.editors.located import LocatedEditor
@@ -49,7 +49,7 @@ ROWS: dict[str, tuple[type[LocatedEditor], dict[str, Any]]] = {
     "rrome": (RROME, {"layers": [1]}),
     "emmet": (EMMET, {"layers": [1], "covariance_weight": 5.0}),
     "nse": (NSE, {"layers": [1, 2], "covariance_weight": 5.0, "neurons": 0.7, "lower": 0.0}),
-    "pmet spread": (MEMIT, {"layers": [1, 2], "covariance_weight": 5.0, "residual": "root"}),
+    "pmet": (PMET, {"layers": [1, 2], "covariance_weight": 5.0, "target": TargetSettings(steps=4, moved="modules")}),
     "rect": (MEMIT, {"layers": [1, 2], "covariance_weight": 5.0, "transforms": [RECT(keep=0.4)]}),
     "prune": (D4S, {"layers": [1, 2], "covariance_weight": 0.01, "transforms": [PRUNE()]}),
     "1-li": (AlphaEdit, {"layers": [1, 2], "explained": 0.5, "transforms": [Interpolate(0.7)]}),
@@ -391,6 +391,10 @@ def test_spreading_over_the_ends_leaves_the_layers_between_alone() -> None:
 @every_row
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])
 def test_edits_of_every_family(row: str, model_type: str) -> None:
+    if row == "pmet" and model_type == "gemma2":
+        with pytest.raises(ArgumentError, match="normalises what the MLP says"):
+            open_session(editor_of(row), model_type)
+        return
     session = make(open_session(editor_of(row), model_type, torch.float32), REQUESTS[:2])
     assert all(torch.isfinite(delta).all() and delta.norm() > 0 for delta in deltas(session))
     assert [entry.number for entry in session.ledger.entries] == [1, 2]
@@ -512,6 +516,49 @@ def test_first_choices_are_counted() -> None:
     steps = [len(optimise_targets(adapter, problems, LAYER, own)[0].trace) for own in settings]
     assert 1 < steps[0] < 60
     assert steps[1:] == [steps[0], steps[0] + 1]
+
+
+# ---- PMET ------------------------------------------------------------------------------------------------------------
+
+
+def test_pmet_spreads_the_residual_of_the_mlp_by_square_roots() -> None:
+    target = TargetSettings(steps=4, moved="modules")
+    editor = PMET(layers=[1, 2], covariance_weight=5.0, contexts=[["{}"]], target=target)
+    session = make(open_session(editor), REQUESTS[:2])
+    model = tiny_model("gpt2", F64)
+    blocks: Any = model.transformer.h
+    before = {layer: blocks[layer].mlp.c_proj.weight.data.clone() for layer in (1, 2)}
+    for request in REQUESTS[:2]:
+        problem = build_problem(tiny_tokenizer(), request, (("{}",),))
+        (fitted,) = optimise_targets(ModelAdapter(model), [problem], 2, target)
+        prompt = problem.prompts[0]
+
+        def look(layer: int, ids: Any = prompt.ids[: prompt.lookup + 1]) -> tuple[Tensor, Tensor]:
+            seen: list[tuple[Tensor, Tensor]] = []
+            module = blocks[layer].mlp.c_proj
+            handle = module.register_forward_hook(lambda _, i, o, seen=seen: seen.append((i[0][0, -1], o[0, -1])))
+            model(torch.tensor([ids]))
+            handle.remove()
+            return seen[0]
+
+        for layer, share in ((1, 2**0.5), (2, 1.0)):
+            key = look(layer)[0]
+            residual = (fitted.value - look(2)[1]) / share
+            system = 5 * moment_of(layer, len(key)) + torch.outer(key, key)
+            blocks[layer].mlp.c_proj.weight.data += torch.outer(residual, torch.linalg.solve(system, key)).T
+    for layer, delta in zip((1, 2), deltas(session), strict=True):
+        assert distance(delta, (blocks[layer].mlp.c_proj.weight.data - before[layer]).T) < 1e-9
+
+
+def test_what_is_moved_must_fit_the_method() -> None:
+    with pytest.raises(ValueError, match=r"target.moved must be 'modules' for PMET"):
+        PMET(target=TARGET)
+    with pytest.raises(ValueError, match=r"target.moved must be 'state' for MEMIT"):
+        MEMIT(target=TargetSettings(moved="modules"))
+    with pytest.raises(ValueError, match="norm_anchor"):
+        PMET(norm_anchor=NormAnchor())
+    with pytest.raises(ValueError, match="moved"):
+        TargetSettings(moved="head")  # type: ignore[arg-type]
 
 
 # ---- NSE -------------------------------------------------------------------------------------------------------------
