@@ -17,6 +17,7 @@ from lit_edit.editors.rlsedit import RLSEdit
 from lit_edit.editors.rome import ROME, RROME
 from lit_edit.editors.simie import SimIE
 from lit_edit.editors.transforms import UpdateTransform
+from lit_edit.editors.ultraedit import UltraEdit
 from lit_edit.targets.optimize import TargetSettings
 
 __all__ = [
@@ -41,5 +42,6 @@ __all__ = [
     "RLSEdit",
     "SimIE",
     "TargetSettings",
+    "UltraEdit",
     "UpdateTransform",
 ]
