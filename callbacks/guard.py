@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_edit.data.datamodule import perplexity_texts
 from lit_edit.devices import for_algebra
-from lit_edit.errors import UserError
+from lit_edit.errors import ArgumentError, UserError
 from lit_edit.metrics.evaluation import summarise
 from lit_edit.stream import EditStream
 
@@ -110,8 +110,11 @@ class HarmGuard(Callback):
         stream.status("looking for harm")
         health = self.measure(stream)
         while breach := stream.ranks.agree(self.breach(health)):
-            offender = self._find(stream)
-            title = _title(stream, offender)
+            try:
+                offender = self._find(stream)
+                title = _title(stream, offender)
+            except ArgumentError as error:  # not every editor takes edits out, or not these
+                offender, title = None, f"Which edit did it cannot be found out: {error}."
             self.history.append({"edits": stream.edits_made, "edit": offender, "breach": breach, "did": self.on_harm})
             if self.on_harm == "warn":
                 log.warning("harm: %s. %s", breach, title)

@@ -14,6 +14,7 @@ from lit_edit import EditStream
 from lit_edit.editors.base import Proposal
 from lit_edit.editors.d4s import D4S
 from lit_edit.editors.facts import Facts
+from lit_edit.errors import ArgumentError
 from lit_edit.ledger import EditRefusedError
 from tests.streams import make_data, make_stream, make_trainer
 
@@ -82,6 +83,15 @@ def test_it_stops_and_names_the_edit(tmp_path: Path) -> None:
     with pytest.raises(HarmError, match=r"(?s)Edit 3 \('Serena.*did it.*lit-edit undo --run .*/x --edit 3"):
         fit(tmp_path, stream, on_harm="stop", max_growth=2)
     assert len(stream.ledger) == 4
+
+
+def test_an_editor_that_takes_nothing_out_is_guarded_all_the_same(tmp_path: Path) -> None:
+    class OneWay(Harmful):
+        def retract(self, *args: Any, **kwargs: Any) -> Proposal:
+            raise ArgumentError("OneWay cannot take edits out")
+
+    with pytest.raises(HarmError, match=r"cannot be found out: OneWay cannot take edits out"):
+        fit(tmp_path, harmful(OneWay), on_harm="undo", max_growth=2)
 
 
 def test_it_warns_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
