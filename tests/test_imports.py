@@ -212,6 +212,8 @@ PLAIN = {  # tensors that belong to no model
     "lit_edit.ranks": ("tensor.copy_(moved)", "told.copy_("),
     "lit_edit.targets.losses": ("losses.gradient.copy_(", "value.copy_(found)"),
     "lit_edit.speed": ("target.copy_(source)",),
+    "lit_edit.editors.ft": ("leaf.copy_(within_ball(leaf",),  # the update that is being fitted
+    "lit_edit.editors.lora_tuning": ("factors(layers[int(layer)])[kind].data.copy_(factor)",),  # of stand-in layers
 }
 NOT_WRITES = {"requires_grad_", "manual_seed_"}
 

@@ -40,6 +40,12 @@ def run_undo(args: list[str]) -> None:
         before = _answers(run, numbers)
         run.session.undo(numbers, exact=options.exact)
         _finish(run, options, numbers, before, "taken out")
+        later = any(entry.number > min(numbers) for entry in run.session.ledger.entries)
+    if later and not off and not options.exact and not editor.exact_undo:
+        sys.stdout.write(
+            f"What {type(editor).__name__} had written for these is out. Later edits were made on a model that had "
+            "them, and what they wrote stays as it is.\n"
+        )
     if off:
         sys.stdout.write(
             f"Later edits were made on a model that had these: without them their keys and residuals move by up to "

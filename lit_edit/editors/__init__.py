@@ -6,7 +6,10 @@ from lit_edit.editors.closed_form import ClosedFormEditor
 from lit_edit.editors.d4s import D4S
 from lit_edit.editors.emmet import EMMET
 from lit_edit.editors.encore import ENCORE
+from lit_edit.editors.ft import FT, FTL, FTM
+from lit_edit.editors.gradient import GradientEditor
 from lit_edit.editors.interpolate import Interpolate
+from lit_edit.editors.lora_tuning import AdaLoRA, LoRA
 from lit_edit.editors.memit import MEMIT, MEMITSeq
 from lit_edit.editors.norm_anchor import NormAnchor
 from lit_edit.editors.nse import NSE
@@ -15,6 +18,7 @@ from lit_edit.editors.prune import PRUNE
 from lit_edit.editors.rect import RECT
 from lit_edit.editors.rlsedit import RLSEdit
 from lit_edit.editors.rome import ROME, RROME
+from lit_edit.editors.saul import SAUL
 from lit_edit.editors.simie import SimIE
 from lit_edit.editors.transforms import UpdateTransform
 from lit_edit.editors.ultraedit import UltraEdit
@@ -24,6 +28,9 @@ __all__ = [
     "D4S",
     "EMMET",
     "ENCORE",
+    "FT",
+    "FTL",
+    "FTM",
     "MEMIT",
     "NSE",
     "PMET",
@@ -31,11 +38,15 @@ __all__ = [
     "RECT",
     "ROME",
     "RROME",
+    "SAUL",
+    "AdaLoRA",
     "AlphaEdit",
     "ClosedFormEditor",
     "Editor",
     "EditorInfo",
+    "GradientEditor",
     "Interpolate",
+    "LoRA",
     "MEMITSeq",
     "NormAnchor",
     "Proposal",
