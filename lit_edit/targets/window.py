@@ -67,7 +67,6 @@ class Window:
         pad: int,
         modules: bool = False,
     ) -> None:
-        self.modules = modules
         self.adapter, self.problems, self.layer, self.stop = adapter, problems, layer, stop
         rows: list[tuple[int, ...]] = []
         lookups: list[int] = []
@@ -83,10 +82,10 @@ class Window:
         found: dict[int, Tensor] = {}
         entering = everything.run(everything.hidden, 0, layer)
         states = everything.run(entering, layer, layer + 1, keys=found)
-        self.entering, self.hidden, self.down_inputs = (  # by node
-            torch.empty_like(value).index_copy_(0, everything.nodes, value)
-            for value in (entering, states, found[layer])
-        )
+        self.hidden = _by_node(everything, states)
+        self.entering = _by_node(everything, entering) if modules else None
+        plain = [everything.index(own[0], lookups[own[0]]) for own in self.rows_of]
+        self.down_inputs = found[layer][torch.tensor(plain, device=states.device)]
         # What comes before the lookup tokens never changes: its attention keys and values are computed once.
         self.before = self.rows.line(stops=lookups) if any(lookups) else None
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
@@ -97,7 +96,7 @@ class Window:
     @property
     def _start(self) -> tuple[int, Tensor]:
         """The first layer that is run at every step, and the states that enter it, by node."""
-        return (self.layer, self.entering) if self.modules else (self.layer + 1, self.hidden)
+        return (self.layer + 1, self.hidden) if self.entering is None else (self.layer, self.entering)
 
     def run(self, chunk: Chunk, delta: Tensor) -> Tensor:
         """Run a chunk with the vectors of its edits added, up to the layer that is read.
@@ -108,7 +107,7 @@ class Window:
                 output.
         """
         vectors = delta[chunk.owner].to(chunk.hidden.dtype)
-        if not self.modules:
+        if self.entering is None:
             hidden = chunk.hidden.index_add(0, chunk.moved, vectors)
         elif self.adapter.spec.family == "gptj":  # both modules read the layer's input: what they say is added up
             hidden = chunk.line.run(chunk.hidden, self.layer, self.layer + 1, self.kept, adapter=self.adapter)
@@ -150,6 +149,7 @@ class Window:
 
     def module_bases(self) -> Tensor:
         """Return ``(edits, 2 d_model)``: what MLP and attention add to the stream at the plain lookup tokens."""
+        assert self.entering is not None  # noqa: S101 - for the type checker
         mlp, places = self.mlp_base(), self._plain_lookups()
         both = (self.hidden[places] - self.entering[places]).to(mlp)
         return torch.cat([mlp, both - mlp], 1)
@@ -157,7 +157,7 @@ class Window:
     @torch.no_grad()
     def mlp_base(self) -> Tensor:
         """Return ``v0`` ``(edits, d_out)``: the down projection's outputs at the lookup tokens of the plain prompts."""
-        values = self.adapter.project(self.layer, self.down_inputs[self._plain_lookups()])
+        values = self.adapter.project(self.layer, self.down_inputs)
         return values if values.dtype == torch.float64 else values.float()
 
     def _plain_lookups(self) -> Tensor:
@@ -213,3 +213,8 @@ class Window:
         tensors = {name: torch.tensor(values, device=device) for name, values in found.items()}
         edits = torch.tensor(list(rows_of), device=device)
         return Chunk(line, self._start[1][line.nodes], edits, **tensors, counts=counts)
+
+
+def _by_node(line: Line, values: Tensor) -> Tensor:
+    """Return values ``(tokens, ...)`` of a line that has all nodes, by node."""
+    return torch.empty_like(values).index_copy_(0, line.nodes, values)
