@@ -186,6 +186,17 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pretended:
 POINTS = ["d4s+shuffle_seed=0", "d4s+shuffle_seed=1", "memit+shuffle_seed=0", "memit+shuffle_seed=1"]
 
 
+def test_settings_that_are_not_finite_are_kept_on_record(
+    pretended: Pretended, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clamp = "grid:\n  model.editor.init_args.target.clamp: [4, .inf]\n"
+    (tmp_path / "small.yaml").write_text("name: small\nbase: [quickstart]\n" + clamp)
+    for _ in range(2):  # and the second time they are what they were
+        assert main(["sweep", "--config", "small.yaml"]) == 0
+    assert len(pretended.commands) == 2
+    assert "done already" in capsys.readouterr().out
+
+
 def test_every_point_is_a_fit_of_its_own(
     pretended: Pretended, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

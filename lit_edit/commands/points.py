@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -35,11 +36,20 @@ def parse_points(grid: Grid, points: Sequence[Point]) -> dict[str, Any]:
     found = {}
     for point in points:
         try:
-            found[point.name] = parser.parse(grid.arguments(point.choices))
+            found[point.name] = _in_json(parser.parse(grid.arguments(point.choices)))
             parser.make()
         except ArgumentError as error:
             raise ArgumentError(f"{grid.path}: {_culprit(grid, point, parser)}: {error}") from None
     return found
+
+
+def _in_json(value: Any) -> Any:
+    """Return settings as JSON can hold them: numbers that are not finite (a clamp that never clamps) by name."""
+    if isinstance(value, Mapping):
+        return {name: _in_json(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_in_json(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _culprit(grid: Grid, point: Point, parser: FitParser) -> str:

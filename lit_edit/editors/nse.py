@@ -55,7 +55,7 @@ class NSE(LocatedEditor):
         passes: How often an edit is written at most.
         lower: An edit is not written again once :math:`|z - h|` is below this. A length, as published: 35 for GPT2-XL,
             15 for GPT-J, 2.5 for Llama-3-8B.
-        upper: Nor if it is above this: it is given up. Published 150, 100 and 50.
+        upper: Nor if it is above this: it is given up. Published 150, 100 and 50; by default no edit is.
         kwargs: As for :class:`~lit_edit.editors.located.LocatedEditor`.
     """
 
@@ -76,7 +76,7 @@ class NSE(LocatedEditor):
         neurons: float = 0.8,
         passes: int = 3,
         lower: float = 1.0,
-        upper: float = math.inf,
+        upper: float | None = None,
         **kwargs: Any,
     ) -> None:
         if not 0 < covariance_weight < math.inf:
@@ -85,7 +85,7 @@ class NSE(LocatedEditor):
             raise ValueError(f"neurons must be in (0, 1], got {neurons}")
         if passes < 1:
             raise ValueError(f"passes must be at least 1, got {passes}")
-        if not 0 <= lower < upper:
+        if not 0 <= lower < (math.inf if upper is None else upper):
             raise ValueError(f"lower must not be negative and must be below upper, got {lower} and {upper}")
         super().__init__(**kwargs)
         self.covariance_weight, self.neurons = covariance_weight, neurons
@@ -115,9 +115,9 @@ class NSE(LocatedEditor):
 
     def settings(self) -> dict[str, Any]:
         """Return all settings that a result depends on, and what the second moments were."""
-        own = {name: getattr(self, name) for name in ("covariance_weight", "neurons", "passes", "lower")}
+        own = {name: getattr(self, name) for name in ("covariance_weight", "neurons", "passes", "lower", "upper")}
         priors = [checksum(prior) for prior in self.priors.values()]
-        return {**super().settings(), **own, "upper": str(self.upper), "key statistics": priors}
+        return {**super().settings(), **own, "key statistics": priors}
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
@@ -144,7 +144,8 @@ class NSE(LocatedEditor):
                 missing = self._missing(line, wanted[:, left], states)
                 if number > 0:
                     lengths = missing.norm(dim=0).tolist()
-                    kept = [n for n, length in enumerate(lengths) if self.lower < length < self.upper]
+                    upper = math.inf if self.upper is None else self.upper
+                    kept = [n for n, length in enumerate(lengths) if self.lower < length < upper]
                     left = [left[n] for n in kept]
                     if not left:
                         break
