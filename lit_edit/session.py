@@ -17,7 +17,7 @@ from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import Editor, Proposal, Status, commit_proposal, silent
 from lit_edit.errors import ArgumentError
 from lit_edit.journal import JournalError, Record
-from lit_edit.ledger import Change, EditLedger, EditRefusedError, LedgerEntry, Origin
+from lit_edit.ledger import Change, EditLedger, EditRefusedError, LedgerEntry, Origin, RecordedFacts
 from lit_edit.solvers.functional import FactsError
 
 log = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ class EditSession:
         if not requests:
             return None
         try:
-            facts = self.ledger.facts_of(list(replaced))
+            facts = self._facts_of(replaced)
             proposal = self.editor.propose(requests, window, self.status, facts)
             self._try(proposal)
         except _HARMFUL as error:
@@ -217,6 +217,15 @@ class EditSession:
             earlier = self.ledger.history.entry(number)
             log.warning("edit %d (%r -> %r) is %s", number, earlier.prompt, earlier.target_new, reason)
         return replace(proposal, change=replace(proposal.change, reason="; ".join(replaced.values())))
+
+    def _facts_of(self, replaced: Mapping[int, str]) -> list[RecordedFacts]:
+        """Return what is on record about edits that are to be replaced; refuse where that is not enough."""
+        try:
+            return self.ledger.facts_of(list(replaced))
+        except JournalError as error:
+            raise EditRefusedError(
+                f"{error}, so it cannot be replaced: set model.on_conflict to average, which leaves it in"
+            ) from error
 
     def _try(self, proposal: Proposal) -> None:
         """Raise :class:`EditRefusedError` now, not at the commit, where skipping is the policy."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_edit.checksum import checksum
 from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.closed_form import ClosedFormEditor
 from lit_edit.errors import ArgumentError
@@ -72,7 +73,7 @@ class AlphaEdit(ClosedFormEditor):
         paper="AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, arXiv 2410.02355",
         kind="closed form",
         cost="target optimisation; p^2 + d_in d_out per layer (p: dimension of the null space); once d_in^3",
-        state="2 p^2 + p d_in + d_in d_out per layer, whatever the number of edits",
+        state="3 p^2 + p d_in + d_in d_out per layer, whatever the number of edits",
         undo="approximate",
         lora=True,
         devices=True,
@@ -94,7 +95,8 @@ class AlphaEdit(ClosedFormEditor):
         self.weight, self.explained, self.threshold = weight, explained, threshold
 
     def _solver_of(self, moment: Tensor, d_out: int) -> OwnSolver:
-        return SubspaceSolver(null_space(moment, self.explained, self.threshold), self.weight, d_out, self.storage)
+        basis = null_space(moment, self.explained, self.threshold)
+        return SubspaceSolver(basis, self.weight, d_out, self.storage, origin=checksum(moment))
 
     def _own_settings(self) -> dict[str, Any]:
         return {"weight": self.weight, "explained": self.explained, "threshold": self.threshold}

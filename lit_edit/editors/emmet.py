@@ -18,8 +18,8 @@ class EMMET(ClosedFormEditor):
     r"""Equality-constrained mass editing (EMMET, arXiv 2403.14236, eq. 14).
 
     :math:`\Delta = R\,(K^\top (\lambda C)^{-1} K + e I)^{-1} K^\top (\lambda C)^{-1}`: of all changes that make the
-    facts of a step hold the one that disturbs other keys least. With one fact it is ROME with one key; MEMIT tends to
-    it as :math:`\lambda \to 0`.
+    facts of a step hold the one that disturbs other keys least. With one fact it is ROME's formula with
+    the mean key; MEMIT tends to it as :math:`\lambda \to 0`.
 
     Args:
         layers: Layers to edit; by default the one published for ROME on the model.

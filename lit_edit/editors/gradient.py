@@ -138,7 +138,8 @@ class GradientEditor(Editor):
         loss_threshold: Stop as soon as the loss is below this: a step on what is known already does harm.
         transforms: Applied to what is written. The next step goes on from what is written.
         keep_increments: Put the increments on record. Without them a long stream on a large model needs no space for
-            them, and neither undo nor taking up a journal is possible (a checkpoint is enough to go on).
+            them, and edits can neither be taken out nor replaced (``on_conflict: average`` leaves the earlier ones in),
+            nor a journal taken up (a checkpoint is enough to go on).
     """
 
     published: ClassVar[Mapping[tuple[str, int, int], tuple[int, ...]]] = {}

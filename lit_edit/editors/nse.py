@@ -64,7 +64,7 @@ class NSE(LocatedEditor):
         paper="Neuron-Level Sequential Editing for Large Language Models, arXiv 2410.04045",
         kind="closed form",
         cost="target optimisation; per pass and layer a system of the selected neurons, up to d_in^3",
-        state="2 d_in^2 + d_in d_out per layer, whatever the number of edits",
+        state="2 d_in^2 + d_in d_out per layer, whatever the number of edits, and half as much again during a step",
         undo="approximate",
         lora=True,
         lacks="the thresholds of its passes are lengths, to be found anew for each model",
@@ -130,6 +130,7 @@ class NSE(LocatedEditor):
     ) -> Proposal:
         """Work out the updates for some requests; see :meth:`Editor.propose`."""
         watch = Stopwatch()
+        self._follow()
         before = states = self._without(self.states, replaced)
         with watch("targets"):
             targets = self._get_targets(requests, window, self.ledger.original(), status)
@@ -160,6 +161,12 @@ class NSE(LocatedEditor):
         return self._proposal(
             states, change, tensors[f"keys.{self.ledger.layers[0]}"], entries, requests, watch.seconds
         )
+
+    def _follow(self) -> None:
+        """Bring what is carried along to where the algebra is done: the model may have been moved."""
+        place = algebra_device(self.ledger.adapter.device)
+        self.priors = {n: prior.to(place) for n, prior in self.priors.items()}
+        self.states = {n: LayerState(s.delta.to(place), s.gram.to(place)) for n, s in self.states.items()}
 
     def _view(self, states: Mapping[int, LayerState]) -> Any:
         weights = {self.ledger.names[n]: self._weight(n, state.delta) for n, state in states.items()}
@@ -247,6 +254,7 @@ class NSE(LocatedEditor):
 
     def replay(self, change: Change, entries: Sequence[LedgerEntry], old: Sequence[RecordedFacts]) -> Proposal:
         """Do again what is on record; see :meth:`Editor.replay`."""
+        self._follow()
         first = f"keys.{self.ledger.layers[0]}"
         states, keys = dict(self.states), self.states[self.ledger.layers[0]].delta.new_empty(0, 0)
         if change.restored:

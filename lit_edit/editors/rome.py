@@ -71,8 +71,10 @@ class ROME(ClosedFormEditor):
         self, layer: int, keys: Tensor, plain: Tensor, missing: Tensor, solver: Solver, model: ModelAdapter
     ) -> Tensor:
         """Return residuals with which the symmetric solution is the published one: times ``k*ᵀu / k_pᵀu``."""
-        projected, _ = solver.alone(keys)
-        return missing * ((keys * projected).sum(0) / (plain.to(projected) * projected).sum(0)).to(missing)
+        projected, _ = solver.alone(keys)  # where the solver is: in host memory, perhaps
+        return missing * ((keys.to(projected) * projected).sum(0) / (plain.to(projected) * projected).sum(0)).to(
+            missing
+        )
 
 
 class RROME(ROME):

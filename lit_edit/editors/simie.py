@@ -20,6 +20,7 @@ from lit_edit.ledger import Change, EditLedger, LayerUpdate, LedgerEntry, Record
 from lit_edit.models.packed import TokenRows
 from lit_edit.solvers.ridge import RidgeSolver, RidgeStep
 from lit_edit.solvers.shared import SharedSolver, Solver
+from lit_edit.solvers.storage import SolverStorage
 from lit_edit.tokens import continuation, pad_token
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 class SimIE(Editor):
     r"""Simulating an ideal editor (Towards Lifelong Model Editing via Simulating Ideal Editor, ICML 2025, eq. 9).
 
-    For each step the base editor makes its edit on the original weights, :math:`W_0 + \Delta^e`, and is taken at its
+    For each edit the base editor makes it, alone, on the original weights, :math:`W_0 + \Delta^e`, and is taken at its
     word at all tokens of the edit's prompt and target: the stream's update is to say there what :math:`\Delta^e` says,
     :math:`\Delta_t = \Delta_{t-1} + (\Delta^e - \Delta_{t-1}) K K^\top P_t` with
     :math:`P_t = (\alpha I + \sum K K^\top)^{-1}`. That is ridge regression from the original weights with the facts
@@ -42,6 +43,7 @@ class SimIE(Editor):
     Args:
         base: The editor that makes the single edits: any that writes weights.
         alpha: :math:`\alpha`, how much a change weighs at keys that no edit has. Published 1e4 for large models.
+        storage: Type and place of the solver's matrices, beside the base editor's own.
     """
 
     about = EditorInfo(
@@ -49,19 +51,24 @@ class SimIE(Editor):
         paper="Towards Lifelong Model Editing via Simulating Ideal Editor, ICML 2025 (openreview VdEG08ZJCH)",
         kind="closed form",
         cost="an edit of the base editor on the original weights; tokens times d_in^2 per layer",
-        state="2 d_in^2 + d_in d_out per layer, whatever the number of edits",
+        state="3 d_in^2 + d_in d_out per layer, whatever the number of edits; and the base editor's",
         undo="exact",
         lora=True,
         devices=True,
         lacks="knows what ordinary text needs only as far as the base editor does: its own prior is isotropic",
     )
 
-    def __init__(self, base: Editor, alpha: float = 1.0) -> None:
+    def __init__(
+        self,
+        base: Editor,
+        alpha: float = 1.0,
+        storage: SolverStorage = SolverStorage(),  # noqa: B008 - frozen
+    ) -> None:
         if isinstance(base, SimIE):
             raise ValueError("base must be an editor for single edits, got SimIE itself")
         if not 0 < alpha < float("inf"):
             raise ValueError(f"alpha must be positive and finite, got {alpha}")
-        self.base, self.alpha = base, alpha
+        self.base, self.alpha, self.storage = base, alpha, storage
         self.solvers: dict[int, Solver] = {}
 
     @property
@@ -83,11 +90,16 @@ class SimIE(Editor):
     ) -> None:
         """Prepare the base editor on a ledger of its own, in which nothing is ever written."""
         self.ledger, self.tokenizer = ledger, tokenizer
-        aside = copy.copy(ledger)
-        aside.adapter, aside.deltas, aside._edited = ledger.original(), {}, {}
-        aside.history, aside.journal, aside.position = EditHistory(), Journal(), 0
-        self.base.prepare(aside, tokenizer, statistics, status, progress)
+        self._aside = copy.copy(ledger)
+        self._aside.deltas, self._aside.history = {}, EditHistory()
+        self._aside.journal, self._aside.position = Journal(), 0
+        self._refresh()
+        self.base.prepare(self._aside, tokenizer, statistics, status, progress)
         self.solvers = {layer: self._make_solver(layer) for layer in ledger.layers}
+
+    def _refresh(self) -> None:
+        """Show the base editor the original weights where and as they are now: the model may have been moved."""
+        self._aside.adapter, self._aside._edited = self.ledger.original(), {}
 
     def _make_solver(self, layer: int) -> Solver:
         adapter = self.ledger.adapter
@@ -95,7 +107,7 @@ class SimIE(Editor):
 
         def make() -> RidgeSolver:
             prior = self.alpha * torch.eye(shape[1], dtype=algebra_dtype(place), device=place)
-            return RidgeSolver(prior, shape[0])
+            return RidgeSolver(self.storage.place(prior), shape[0], storage=self.storage)
 
         return SharedSolver(adapter.ranks, make, shape, True, adapter.device) if adapter.ranks.together else make()
 
@@ -108,41 +120,44 @@ class SimIE(Editor):
         replaced: Sequence[RecordedFacts] = (),
     ) -> Proposal:
         """Work out the updates for some requests; see :meth:`Editor.propose`."""
-        with torch.enable_grad():
-            single = self.base.propose(requests, window, status)
-        watch = Stopwatch(dict(single.seconds))
-        with watch("keys"), self.ledger.adapter.fast_products():
-            keys, counts = self._keys(requests, single.updates)
-        tensors: dict[str, Tensor] = {"tokens": torch.tensor(counts)}
-        for update in single.updates:
-            tensors[f"keys.{update.layer}"] = keys[update.layer]
-            with without_autocast(keys[update.layer].device):
-                tensors[f"residuals.{update.layer}"] = update.delta.to(keys[update.layer]) @ keys[update.layer]
+        self._refresh()
+        watch = Stopwatch()
+        parts: list[dict[str, Tensor]] = []
+        entries: list[LedgerEntry] = []
+        for request in requests:  # each alone, so that none bears another in it
+            with torch.enable_grad():
+                single = self.base.propose([request], window, status)
+            for phase, seconds in single.seconds.items():
+                watch.seconds[phase] = watch.seconds.get(phase, 0.0) + seconds
+            with watch("keys"), self.ledger.adapter.fast_products():
+                parts.append(self._what_it_says(request, single.updates))
+            entries += single.entries
+        tensors = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
         with watch("solve"):
             trial = Trial(self.solvers)
             self._take_out(trial, replaced)
             self._add(trial, tensors)
         numbers = tuple(number for recorded in replaced for number in recorded.numbers)
         change = Change(removed=numbers, tensors=tensors)
-        return self._proposal(trial, change, single.entries, tuple(requests), watch.seconds)
+        return self._proposal(trial, change, tuple(entries), tuple(requests), watch.seconds)
 
-    def _keys(
-        self, requests: Sequence[EditRequest], updates: Sequence[LayerUpdate]
-    ) -> tuple[dict[int, Tensor], list[int]]:
-        """Return, by layer, the inputs of the edited weights at the edits' tokens, and how many those are."""
-        texts = [continuation(self.tokenizer, request.text, request.target_new) for request in requests]
-        rows = [prompt + target for prompt, target in texts]
+    def _what_it_says(self, request: EditRequest, updates: Sequence[LayerUpdate]) -> dict[str, Tensor]:
+        """Return what the base editor's updates say to the inputs of their weights at all tokens of an edit."""
+        prompt, target = continuation(self.tokenizer, request.text, request.target_new)
+        ids = prompt + target
         weights = {update.name: self.ledger.edited_weight(update.layer, update.delta) for update in updates}
         view = self.ledger.adapter.with_weights(weights)
-        source = TokenRows(view, rows, pad_token(self.tokenizer))
-        line = source.line()
+        line = TokenRows(view, [ids], pad_token(self.tokenizer)).line()
         found: dict[int, Tensor] = {}
         line.run(line.hidden, 0, self.ledger.layers[-1] + 1, keys=found)
-        places = [line.index(row, position) for row, ids in enumerate(rows) for position in range(len(ids))]
-        index = torch.tensor(places, device=line.hidden.device)
-        same = self.ledger.adapter.ranks.same
-        keys = {layer: same(for_algebra(found[layer][index]).T.contiguous()) for layer in self.ledger.layers}
-        return keys, [len(ids) for ids in rows]
+        index = torch.tensor([line.index(0, position) for position in range(len(ids))], device=line.hidden.device)
+        tensors = {"tokens": torch.tensor([len(ids)])}
+        for update in updates:
+            keys = self.ledger.adapter.ranks.same(for_algebra(found[update.layer][index]).T.contiguous())
+            tensors[f"keys.{update.layer}"] = keys
+            with without_autocast(keys.device):
+                tensors[f"residuals.{update.layer}"] = update.delta.to(keys) @ keys
+        return tensors
 
     def _proposal(
         self,
@@ -220,7 +235,7 @@ class SimIE(Editor):
     def settings(self) -> dict[str, Any]:
         """Return the settings, those of the base editor among them."""
         base = {f"base.{name}": value for name, value in self.base.settings().items()}
-        return {**super().settings(), "alpha": self.alpha, **base}
+        return {**super().settings(), "alpha": self.alpha, "storage.inverse": self.storage.inverse, **base}
 
     def opening(self) -> dict[str, Any]:
         """Return what the base editor has drawn."""

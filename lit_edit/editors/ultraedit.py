@@ -257,10 +257,10 @@ class UltraEdit(Editor):
         known: dict[int, Tensor] = {}
         for layer, name in self.ledger.names.items():
             delta = self.solutions.get(layer) if self.transforms else self.ledger.deltas.get(name)
+            place = algebra_device(self.ledger.adapter.device)
             if delta is None:
-                place = algebra_device(self.ledger.adapter.device)
                 delta = torch.zeros(self.ledger.adapter.shape(layer), dtype=algebra_dtype(place), device=place)
-            known[layer] = delta
+            known[layer] = delta.to(place)  # the model may have been moved
         return known
 
     def _written(self, layer: int, delta: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -198,6 +198,23 @@ class ModelAdapter:
         values = torch.nn.functional.linear(keys, self.to_layout(layer, self.weight(layer)))
         return values + whole(bias) if isinstance(bias, Tensor) else values
 
+    def mlp_output(self, layer: int, keys: Tensor) -> Tensor:
+        """Return what a layer's MLP adds to the stream, from the inputs of its down projection ``(n, d_in)``."""
+        return self._output_norm(layer)(self.project(layer, keys))
+
+    def _output_norm(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """Return what stands between a layer's down projection and the residual stream; mostly nothing does."""
+        if self.spec.output_norm is None:
+            return lambda states: states
+        module = self.layers[layer].get_submodule(self.spec.output_norm)
+        own = {name: whole(parameter) for name, parameter in module.named_parameters()}
+
+        def norm(states: Tensor) -> Tensor:
+            normalised: Tensor = functional_call(module, own, (states,))
+            return normalised
+
+        return norm
+
     def attention_module(self, layer: int) -> nn.Module:
         """Return the attention of a layer: its one module whose class is called so.
 
@@ -253,13 +270,7 @@ class ModelAdapter:
         """
         if self.spec.output_norm is None:
             return residuals
-        module = self.layers[layer].get_submodule(self.spec.output_norm)
-        own = {name: whole(parameter) for name, parameter in module.named_parameters()}
-
-        def norm(states: Tensor) -> Tensor:
-            normalised: Tensor = functional_call(module, own, (states,))
-            return normalised
-
+        norm = self._output_norm(layer)
         weight = self.to_layout(layer, self.weight(layer))  # (d_out, d_in)
         output = keys.to(weight) @ weight.T  # (n, d_out)
         scale = for_algebra(norm(torch.ones_like(output[0])))  # the norm of ones is its scale

@@ -126,7 +126,7 @@ class Target:
         probability_before: Mean over contexts of the target's (length-normalised) probability, unchanged model.
         probability: The same with the fitted delta.
         trace: Per forward pass ``(loss, nll, kl, weight_decay)``.
-        output: ``(d_model,)``, what the layer's down projection adds to :attr:`base`, where it was asked for.
+        output: ``(d_model,)``, what the layer's MLP has added to :attr:`base`, where it was asked for.
     """
 
     base: Tensor

@@ -156,8 +156,8 @@ class Window:
 
     @torch.no_grad()
     def mlp_base(self) -> Tensor:
-        """Return ``v0`` ``(edits, d_out)``: the down projection's outputs at the lookup tokens of the plain prompts."""
-        values = self.adapter.project(self.layer, self.down_inputs)
+        """Return ``v0`` ``(edits, d_model)``: what the MLP adds to the stream at the plain prompts' lookup tokens."""
+        values = self.adapter.mlp_output(self.layer, self.down_inputs)
         return values if values.dtype == torch.float64 else values.float()
 
     def _plain_lookups(self) -> Tensor:

@@ -366,6 +366,21 @@ def test_norm_anchor_gives_what_is_written_the_reference_length(caplog: pytest.L
     assert "changes nothing" in caplog.text
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "gemma3_text"])
+def test_the_output_that_is_anchored_is_what_the_mlp_adds(model_type: str) -> None:
+    model = tiny_model(model_type, F64)
+    adapter = ModelAdapter(model)
+    problem = build_problem(tiny_tokenizer(), REQUESTS[0], (("{}",),))
+    (fitted,) = optimise_targets(adapter, [problem], 1, TargetSettings(steps=1), outputs=True)
+    block, prompt = adapter.layers[1], problem.prompts[0]
+    place = adapter.spec.output_norm or adapter.spec.down_proj
+    found: list[Tensor] = []
+    block.get_submodule(place).register_forward_hook(lambda _, inputs, output: found.append(output.reshape(-1, 32)))
+    model(torch.tensor([prompt.ids]))
+    assert fitted.output is not None
+    torch.testing.assert_close(fitted.output, found[0][prompt.lookup], rtol=1e-5, atol=1e-5)
+
+
 def test_the_reference_length_is_measured_once_and_put_on_record(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"layers": [1], "norm_anchor": NormAnchor(samples=5, factor=100.0)}
     session = make(open_session(editor_of("memit", **settings), journal=tmp_path / "journal"), REQUESTS[:2])
@@ -501,7 +516,7 @@ def test_another_subspace_is_refused() -> None:
     one.update(torch.ones(4, 1, dtype=F64), torch.ones(3, 1, dtype=F64))
     with pytest.raises(ValueError, match="another one"):
         other.load_state_dict(one.state_dict())
-    turned = SubspaceSolver(eye[:, [1, 0]], 1.0, 3)  # another basis of the same space
+    turned = SubspaceSolver(eye[:, [1, 0]], 1.0, 3)  # another basis of the same space, as another machine finds it
     turned.load_state_dict(one.state_dict())
     assert torch.equal(turned.delta, one.delta)
     assert turned.prior_checksum == one.prior_checksum
@@ -590,6 +605,15 @@ def test_nse_is_its_textbook_formula_pass_by_pass(batch: int) -> None:
             book.module.weight.data += nse(book, keys, plain, wanted - reached(book.model)).T
         book.past = torch.cat([book.past, keys], 1)
     assert distance(deltas(found)[0], book.weight - book.base) < 1e-9
+
+
+@pytest.mark.parametrize("row", ["nse", "alphaedit", "rome", "1-li"])
+def test_the_model_may_be_moved_between_two_edits(row: str) -> None:
+    session = make(open_session(editor_of(row), dtype=torch.float32), REQUESTS[:1])
+    session.ledger.adapter.model.to(torch.bfloat16)
+    session.ledger.align()
+    make(session, REQUESTS[1:2])
+    assert len(session.ledger) == 2
 
 
 def test_nse_writes_again_only_what_is_within_bounds() -> None:

@@ -28,10 +28,10 @@ def start(alpha: float = 2.0, layers: Sequence[int] = (1,), base: Any = None, **
     return open_session(SimIE(base, alpha), **options)  # type: ignore[arg-type]
 
 
-def single(number: int, batch: int = 1) -> Tensor:
-    """The base editor's update of a step, made on an unedited model."""
+def single(number: int) -> Tensor:
+    """The base editor's update of an edit, made on an unedited model."""
     session = open_session(MEMIT(layers=[1], covariance_weight=5.0, **ENGINE))
-    return deltas(make(session, REQUESTS[number : number + batch], batch))[0]
+    return deltas(make(session, REQUESTS[number : number + 1]))[0]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -39,18 +39,35 @@ def test_simie_is_the_published_recursion(batch: int) -> None:
     model = tiny_model("gpt2", F64)
     module: Any = model.transformer.h[1].mlp.c_proj
     wanted, moment = torch.zeros(module.weight.T.shape, dtype=F64), 2.0 * torch.eye(module.weight.shape[0], dtype=F64)
-    for number in range(0, 4, batch):
-        found: list[Tensor] = []
-        handle = module.register_forward_pre_hook(lambda _, inputs, found=found: found.append(inputs[0][0]))
-        for request in REQUESTS[number : number + batch]:
-            prompt, target = continuation(tiny_tokenizer(), request.text, request.target_new)
+    for first in range(0, 4, batch):
+        said, heard = [], []
+        for number in range(first, first + batch):
+            found: list[Tensor] = []
+            handle = module.register_forward_pre_hook(lambda _, inputs, found=found: found.append(inputs[0][0]))
+            prompt, target = continuation(tiny_tokenizer(), REQUESTS[number].text, REQUESTS[number].target_new)
             model(torch.tensor([prompt + target]))
-        handle.remove()
-        keys = torch.cat(found).T
+            handle.remove()
+            heard.append(found[0].T)
+            said.append(single(number) @ found[0].T)
+        keys = torch.cat(heard, 1)
         moment = moment + keys @ keys.T
-        wanted = wanted + (single(number, batch) - wanted) @ keys @ keys.T @ torch.linalg.inv(moment)
+        wanted = wanted + (torch.cat(said, 1) - wanted @ keys) @ keys.T @ torch.linalg.inv(moment)
     (delta,) = deltas(make(start(), REQUESTS[:4], batch))
     assert distance(delta, wanted) < 1e-9
+
+
+def test_the_model_may_be_moved_between_two_edits() -> None:
+    session = make(start(dtype=torch.float32, layers=[1, 2]), REQUESTS[:1])
+    session.ledger.adapter.model.to(torch.bfloat16)
+    session.ledger.align()
+    make(session, REQUESTS[1:2])
+    assert len(session.ledger) == 2
+
+
+def test_a_base_for_single_edits_takes_larger_steps() -> None:
+    steps = make(start(base=ROME(layers=[1], **ENGINE)), REQUESTS[:4], 2)
+    singles = make(start(base=ROME(layers=[1], **ENGINE)), REQUESTS[:4], 1)
+    assert distance(deltas(steps)[0], deltas(singles)[0]) < 1e-9
 
 
 def test_the_base_editor_always_starts_from_the_original_weights() -> None:
@@ -72,9 +89,8 @@ def test_taking_out_is_exact(batch: int) -> None:
     session = make(start(layers=[1, 2]), REQUESTS[:4], batch)
     before = deltas(session)
     session.undo([2])
-    if batch == 1:  # in a batch the others were made beside it
-        never = make(start(layers=[1, 2]), [REQUESTS[0], *REQUESTS[2:4]])
-        assert all(distance(a, b) < 1e-9 for a, b in zip(deltas(session), deltas(never), strict=True))
+    never = make(start(layers=[1, 2]), [REQUESTS[0], *REQUESTS[2:4]])
+    assert all(distance(a, b) < 1e-9 for a, b in zip(deltas(session), deltas(never), strict=True))
     session.redo([2])
     assert all(distance(a, b) < 1e-9 for a, b in zip(deltas(session), before, strict=True))
     session.undo([1, 2, 3, 4])
