@@ -399,6 +399,6 @@ def test_sentences_of_the_users_own(tmp_path: Path) -> None:
 def test_without_increments_an_edit_cannot_be_replaced() -> None:
     session = make(start(FTM(layers=[1], steps=2, keep_increments=False)), REQUESTS[:1])
     again = replace(REQUESTS[0], id="again", target_new="Paris")
-    with pytest.raises(EditRefusedError, match="set model.on_conflict to average"):
+    with pytest.raises(EditRefusedError, match=r"set model.on_conflict to average"):
         session.propose([again], [again])
     assert len(session.ledger) == 1
