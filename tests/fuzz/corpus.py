@@ -817,7 +817,7 @@ def config_overrides() -> Iterator[BrokenConfig]:
         ),
         ("--model.language_model.trust_remote_code=maybe", "model.language_model.trust_remote_code: expected bool"),
         ("--model.language_model.arch={family: mine}", "the following arguments are required: layers, down_proj"),
-        (f"{EDITOR}.residual=most", "residual: expected one of 'shared', 'remeasured', 'uniform', 'root', 'ends'; got most"),
+        (f"{EDITOR}.residual=most", "residual: expected one of 'shared', 'remeasured', 'uniform', 'root', 'ends'"),
         (f"{EDITOR}.contexts=some", "contexts: expected one of 'sampled', 'plain'"),
         (f"{EDITOR}.contexts=[]", "contexts must be groups"),
         (f"{EDITOR}.contexts=[['So: ']]", "a context template needs exactly one {}"),
