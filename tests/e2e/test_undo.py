@@ -17,7 +17,7 @@ from lit_edit.metrics.evaluation import evaluate_edits
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.session import EditSession
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]
 EDITS = 30
 TURBO = TargetSettings(rule="polyak", precision="fastest", probability=0.95)
 
