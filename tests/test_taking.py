@@ -39,8 +39,9 @@ def finished_once(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def finished(finished_once: Path, tmp_path: Path) -> Path:
-    """A copy of a finished run, to do anything with."""
+def finished(finished_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a finished run, to do anything with; its key statistics are where the run has left them."""
+    monkeypatch.setenv("LIT_EDIT_CACHE", str(finished_once.parents[1] / "cache"))
     return Path(shutil.copytree(finished_once, tmp_path / "runs" / "x"))
 
 
