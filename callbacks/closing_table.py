@@ -32,7 +32,8 @@ class ClosingTable(Callback):
         """Print it."""
         summary = as_stream(pl_module, self).finish()
         if trainer.is_global_zero:
-            Console().print(summary_table(summary), layers_table(summary))
+            tables = [summary_table(summary), *([layers_table(summary)] if summary["layers"] else [])]
+            Console().print(*tables)
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:

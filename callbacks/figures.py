@@ -47,7 +47,7 @@ def draw_all(
 ) -> dict[str, Figure]:
     """Return the figures that the recorded data allow, by name."""
     figures = {"metrics": _draw_metrics(stream, retention), "forgetting": _draw_forgetting(stream)}
-    if norms:
+    if norms and norms[0]["layers"]:  # an editor may write none
         figures["l1_norms"] = _draw_norms(norms)
     return figures
 

@@ -154,8 +154,8 @@ class EditLedger:
                 write_(own, self.edited_weight(layer, delta))
 
     def original(self) -> ModelAdapter:
-        """Return a view of the model with its original weights."""
-        return self.adapter.with_weights(self.base)
+        """Return a view of the model with its original weights, and without what an editor keeps beside them."""
+        return self.adapter.with_weights(self.base).with_memory(None)
 
     def edited_weight(self, layer: int, delta: Tensor) -> Tensor:
         """Return ``cast(W0 + delta)`` in the layout of the layer's weight.

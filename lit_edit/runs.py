@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from lit_edit.checkpoints import CheckpointError, load_tree
 from lit_edit.data.datamodule import perplexity_texts
 from lit_edit.data.request import DataError, EditRequest
+from lit_edit.editors.memory_editor import MemoryEditor
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.export import apply_deltas
 from lit_edit.history import EditHistory, LedgerEntry
@@ -47,6 +48,7 @@ class OpenRun:
 
     Attributes:
         entries: The edits that hold.
+        editor: The run's, if it keeps its edits beside the weights.
     """
 
     folder: Path
@@ -55,6 +57,7 @@ class OpenRun:
     tokenizer: Any
     entries: list[LedgerEntry]
     base_hash: str
+    editor: MemoryEditor | None = None
 
     @property
     def requests(self) -> list[EditRequest]:
@@ -62,9 +65,15 @@ class OpenRun:
         return [EditRequest.from_dict(entry.request) for entry in self.entries if entry.request]
 
     def apply(self) -> None:
-        """Write the run's updates into the model."""
+        """Write the run's updates into the model, or put its memory beside it."""
         apply_deltas(self.ledger, deltas_path(self.folder), self.base_hash)
-        self.ledger.history = EditHistory.listing(self.entries)
+        if self.editor is None:
+            self.ledger.history = EditHistory.listing(self.entries)
+            return
+        journal = Journal(journal_path(self.folder), writable=False)
+        self.ledger.journal, self.ledger.history = journal, EditHistory.of(journal.records)
+        self.editor.prepare(self.ledger, self.tokenizer, {})
+        self.editor.recall()
 
 
 def open_run(folder: Path) -> OpenRun:
@@ -99,7 +108,10 @@ def open_run(folder: Path) -> OpenRun:
     layers = [layer for layer in range(adapter.n_layers) if adapter.weight_name(layer) in names]
     if len(layers) != len(names):
         raise RunError(f"{deltas} edits parameters that {language_model.name} does not have: {sorted(names)}")
-    return OpenRun(folder, language_model, EditLedger(adapter, layers), tokenizer, entries, base_hash)
+    editor = _stream_of(folder).editor if entries and not layers else None
+    if editor is not None and not isinstance(editor, MemoryEditor):
+        raise RunError(f"{folder} has edits and no updates: {deltas} does not belong to it")
+    return OpenRun(folder, language_model, EditLedger(adapter, layers), tokenizer, entries, base_hash, editor)
 
 
 def has_ended(folder: Path) -> bool:

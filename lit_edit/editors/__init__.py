@@ -7,10 +7,12 @@ from lit_edit.editors.d4s import D4S
 from lit_edit.editors.emmet import EMMET
 from lit_edit.editors.encore import ENCORE
 from lit_edit.editors.ft import FT, FTL, FTM
+from lit_edit.editors.grace import GRACE
 from lit_edit.editors.gradient import GradientEditor
 from lit_edit.editors.interpolate import Interpolate
 from lit_edit.editors.lora_tuning import AdaLoRA, LoRA
 from lit_edit.editors.memit import MEMIT, MEMITSeq
+from lit_edit.editors.memory_editor import MemoryEditor
 from lit_edit.editors.norm_anchor import NormAnchor
 from lit_edit.editors.nse import NSE
 from lit_edit.editors.pmet import PMET
@@ -31,6 +33,7 @@ __all__ = [
     "FT",
     "FTL",
     "FTM",
+    "GRACE",
     "MEMIT",
     "NSE",
     "PMET",
@@ -48,6 +51,7 @@ __all__ = [
     "Interpolate",
     "LoRA",
     "MEMITSeq",
+    "MemoryEditor",
     "NormAnchor",
     "Proposal",
     "RLSEdit",

@@ -28,38 +28,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import EditorInfo
-from lit_edit.editors.gradient import Deltas, GradientEditor, Learner, Lesson
+from lit_edit.editors.gradient import Deltas, GradientEditor, Learner
+from lit_edit.editors.lessons import Lesson, Loss, target_lesson
 from lit_edit.editors.transforms import UpdateTransform
 from lit_edit.tokens import continuation
-
-Loss = Literal["prompt_last", "target"]
-
-
-def target_lesson(prompt: Sequence[int], target: Sequence[int], loss: Loss = "target") -> Lesson:
-    """Return where the tokens of a target are taught.
-
-    Args:
-        prompt: Its token ids.
-        target: Those of the target as they follow it.
-        loss: ``target``: each token after those before it; ``prompt_last``: all of them after the prompt.
-
-    Example:
-        >>> target_lesson([1, 2, 3], [7, 8])
-        Lesson(ids=(1, 2, 3, 7), places=(2, 3), words=(7, 8))
-        >>> target_lesson([1, 2, 3], [7, 8], "prompt_last")
-        Lesson(ids=(1, 2, 3), places=(2, 2), words=(7, 8))
-    """
-    last = len(prompt) - 1
-    if loss == "prompt_last":
-        return Lesson(tuple(prompt), (last,) * len(target), tuple(target))
-    return Lesson((*prompt, *target[:-1]), tuple(range(last, last + len(target))), tuple(target))
 
 
 def within_ball(delta: Tensor, radius: float) -> Tensor:

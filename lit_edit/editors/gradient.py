@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -23,11 +22,11 @@ from torch import Tensor
 from lit_edit.data.request import EditRequest, shorten
 from lit_edit.devices import algebra_device, for_algebra
 from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
+from lit_edit.editors.lessons import Lesson, LessonLoss
 from lit_edit.editors.transforms import UpdateTransform, transformed
 from lit_edit.errors import ArgumentError
 from lit_edit.ledger import Change, EditLedger, EditRefusedError, LayerUpdate, LedgerEntry, RecordedFacts
 from lit_edit.memory import kept_memory
-from lit_edit.models.packed import TokenRows
 from lit_edit.tokens import check_tokenizer, pad_token
 
 if TYPE_CHECKING:
@@ -38,56 +37,6 @@ if TYPE_CHECKING:
 
 Deltas = dict[int, Tensor]
 """Updates by layer, each ``(d_out, d_in)``."""
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """A row of tokens, and what the model is to say after some of them.
-
-    Attributes:
-        ids: What is read.
-        places: Positions in the row whose next word is taught, perhaps several times the same.
-        words: What is to be said there, one token per place.
-    """
-
-    ids: tuple[int, ...]
-    places: tuple[int, ...]
-    words: tuple[int, ...]
-
-
-class LessonLoss:
-    r"""The loss of some edits as a function of the weights of a few layers.
-
-    An edit's loss is the mean of :math:`-\log p(w)` over all the places of its lessons.
-
-    Args:
-        adapter: The model.
-        lessons: Per edit.
-        first: The lowest layer whose weights will vary; what lies below is run here, once.
-        pad: Any token id.
-    """
-
-    def __init__(self, adapter: ModelAdapter, lessons: Sequence[Sequence[Lesson]], first: int, pad: int) -> None:
-        self.adapter, self.first = adapter, first
-        flat = [(edit, lesson) for edit, own in enumerate(lessons) for lesson in own]
-        with torch.no_grad():
-            self.line = TokenRows(adapter, [lesson.ids for _, lesson in flat], pad).line()
-            self.hidden = self.line.run(self.line.hidden, 0, first)
-        device = self.hidden.device
-        where = [self.line.index(row, place) for row, (_, lesson) in enumerate(flat) for place in lesson.places]
-        owner = torch.tensor([edit for edit, lesson in flat for _ in lesson.words], device=device)
-        self.where = torch.tensor(where, device=device)
-        self.words = torch.tensor([word for _, lesson in flat for word in lesson.words], device=device)
-        self.own = owner == torch.arange(len(lessons), device=device)[:, None]  # (edits, places)
-
-    def __call__(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Return the losses ``(edits,)`` with some weights in place of the model's."""
-        view = self.adapter.with_weights(weights)
-        hidden = self.line.run(self.hidden, self.first, view.n_layers, adapter=view)
-        logits = view.logits(view.finish(hidden[self.where]))
-        nll = torch.nn.functional.cross_entropy(logits, self.words, reduction="none")
-        own = self.own.to(nll)
-        return own @ nll / own.sum(1)
 
 
 class Learner:

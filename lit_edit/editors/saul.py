@@ -27,7 +27,8 @@ from lit_edit.data.request import DataError, EditRequest, find_fault, shorten
 from lit_edit.data.sources import builtin_text
 from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.ft import FT
-from lit_edit.editors.gradient import GradientEditor, Lesson
+from lit_edit.editors.gradient import GradientEditor
+from lit_edit.editors.lessons import Lesson
 from lit_edit.editors.transforms import UpdateTransform
 from lit_edit.errors import ArgumentError
 from lit_edit.tokens import encode

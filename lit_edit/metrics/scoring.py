@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.packed import Line, TokenRows
-from lit_edit.tokens import continuation, encode, pad_token
+from lit_edit.tokens import continuation, encode, leading_tokens, pad_token
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,14 @@ def score_continuations(
     if not pairs:
         return []
     unique = list(dict.fromkeys(pairs))
-    tokens = [continuation(tokenizer, prompt, target) for prompt, target in unique]
-    rows = [prompt + target[:-1] for prompt, target in tokens]
-    found = _score(adapter, tokenizer, rows, [target for _, target in tokens], batch_tokens)
     scores = {}
-    for pair, (_, target), (nll, choice) in zip(unique, tokens, found, strict=True):
-        scores[pair] = Score(nll.mean().item(), choice == torch.tensor(target), choice)
+    for model, context_of in _by_model(adapter, [prompt for prompt, _ in unique]):
+        own = [pair for pair in unique if pair[0] in context_of]
+        tokens = [continuation(tokenizer, context_of[prompt] + prompt, target) for prompt, target in own]
+        rows = [prompt + target[:-1] for prompt, target in tokens]
+        found = _score(model, tokenizer, rows, [target for _, target in tokens], batch_tokens)
+        for pair, (_, target), (nll, choice) in zip(own, tokens, found, strict=True):
+            scores[pair] = Score(nll.mean().item(), choice == torch.tensor(target), choice)
     return [scores[pair] for pair in pairs]
 
 
@@ -75,12 +77,29 @@ def text_nlls(
         texts: Any texts; cut at 512 tokens.
         batch_tokens: Tokens per batch.
     """
-    rows = {text: encode(tokenizer, text)[:512] for text in texts}
-    nlls: dict[tuple[int, ...], Tensor] = {row: torch.empty(0) for row in rows.values()}
-    long = [row for row in nlls if len(row) > 1]
-    found = _score(adapter, tokenizer, [row[:-1] for row in long], [row[1:] for row in long], batch_tokens)
-    nlls |= {row: nll for row, (nll, _) in zip(long, found, strict=True)}
-    return [nlls[rows[text]] for text in texts]
+    nlls: dict[str, Tensor] = {}
+    for model, context_of in _by_model(adapter, list(dict.fromkeys(texts))):
+        rows = {text: encode(tokenizer, text)[:512] for text in context_of}
+        nlls |= {text: torch.empty(0) for text in rows}
+        long = [text for text, row in rows.items() if len(row) > 1]
+        full, asked = [], []
+        for text in long:
+            context = context_of[text]
+            lead = len(leading_tokens(tokenizer)) if context else 0  # stands before the context instead
+            full.append((encode(tokenizer, context) if context else ()) + rows[text][lead:])
+            asked.append(rows[text][max(lead, 1) :])
+        found = _score(model, tokenizer, [row[:-1] for row in full], asked, batch_tokens)
+        nlls |= {text: nll for text, (nll, _) in zip(long, found, strict=True)}
+    return [nlls[text] for text in texts]
+
+
+def _by_model(adapter: ModelAdapter, prompts: Sequence[str]) -> list[tuple[ModelAdapter, dict[str, str]]]:
+    """Return the models that answer some prompts, each with its prompts and what is put before them."""
+    models: dict[int, tuple[ModelAdapter, dict[str, str]]] = {}
+    for prompt, route in zip(prompts, adapter.routes(prompts), strict=True):
+        model = route.adapter or adapter
+        models.setdefault(id(model), (model, {}))[1][prompt] = route.context
+    return list(models.values())
 
 
 def _score(

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from lit_edit.devices import for_algebra
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.models.families import SPECS
+from lit_edit.models.memory import Memory, Patch, Route
 from lit_edit.models.products import Products, bfloat16_pays, choose_kernel, use_kernel
 from lit_edit.models.shards import is_sharded, lend, stand_ins, whole, written_class
 from lit_edit.models.spec import ArchSpec
@@ -97,6 +98,7 @@ class ModelAdapter:
     Attributes:
         ranks: The processes that share the work on this model; whoever starts several says so here.
         sharded: Whether they hold a part of each layer each.
+        memory: What the model computes with beside its weights; whoever keeps one says so here.
 
     Raises:
         UnknownArchitectureError: If the family is unknown or ``spec`` names modules that the model does not have.
@@ -115,6 +117,7 @@ class ModelAdapter:
         self.rounded_to: torch.dtype | None = None
         self.head_weight: Tensor | None = None
         self.ranks = Ranks()
+        self.memory: Memory | None = None
         self.sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self.spec = spec or find_spec(model)
         self.weights = dict(weights or {})
@@ -286,6 +289,30 @@ class ModelAdapter:
         view.__dict__.update(self.__dict__)
         view.weights = {**self.weights, **weights}
         return view
+
+    def with_memory(self, memory: Memory | None) -> ModelAdapter:
+        """Return a view of the same model that computes with a memory, or without the one it has."""
+        view = self.with_weights({})
+        view.memory = memory
+        return view
+
+    @contextmanager
+    def patched(self, layer: int | None = None) -> Iterator[None]:
+        """Let the model itself compute with this view's memory, in one layer or in all.
+
+        All passes of the view do so anyway. For your own calls of the model: ``with adapter.patched(): model(...)``.
+        """
+        with ExitStack() as stack:
+            for index, patch in ({} if self.memory is None else self.memory.patches()).items():
+                if layer is None or layer == index:
+                    hook = _patching(patch)
+                    stack.callback(self.down_proj(index).register_forward_hook(hook).remove)
+            yield
+
+    def routes(self, prompts: Sequence[str]) -> list[Route]:
+        """Return how this view answers each prompt."""
+        found = None if self.memory is None else self.memory.routes(prompts)
+        return [Route() for _ in prompts] if found is None else found
 
     def rounded(self, dtype: torch.dtype, start: int) -> ModelAdapter:
         """Return a view that multiplies in a shorter type from some layer on: faster, and no longer exact.
@@ -482,7 +509,8 @@ class ModelAdapter:
                 with self._lent():
                     continued: Tensor = _Generate(self.model)(input_ids, **settings)
                 return continued
-            rows: Tensor = functional_call(_Generate(self.model), weights, (input_ids,), settings)
+            with self.patched():
+                rows: Tensor = functional_call(_Generate(self.model), weights, (input_ids,), settings)
         return rows
 
     @torch.no_grad()
@@ -544,10 +572,9 @@ class ModelAdapter:
         if self.sharded:
             with self._lent():
                 return self._backbone(**kwargs)
-        if not self.weights:
-            return self._backbone(**kwargs)
         local = {name.removeprefix(self._backbone_prefix): value for name, value in self.weights.items()}
-        return functional_call(self._backbone, local, (), kwargs)
+        with self.patched():
+            return functional_call(self._backbone, local, (), kwargs) if local else self._backbone(**kwargs)
 
     def run_layer(self, index: int, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
         """Run one layer on ``hidden`` ``(batch, time, d_model)``."""
@@ -557,7 +584,8 @@ class ModelAdapter:
         prefix = f"{self.spec.layers}.{index}."
         local = {n.removeprefix(prefix): w for n, w in self.weights.items() if n.startswith(prefix)}
         layer = self.layers[index]
-        output = functional_call(layer, local, (hidden,), dict(call)) if local else layer(hidden, **call)
+        with self.patched(index):
+            output = functional_call(layer, local, (hidden,), dict(call)) if local else layer(hidden, **call)
         return _first(output)
 
     @contextmanager
@@ -638,6 +666,11 @@ class _KeyRecorder:
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
+
+
+def _patching(patch: Patch) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    """Return a patch as a hook of the module behind which it stands."""
+    return lambda module, args, output: patch(args[0], output)
 
 
 def _first(output: Any) -> Tensor:

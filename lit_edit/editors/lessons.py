@@ -1,0 +1,89 @@
+"""What a model is taught for an edit, and the loss of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from lit_edit.models.packed import TokenRows
+
+if TYPE_CHECKING:
+    from lit_edit.models.adapter import ModelAdapter
+    from lit_edit.models.memory import Memory
+
+Loss = Literal["prompt_last", "target"]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A row of tokens, and what the model is to say after some of them.
+
+    Attributes:
+        ids: What is read.
+        places: Positions in the row whose next word is taught, perhaps several times the same.
+        words: What is to be said there, one token per place.
+    """
+
+    ids: tuple[int, ...]
+    places: tuple[int, ...]
+    words: tuple[int, ...]
+
+
+def target_lesson(prompt: Sequence[int], target: Sequence[int], loss: Loss = "target") -> Lesson:
+    """Return where the tokens of a target are taught.
+
+    Args:
+        prompt: Its token ids.
+        target: Those of the target as they follow it.
+        loss: ``target``: each token after those before it; ``prompt_last``: all of them after the prompt.
+
+    Example:
+        >>> target_lesson([1, 2, 3], [7, 8])
+        Lesson(ids=(1, 2, 3, 7), places=(2, 3), words=(7, 8))
+        >>> target_lesson([1, 2, 3], [7, 8], "prompt_last")
+        Lesson(ids=(1, 2, 3), places=(2, 2), words=(7, 8))
+    """
+    last = len(prompt) - 1
+    if loss == "prompt_last":
+        return Lesson(tuple(prompt), (last,) * len(target), tuple(target))
+    return Lesson((*prompt, *target[:-1]), tuple(range(last, last + len(target))), tuple(target))
+
+
+class LessonLoss:
+    r"""The loss of some edits as a function of the weights of a few layers.
+
+    An edit's loss is the mean of :math:`-\log p(w)` over all the places of its lessons.
+
+    Args:
+        adapter: The model.
+        lessons: Per edit.
+        first: The lowest layer whose weights will vary; what lies below is run here, once.
+        pad: Any token id.
+    """
+
+    def __init__(self, adapter: ModelAdapter, lessons: Sequence[Sequence[Lesson]], first: int, pad: int) -> None:
+        self.adapter, self.first = adapter, first
+        flat = [(edit, lesson) for edit, own in enumerate(lessons) for lesson in own]
+        with torch.no_grad():
+            self.line = TokenRows(adapter, [lesson.ids for _, lesson in flat], pad).line()
+            self.hidden = self.line.run(self.line.hidden, 0, first)
+        device = self.hidden.device
+        where = [self.line.index(row, place) for row, (_, lesson) in enumerate(flat) for place in lesson.places]
+        owner = torch.tensor([edit for edit, lesson in flat for _ in lesson.words], device=device)
+        self.where = torch.tensor(where, device=device)
+        self.words = torch.tensor([word for _, lesson in flat for word in lesson.words], device=device)
+        self.own = owner == torch.arange(len(lessons), device=device)[:, None]  # (edits, places)
+
+    def __call__(self, weights: Mapping[str, Tensor], memory: Memory | None = None) -> Tensor:
+        """Return the losses ``(edits,)`` with some weights in place of the model's, or with a memory."""
+        view = self.adapter.with_weights(weights)
+        view = view if memory is None else view.with_memory(memory)
+        hidden = self.line.run(self.hidden, self.first, view.n_layers, adapter=view)
+        logits = view.logits(view.finish(hidden[self.where]))
+        nll = torch.nn.functional.cross_entropy(logits, self.words, reduction="none")
+        own = self.own.to(nll)
+        return own @ nll / own.sum(1)

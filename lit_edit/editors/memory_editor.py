@@ -1,0 +1,222 @@
+"""The engine of the editors that keep their edits beside the weights: they write no layer.
+
+What an edit leaves is on record, as numbers of fixed shapes; the memory (:mod:`lit_edit.models.memory`) is made of what
+is on record of the edits that hold, in their order. So an edit that is taken out leaves no trace, a journal is taken up
+without learning anything anew, and a checkpoint holds all that the memory is made of.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_edit.data.request import EditRequest
+from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
+from lit_edit.errors import ArgumentError
+from lit_edit.ledger import Change, EditLedger, LedgerEntry, RecordedFacts
+from lit_edit.models.memory import Memory
+from lit_edit.tokens import check_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_edit.models.adapter import ModelAdapter
+    from lit_edit.stats.second_moment import KeyStatistics
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What an edit leaves.
+
+    Attributes:
+        tensors: By name, of the same shapes for every edit.
+        facts: Numbers for the ledger.
+    """
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An edit that holds.
+
+    Attributes:
+        entry: What the ledger says of it.
+        tensors: What it has left.
+    """
+
+    entry: LedgerEntry
+    tensors: Mapping[str, Tensor]
+
+
+class MemoryEditor(Editor):
+    """Keep edits in a memory that the model computes with.
+
+    Several processes each do all of the work, with the same result.
+
+    Attributes:
+        kept: The edits that hold, by number.
+        memory: What they make of the model; made by :meth:`prepare`.
+    """
+
+    kept: dict[int, Kept]
+    memory: Memory
+
+    # ---- what a method says ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def make_memory(self) -> Memory:
+        """Return the memory, empty, of the model and the tokenizer at hand (``self.ledger``, ``self.tokenizer``)."""
+
+    @abstractmethod
+    def learn(self, requests: Sequence[EditRequest], status: Status) -> list[Learnt]:
+        """Return what each of some edits leaves; nothing is changed.
+
+        It must not depend on the edits that hold: then taking one out is exact.
+
+        Raises:
+            FloatingPointError: If one cannot be learnt.
+        """
+
+    @abstractmethod
+    def fill(self, kept: Sequence[Kept]) -> None:
+        """Make the memory's contents anew from the edits that hold, in order; must not fail."""
+
+    # ---- the stream --------------------------------------------------------------------------------------------------
+
+    @property
+    def exact_undo(self) -> bool:
+        """Whether an edit that is taken out leaves what a stream without it would have made: always."""
+        return True
+
+    def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
+        """Return no layers: none is written."""
+        return ()
+
+    def prepare(
+        self,
+        ledger: EditLedger,
+        tokenizer: PreTrainedTokenizerBase,
+        statistics: KeyStatistics | Mapping[int, Tensor],
+        status: Status = silent,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Put the memory, empty, beside the ledger's model; no statistics are needed."""
+        check_tokenizer(tokenizer)
+        if ledger.adapter.sharded:
+            raise ArgumentError(
+                f"{type(self).__name__} needs whole layers, and each process holds a part of them: use another "
+                "strategy (trainer.strategy)"
+            )
+        if self.about.lacks:
+            log.info("%s lacks %s", self.about.title, self.about.lacks)
+        self.ledger, self.tokenizer, self.kept = ledger, tokenizer, {}
+        self.memory = ledger.adapter.memory = self.make_memory()
+        self.fill([])
+
+    def propose(
+        self,
+        requests: Sequence[EditRequest],
+        window: Sequence[EditRequest] = (),
+        status: Status = silent,
+        replaced: Sequence[RecordedFacts] = (),
+    ) -> Proposal:
+        """Learn some edits; see :meth:`Editor.propose`."""
+        watch = Stopwatch()
+        with watch("targets"):
+            learnt = self.learn(requests, status)
+        same = self.ledger.adapter.ranks.same
+        stacked = {name: torch.stack([one.tensors[name] for one in learnt], -1) for name in learnt[0].tensors}
+        tensors = {name: same(tensor).cpu() for name, tensor in stacked.items()}
+        entries = tuple(
+            LedgerEntry(r.id, r.subject, r.text, r.target_new, dict(one.facts), r.as_dict())
+            for r, one in zip(requests, learnt, strict=True)
+        )
+        change = Change(removed=_numbers(replaced), tensors=tensors)
+        return Proposal(tuple(requests), (), entries, _columns(tensors, len(entries)), watch.seconds, change)
+
+    def accept(self, proposal: Proposal) -> None:
+        """Take edits in or out, and make the memory of those that hold."""
+        added: list[dict[str, Tensor]] = proposal.pending
+        numbers = [entry.number for entry in proposal.entries] or proposal.change.restored
+        for number, tensors in zip(numbers, added, strict=True):
+            self.kept[number] = Kept(self.ledger.history.entry(number), tensors)
+        for number in proposal.change.removed:
+            self.kept.pop(number, None)
+        self._fill()
+
+    def _fill(self) -> None:
+        self.kept = dict(sorted(self.kept.items()))
+        self.fill(list(self.kept.values()))
+
+    def replay(self, change: Change, entries: Sequence[LedgerEntry], old: Sequence[RecordedFacts]) -> Proposal | None:
+        """Do again what is on record; see :meth:`Editor.replay`."""
+        if entries:
+            return Proposal((), (), tuple(entries), _columns(change.tensors, len(entries)), {}, change)
+        by_number = _by_number(old)
+        return Proposal((), (), (), [by_number[number] for number in change.restored], {}, change)
+
+    def retract(self, facts: Sequence[RecordedFacts], reason: str = "", exact: bool = False) -> Proposal:
+        """Leave some edits out of the memory; see :meth:`Editor.retract`."""
+        return Proposal((), (), (), [], {}, Change("undo", removed=_numbers(facts), reason=reason))
+
+    def reinstate(self, facts: Sequence[RecordedFacts]) -> Proposal:
+        """Take some edits into the memory again; see :meth:`Editor.reinstate`."""
+        by_number = dict(sorted(_by_number(facts).items()))
+        return Proposal((), (), (), list(by_number.values()), {}, Change("redo", restored=tuple(by_number)))
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def recall(self) -> None:
+        """Make the memory of the edits that hold in the ledger, from its journal."""
+        live = [entry.number for entry in self.ledger.entries]
+        found = _by_number(self.ledger.facts_of(live))
+        self.kept = {number: Kept(self.ledger.history.entry(number), found[number]) for number in live}
+        self._fill()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what each edit that holds has left."""
+        kept = {str(number): dict(kept.tensors) for number, kept in self.kept.items()}
+        return {"editor": type(self).__name__, "kept": kept}
+
+    def check_state(self, state: Mapping[str, Any], layers: Sequence[int]) -> None:
+        """Raise :class:`ArgumentError` if a saved state is of another method."""
+        if state.get("editor") != type(self).__name__:
+            raise ArgumentError(
+                f"the checkpoint was made by {state.get('editor', 'another editing method')}, this editor is "
+                f"{type(self).__name__}; use the config that it was made with"
+            )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the memory on a prepared editor whose ledger has its history already."""
+        self.check_state(state, self.ledger.layers)
+        entry = self.ledger.history.entry
+        self.kept = {int(number): Kept(entry(int(number)), tensors) for number, tensors in state["kept"].items()}
+        self._fill()
+
+
+def _columns(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """Take what some edits have left, a column each, apart."""
+    return [{name: tensor[..., column].clone() for name, tensor in tensors.items()} for column in range(count)]
+
+
+def _by_number(facts: Sequence[RecordedFacts]) -> dict[int, dict[str, Tensor]]:
+    return {
+        number: {name: tensor[..., column].clone() for name, tensor in recorded.tensors.items()}
+        for recorded in facts
+        for number, column in zip(recorded.numbers, recorded.columns, strict=True)
+    }
+
+
+def _numbers(facts: Sequence[RecordedFacts]) -> tuple[int, ...]:
+    return tuple(sorted(number for recorded in facts for number in recorded.numbers))

@@ -1,0 +1,50 @@
+"""What a model computes with beside its weights: the memories that some editors keep.
+
+A memory changes a view of the model, never the model. It has two ways to do so, and an editor uses one of them:
+
+* a *patch* stands behind the down projection of a layer and sees every token by itself. A model with patches is still
+  causal, so what rows have in common is computed once, and nothing depends on what else is in a batch;
+* a *route* is chosen for a whole prompt: text that is put before it, or another model that answers in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lit_edit.models.adapter import ModelAdapter
+
+Patch = Callable[[Tensor, Tensor], Tensor]
+"""Inputs ``(..., d_in)`` and outputs ``(..., d_out)`` of a down projection to the outputs that take their place."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """How a prompt is answered.
+
+    Attributes:
+        context: Text that is put before it, with whatever is to stand between.
+        adapter: The model that answers, which must share the tokenizer; the edited one by default.
+    """
+
+    context: str = ""
+    adapter: ModelAdapter | None = None
+
+
+class Memory:
+    """A memory that changes nothing; editors override one of the two.
+
+    Its contents may change while views of a model hold it: they always compute with what it is at that moment.
+    """
+
+    def patches(self) -> Mapping[int, Patch]:
+        """Return what stands behind down projections, by layer."""
+        return {}
+
+    def routes(self, prompts: Sequence[str]) -> list[Route] | None:
+        """Return how each prompt is answered; ``None`` where this memory does not route."""
+        return None
