@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from lit_edit.data.datamodule import perplexity_texts
 from lit_edit.devices import for_algebra
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.metrics.evaluation import summarise
+from lit_edit.models.adapter import ModelAdapter
 from lit_edit.stream import EditStream
 
 from .base import as_stream, check_every, is_due
@@ -128,28 +128,24 @@ class HarmGuard(Callback):
         names = {"perplexity": health.perplexity, "growth": health.growth, "agreement": health.agreement}
         stream.log_at_edit({f"guard/{name}": value for name, value in names.items() if value is not None})
 
-    def measure(self, stream: EditStream, deltas: Mapping[str, Tensor] | None = None) -> Health:
+    def measure(self, stream: EditStream, adapter: ModelAdapter | None = None) -> Health:
         """Measure the model.
 
         Args:
             stream: Holds it.
-            deltas: Updates to look at in place of those that are written, by parameter.
+            adapter: The view to look at, when it is not the model as it is.
         """
         ledger = stream.ledger
-        held = ledger.deltas if deltas is None else deltas
-        weights = {
-            name: ledger.edited_weight(layer, held[name]) if name in held else ledger.base[name]
-            for layer, name in ledger.names.items()
-        }
-        adapter = ledger.adapter if deltas is None else ledger.adapter.with_weights(weights)
+        adapter = adapter or ledger.adapter
         texts = perplexity_texts()[: self.texts]
         if self._base_perplexity is None:
             self._base_perplexity = stream.measure_texts(texts, ledger.original())["corpus"]
         perplexity = stream.measure_texts(texts, adapter)["corpus"] / self._base_perplexity
-        growth = max(
-            float(for_algebra(weight).abs().mean() / for_algebra(ledger.base[name]).abs().mean()) - 1
-            for name, weight in weights.items()
-        )
+        sizes = [
+            float(for_algebra(adapter.weight(layer)).abs().mean() / for_algebra(ledger.base[name]).abs().mean())
+            for layer, name in ledger.names.items()
+        ]
+        growth = max(sizes, default=1.0) - 1  # an editor may write no layer
         return Health(perplexity if math.isfinite(perplexity) else math.inf, growth, self._agreement(stream, adapter))
 
     def _agreement(self, stream: EditStream, adapter: Any) -> float | None:
@@ -191,8 +187,8 @@ class HarmGuard(Callback):
 
     def _bad_without(self, stream: EditStream, numbers: Sequence[int]) -> bool:
         proposal = stream.editor.retract(stream.ledger.facts_of(numbers))
-        deltas = {update.name: update.delta for update in proposal.updates}
-        return bool(stream.ranks.agree(self.breach(self.measure(stream, deltas)) is not None))
+        view = stream.session.preview(proposal)
+        return bool(stream.ranks.agree(self.breach(self.measure(stream, view)) is not None))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was found so far, and up to where all was well."""

@@ -157,6 +157,11 @@ class EditLedger:
         """Return a view of the model with its original weights, and without what an editor keeps beside them."""
         return self.adapter.with_weights(self.base).with_memory(None)
 
+    def preview(self, updates: Sequence[LayerUpdate]) -> ModelAdapter:
+        """Return a view of the model with other updates than those that are written."""
+        weights = {update.name: self.edited_weight(update.layer, update.delta) for update in updates}
+        return self.adapter.with_weights({**self.base, **weights})
+
     def edited_weight(self, layer: int, delta: Tensor) -> Tensor:
         """Return ``cast(W0 + delta)`` in the layout of the layer's weight.
 

@@ -18,6 +18,7 @@ from lit_edit.editors.base import Editor, Proposal, Status, commit_proposal, sil
 from lit_edit.errors import ArgumentError
 from lit_edit.journal import JournalError, Record
 from lit_edit.ledger import Change, EditLedger, EditRefusedError, LedgerEntry, Origin, RecordedFacts
+from lit_edit.models.adapter import ModelAdapter
 from lit_edit.solvers.functional import FactsError
 
 log = logging.getLogger(__name__)
@@ -267,6 +268,11 @@ class EditSession:
         """Put on record that edits are not made."""
         log.warning("not made: edit %s: %s", ", ".join(map(repr, ids)), reason)
         self.ledger.note({"kind": "refused", "ids": list(ids), "reason": reason})
+
+    def preview(self, proposal: Proposal) -> ModelAdapter:
+        """Return a view of the model as a proposal would make it."""
+        view, memory = self.ledger.preview(proposal.updates), self.editor.memory_after(proposal)
+        return view if memory is None else view.with_memory(memory)
 
     def apply(self, proposal: Proposal) -> tuple[LedgerEntry, ...]:
         """Commit a proposal and take it into the editor's state; see :func:`commit_proposal`."""

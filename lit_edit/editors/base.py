@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lit_edit.models.adapter import ModelAdapter
+    from lit_edit.models.memory import Memory
     from lit_edit.stats.second_moment import KeyStatistics
 
 Status = Callable[[str], None]
@@ -203,6 +204,10 @@ class Editor(ABC):
 
     def reopen(self, opening: Mapping[str, Any]) -> None:  # noqa: B027 - most have drawn nothing
         """Go on with what an earlier process drew; called on a prepared editor."""
+
+    def memory_after(self, proposal: Proposal) -> Memory | None:
+        """Return what the model would compute with beside its weights; ``None``: as now."""
+        return None
 
     @abstractmethod
     def accept(self, proposal: Proposal) -> None:

@@ -12,9 +12,9 @@ A value is fitted by Adam until the model says the target. A new entry near an o
 one's radius; of another target, both get half the distance.
 
 Published code looks keys up at one token of a row, the last of the prompt, which it has to be told, and compares
-targets by the mean of their token ids. Here every token is looked up by itself, so that the model needs to be told nothing,
-remains causal, and answers alike in any batch; targets are compared as they are. A value is fitted for every edit, also
-within the radius of an entry that says the same: taking that one out then takes nothing from this one.
+targets by the mean of their token ids. Here every token is looked up by itself, so that the model needs to be told
+nothing, remains causal, and answers alike in any batch; targets are compared as they are. A value is fitted for every
+edit, also within the radius of an entry that says the same: taking that one out then takes nothing from this one.
 
 By nature GRACE does not generalise: another wording has another key, beyond any radius that spares other prompts.
 """
@@ -97,13 +97,8 @@ class Codebook(Memory):
     """
 
     def __init__(self, layer: int, entries: Sequence[Entry] = ()) -> None:
-        self.layer = layer
-        self.hold(entries)
-
-    def hold(self, entries: Sequence[Entry]) -> None:
-        """Hold other entries."""
-        self.entries = list(entries)
-        if self.entries:
+        self.layer, self.entries = layer, list(entries)
+        if entries:
             self.keys = torch.stack([entry.key for entry in entries])
             self.values = torch.stack([entry.value for entry in entries])
             self.radii = torch.tensor([entry.radius for entry in entries])
@@ -192,18 +187,13 @@ class GRACE(MemoryEditor):
         names = ("radius", "steps", "lr", "loss_threshold", "start", "seed")
         return {**super().settings(), "layer": self.place, **{name: getattr(self, name) for name in names}}
 
-    def make_memory(self) -> Codebook:
-        """Return an empty codebook."""
-        self.book = Codebook(self.place)
-        return self.book
-
-    def fill(self, kept: Sequence[Kept]) -> None:
-        """Make the codebook anew, edit by edit."""
+    def memory_of(self, kept: Sequence[Kept]) -> Codebook:
+        """Return the codebook of some edits, made one after another."""
         entries: list[Entry] = []
         for edit in kept:
             label = edit.entry.target_new.strip()
             entries = add_entry(entries, Entry(edit.tensors["key"], edit.tensors["value"], self.radius, label))
-        self.book.hold(entries)
+        return Codebook(self.place, entries)
 
     def learn(self, requests: Sequence[EditRequest], status: Status) -> list[Learnt]:
         """Return each edit's key and value."""

@@ -65,18 +65,15 @@ class MemoryEditor(Editor):
     Several processes each do all of the work, with the same result.
 
     Attributes:
-        kept: The edits that hold, by number.
-        memory: What they make of the model; made by :meth:`prepare`.
+        kept: The edits that hold, by number, in order.
     """
 
     kept: dict[int, Kept]
-    memory: Memory
 
     # ---- what a method says ------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def make_memory(self) -> Memory:
-        """Return the memory, empty, of the model and the tokenizer at hand (``self.ledger``, ``self.tokenizer``)."""
+    def set_up(self, status: Status) -> None:
+        """Load what is needed once, beside the model and the tokenizer (``self.ledger``, ``self.tokenizer``)."""
 
     @abstractmethod
     def learn(self, requests: Sequence[EditRequest], status: Status) -> list[Learnt]:
@@ -89,8 +86,8 @@ class MemoryEditor(Editor):
         """
 
     @abstractmethod
-    def fill(self, kept: Sequence[Kept]) -> None:
-        """Make the memory's contents anew from the edits that hold, in order; must not fail."""
+    def memory_of(self, kept: Sequence[Kept]) -> Memory:
+        """Return what some edits, in order, make of the model; must not fail."""
 
     # ---- the stream --------------------------------------------------------------------------------------------------
 
@@ -120,9 +117,9 @@ class MemoryEditor(Editor):
             )
         if self.about.lacks:
             log.info("%s lacks %s", self.about.title, self.about.lacks)
-        self.ledger, self.tokenizer, self.kept = ledger, tokenizer, {}
-        self.memory = ledger.adapter.memory = self.make_memory()
-        self.fill([])
+        self.ledger, self.tokenizer = ledger, tokenizer
+        self.set_up(status)
+        self._hold({})
 
     def propose(
         self,
@@ -147,17 +144,26 @@ class MemoryEditor(Editor):
 
     def accept(self, proposal: Proposal) -> None:
         """Take edits in or out, and make the memory of those that hold."""
-        added: list[dict[str, Tensor]] = proposal.pending
-        numbers = [entry.number for entry in proposal.entries] or proposal.change.restored
-        for number, tensors in zip(numbers, added, strict=True):
-            self.kept[number] = Kept(self.ledger.history.entry(number), tensors)
-        for number in proposal.change.removed:
-            self.kept.pop(number, None)
-        self._fill()
+        self._hold(self._kept_after(proposal))
 
-    def _fill(self) -> None:
-        self.kept = dict(sorted(self.kept.items()))
-        self.fill(list(self.kept.values()))
+    def memory_after(self, proposal: Proposal) -> Memory:
+        """Return the memory as a proposal would make it."""
+        return self.memory_of(list(self._kept_after(proposal).values()))
+
+    def _kept_after(self, proposal: Proposal) -> dict[int, Kept]:
+        entries = proposal.entries or [self.ledger.history.entry(number) for number in proposal.change.restored]
+        added: list[dict[str, Tensor]] = proposal.pending
+        fresh = len(self.ledger.history.made) + 1  # of entries that have no number yet: they are not committed
+        new = {
+            entry.number or fresh + i: Kept(entry, tensors)
+            for i, (entry, tensors) in enumerate(zip(entries, added, strict=True))
+        }
+        gone = set(proposal.change.removed)
+        return dict(sorted((n, kept) for n, kept in {**self.kept, **new}.items() if n not in gone))
+
+    def _hold(self, kept: dict[int, Kept]) -> None:
+        self.kept = kept
+        self.ledger.adapter.memory = self.memory_of(list(kept.values()))
 
     def replay(self, change: Change, entries: Sequence[LedgerEntry], old: Sequence[RecordedFacts]) -> Proposal | None:
         """Do again what is on record; see :meth:`Editor.replay`."""
@@ -181,8 +187,7 @@ class MemoryEditor(Editor):
         """Make the memory of the edits that hold in the ledger, from its journal."""
         live = [entry.number for entry in self.ledger.entries]
         found = _by_number(self.ledger.facts_of(live))
-        self.kept = {number: Kept(self.ledger.history.entry(number), found[number]) for number in live}
-        self._fill()
+        self._hold({number: Kept(self.ledger.history.entry(number), found[number]) for number in live})
 
     def state_dict(self) -> dict[str, Any]:
         """Return what each edit that holds has left."""
@@ -201,8 +206,8 @@ class MemoryEditor(Editor):
         """Restore the memory on a prepared editor whose ledger has its history already."""
         self.check_state(state, self.ledger.layers)
         entry = self.ledger.history.entry
-        self.kept = {int(number): Kept(entry(int(number)), tensors) for number, tensors in state["kept"].items()}
-        self._fill()
+        numbers = sorted(map(int, state["kept"]))
+        self._hold({number: Kept(entry(number), state["kept"][str(number)]) for number in numbers})
 
 
 def _columns(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:

@@ -36,10 +36,7 @@ class Route:
 
 
 class Memory:
-    """A memory that changes nothing; editors override one of the two.
-
-    Its contents may change while views of a model hold it: they always compute with what it is at that moment.
-    """
+    """A memory that changes nothing; editors override one of the two."""
 
     def patches(self) -> Mapping[int, Patch]:
         """Return what stands behind down projections, by layer."""
