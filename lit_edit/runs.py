@@ -72,6 +72,7 @@ class OpenRun:
             return
         journal = Journal(journal_path(self.folder), writable=False)
         self.ledger.journal, self.ledger.history = journal, EditHistory.of(journal.records)
+        self.editor.resolve_layers(self.ledger.adapter)
         self.editor.prepare(self.ledger, self.tokenizer, {})
         self.editor.recall()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from lit_edit.checkpoints import AtomicCheckpointIO
 from lit_edit.conflicts import ConflictPolicy
 from lit_edit.data.datamodule import EditBatch, StreamLoader
 from lit_edit.data.request import EditRequest
-from lit_edit.editors.base import Editor, Proposal, Stopwatch
+from lit_edit.editors.base import Editor, EditorInfo, Proposal, Stopwatch
 from lit_edit.editors.d4s import D4S
 from lit_edit.errors import ArgumentError
 from lit_edit.interrupts import deferred_interrupts
@@ -48,6 +49,8 @@ from lit_edit.strategies import cut_of, join_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 _FORMAT = 2  # of what a checkpoint holds
 
@@ -186,6 +189,9 @@ class EditStream(LightningModule):
                 f"data.batch_size={self._loader().batch_size}: set it to 1, or use a batch method (lit-edit editors)"
             )
         self._compare_ranks(requests)
+        about: EditorInfo | None = getattr(self.editor, "about", None)
+        if about is not None and about.lacks and about.kind in ("memory", "in context", "hyper-network"):
+            log.info("%s, by its nature: %s", about.title, about.lacks)
         self._take_up()
         self._reopened, self._open = self._reopened + self._open, 0
         loader = self._loader()

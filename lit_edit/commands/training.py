@@ -308,10 +308,10 @@ class EditCLI(LightningCLI):
             return
         where = _shown(self.run_folder)
         sys.stdout.write(
-            f"\nEverything is in {where}/. Try:\n"
-            f'  lit-edit ask --run {where} "{self.datamodule.requests[0].text}"\n'
-            f"  lit-edit export --run {where} --to my-edited-model\n"
+            f'\nEverything is in {where}/. Try:\n  lit-edit ask --run {where} "{self.datamodule.requests[0].text}"\n'
         )
+        if self.model.ledger.layers:  # else the edits are not in the weights
+            sys.stdout.write(f"  lit-edit export --run {where} --to my-edited-model\n")
 
     def after_validate(self) -> None:
         """Print what was measured."""

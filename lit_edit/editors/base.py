@@ -67,7 +67,7 @@ class EditorInfo:
         undo: How edits are taken out: ``exact`` (as if they had never been), ``approximate``, or ``no``.
         lora: Whether a run can be exported as a LoRA adapter of a rank that grows with the edits, not the layer.
         devices: Whether several processes share the work.
-        lacks: What it cannot do by its nature.
+        lacks: What it cannot do by its nature, and what it asks for in return.
     """
 
     title: str

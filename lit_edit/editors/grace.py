@@ -140,7 +140,7 @@ class GRACE(MemoryEditor):
         cost="steps x passes of the layers above the codebook",
         state="a key, a value and a radius per edit; every token is compared with all keys",
         undo="exact",
-        lacks="generalization by construction (other wordings keep their old answer); a model to export",
+        lacks="does not generalise: other wordings keep their old answer; leaves no model to export",
     )
     published: ClassVar[Mapping[tuple[str, int, int], int]] = {
         ("gpt2", 48, 1600): 35,  # GPT2-XL, EasyEdit, as those below

@@ -7,7 +7,6 @@ without learning anything anew, and a checkpoint holds all that the memory is ma
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
 
     from lit_edit.models.adapter import ModelAdapter
     from lit_edit.stats.second_moment import KeyStatistics
-
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,8 +111,6 @@ class MemoryEditor(Editor):
                 f"{type(self).__name__} needs whole layers, and each process holds a part of them: use another "
                 "strategy (trainer.strategy)"
             )
-        if self.about.lacks:
-            log.info("%s lacks %s", self.about.title, self.about.lacks)
         self.ledger, self.tokenizer = ledger, tokenizer
         self.set_up(status)
         self._hold({})
