@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 
 from lit_edit.cli import main
 from lit_edit.commands.configs import config_root, expand_arguments, find_config, shipped_configs
 from lit_edit.errors import ArgumentError
+from lit_edit.stream import EditStream
 
 # tests/test_sweep.py and tests/test_compare.py
 SWEEPS = [name for name in shipped_configs() if name.startswith("sweep/") or name == "compare"]
 CLUSTER = [name for name in shipped_configs() if name.startswith("cluster/")]  # tests/test_cluster.py
-RUNS = [name for name in shipped_configs() if name not in SWEEPS + CLUSTER]
+PUBLISHED = [name for name in shipped_configs() if name.startswith("published/")]
+RUNS = [name for name in shipped_configs() if name not in SWEEPS + CLUSTER + PUBLISHED]
 PIECES = [name for name in RUNS if "/" in name and not name.startswith("experiment/")]
 COMPLETE = [name for name in RUNS if name not in PIECES]
 
@@ -28,7 +31,8 @@ def parsed(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, object]:
 
 def test_the_tree_is_there() -> None:
     folders = {name.partition("/")[0] for name in shipped_configs() if "/" in name}
-    assert folders == {"model", "method", "data", "trainer", "callbacks", "logger", "experiment", "sweep", "cluster"}
+    kinds = {"model", "method", "published", "data", "trainer", "callbacks", "logger", "experiment", "sweep", "cluster"}
+    assert folders == kinds
     assert {"quickstart", "counterfact", "zsre"} <= set(COMPLETE)
 
 
@@ -47,6 +51,28 @@ def test_pieces_parse_on_top_of_the_quickstart_and_change_it(name: str, capsys: 
         for key, value in values.items():
             if not isinstance(value, (dict, list)):
                 assert config[section][key] == value
+
+
+@pytest.fixture(scope="module")
+def stream_parser() -> ArgumentParser:
+    """Of what a published config sets: made once, which takes longest."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(EditStream, "model")
+    return parser
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_make_an_editor(name: str, stream_parser: ArgumentParser) -> None:
+    piece = yaml.safe_load((config_root() / f"{name}.yaml").read_text())
+    assert set(piece) == {"model"}
+    stream = stream_parser.instantiate_classes(stream_parser.parse_object(piece)).model
+    _, model, method = name.split("/")
+    same = yaml.safe_load((config_root() / f"method/{method}.yaml").read_text())["model"]["editor"]["class_path"]
+    assert f"lit_edit.editors.{type(stream.editor).__name__}" == same
+    depth = {"gpt2_xl": 48, "gptj_6b": 28, "llama2_7b": 32, "llama3_8b": 32}[model]
+    layers = getattr(stream.editor, "layers", None) or (stream.editor.layer,)
+    assert max(layers) < depth
 
 
 @pytest.mark.parametrize("name", shipped_configs())

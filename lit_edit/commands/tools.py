@@ -129,7 +129,12 @@ def _models(args: list[str]) -> None:
         table.add_row(spec.family, "; ".join(families.get(spec.family, [])))
     console.print(table)
     console.print(f"cache: {cache_dir()}", highlight=False)
-    console.print(f"configs: {', '.join(shipped_configs())}", highlight=False)
+    published = [name.split("/")[1:] for name in shipped_configs() if name.startswith("published/")]
+    rest = [name for name in shipped_configs() if not name.startswith("published/")]
+    console.print(f"configs: {', '.join(rest)}", highlight=False)
+    for model in dict.fromkeys(model for model, _ in published):
+        methods = ", ".join(method for at, method in published if at == model)
+        console.print(f"published/{model}/: {methods}", highlight=False)
 
 
 def _prompt(text: str) -> str:

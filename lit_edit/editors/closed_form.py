@@ -134,15 +134,8 @@ class ClosedFormEditor(LocatedEditor, ReversibleEditor):
             progress: Called with tokens read and tokens in all.
         """
         self._begin(ledger, tokenizer)
-        original = ledger.original()
-        if isinstance(statistics, Mapping):
-            moments = dict(statistics)
-        else:
-            status("key statistics")
-            moments = statistics.compute(original, tokenizer, ledger.layers, progress)
-        self.solvers = {}
-        for layer in ledger.layers:
-            self.solvers[layer] = self._make_solver(ledger.adapter, layer, moments)
+        moments = self._moments(statistics, status, progress)
+        self.solvers = {layer: self._make_solver(ledger.adapter, layer, moments) for layer in ledger.layers}
 
     def _make_solver(self, adapter: ModelAdapter, layer: int, moments: dict[int, Tensor]) -> Solver:
         """Make the solver of a layer of its second moment, which is taken out of ``moments``."""

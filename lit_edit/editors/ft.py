@@ -27,7 +27,7 @@ By nature these methods have no regard for what else the weights say: nothing pr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -37,7 +37,6 @@ from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.gradient import Deltas, GradientEditor, Learner
 from lit_edit.editors.lessons import Lesson, Loss, target_lesson
-from lit_edit.editors.transforms import UpdateTransform
 from lit_edit.tokens import continuation
 
 
@@ -61,12 +60,7 @@ class FT(GradientEditor):
     Args:
         loss: ``prompt_last``, as published, reads all tokens of the target from the last token of the prompt: wrong for
             targets of several tokens. ``target`` is the loss of :class:`FTM`.
-        layers: See :class:`GradientEditor`, as for the other arguments.
-        steps: Steps of Adam at most.
-        lr: Its learning rate.
-        loss_threshold: Stop below this loss.
-        transforms: Applied to what is written.
-        keep_increments: Put the increments on record, for undo.
+        kwargs: As for :class:`GradientEditor`.
     """
 
     about: ClassVar[EditorInfo] = EditorInfo(
@@ -84,17 +78,8 @@ class FT(GradientEditor):
         ("llama", 32, 4096): (21,),  # Llama-2-7B, Llama-3-8B, EasyEdit
     }
 
-    def __init__(
-        self,
-        loss: Loss = "prompt_last",
-        layers: Sequence[int] | None = None,
-        steps: int = 25,
-        lr: float = 5e-4,
-        loss_threshold: float = 1e-2,
-        transforms: Sequence[UpdateTransform] = (),
-        keep_increments: bool = True,
-    ) -> None:
-        super().__init__(layers, steps, lr, loss_threshold, transforms, keep_increments)
+    def __init__(self, loss: Loss = "prompt_last", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         if loss not in ("prompt_last", "target"):
             raise ValueError(f"loss must be 'prompt_last' or 'target', got {loss!r}")
         self.loss: Loss = loss
@@ -113,13 +98,7 @@ class FTL(FT):
 
     Args:
         epsilon: Radius: no entry of a weight leaves :math:`W_0 \pm \epsilon`, however long the stream.
-        loss: See :class:`FT`, as for the other arguments.
-        layers: Layers to edit.
-        steps: Steps of Adam at most.
-        lr: Its learning rate.
-        loss_threshold: Stop below this loss.
-        transforms: Applied to what is written (and may leave the ball).
-        keep_increments: Put the increments on record, for undo.
+        kwargs: As for :class:`FT`. Transforms are applied to what is written, which may leave the ball.
     """
 
     about: ClassVar[EditorInfo] = EditorInfo(
@@ -137,18 +116,8 @@ class FTL(FT):
         ("gptj", 28, 4096): (0,),  # GPT-J-6B, ROME
     }
 
-    def __init__(
-        self,
-        epsilon: float = 5e-4,
-        loss: Loss = "prompt_last",
-        layers: Sequence[int] | None = None,
-        steps: int = 25,
-        lr: float = 5e-4,
-        loss_threshold: float = 1e-2,
-        transforms: Sequence[UpdateTransform] = (),
-        keep_increments: bool = True,
-    ) -> None:
-        super().__init__(loss, layers, steps, lr, loss_threshold, transforms, keep_increments)
+    def __init__(self, epsilon: float = 5e-4, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         if not 0 < epsilon < math.inf:
             raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
         self.epsilon = epsilon
@@ -183,12 +152,7 @@ class FTM(FT):
     """Fine-tuning on the target alone, token after token; see :mod:`lit_edit.editors.ft`.
 
     Args:
-        layers: See :class:`GradientEditor`, as for the other arguments.
-        steps: Steps of Adam at most.
-        lr: Its learning rate.
-        loss_threshold: Stop below this loss.
-        transforms: Applied to what is written.
-        keep_increments: Put the increments on record, for undo.
+        kwargs: As for :class:`GradientEditor`.
     """
 
     about: ClassVar[EditorInfo] = EditorInfo(
@@ -201,13 +165,5 @@ class FTM(FT):
         lacks="regard for anything but the edit",
     )
 
-    def __init__(
-        self,
-        layers: Sequence[int] | None = None,
-        steps: int = 25,
-        lr: float = 5e-4,
-        loss_threshold: float = 1e-2,
-        transforms: Sequence[UpdateTransform] = (),
-        keep_increments: bool = True,
-    ) -> None:
-        super().__init__("target", layers, steps, lr, loss_threshold, transforms, keep_increments)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(loss="target", **kwargs)

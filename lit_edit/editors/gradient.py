@@ -22,6 +22,7 @@ from torch import Tensor
 from lit_edit.data.request import EditRequest, shorten
 from lit_edit.devices import algebra_device, for_algebra
 from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
+from lit_edit.editors.layer_choice import chosen_layers, existing_layers
 from lit_edit.editors.lessons import Lesson, LessonLoss
 from lit_edit.editors.transforms import UpdateTransform, transformed
 from lit_edit.errors import ArgumentError
@@ -103,15 +104,13 @@ class GradientEditor(Editor):
         transforms: Sequence[UpdateTransform] = (),
         keep_increments: bool = True,
     ) -> None:
-        if layers is not None and (len(layers) == 0 or list(layers) != sorted(set(layers)) or min(layers) < 0):
-            raise ValueError(f"layers must be ascending, different and not negative, got {list(layers)}")
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         if not 0 < lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {lr}")
         if not 0 <= loss_threshold < math.inf:
             raise ValueError(f"loss_threshold must not be negative or infinite, got {loss_threshold}")
-        self.layers = None if layers is None else tuple(layers)
+        self.layers = chosen_layers(layers)
         self.steps, self.lr, self.loss_threshold = steps, lr, loss_threshold
         self.transforms, self.keep_increments = tuple(transforms), keep_increments
         self.sums: Deltas = {}
@@ -150,10 +149,7 @@ class GradientEditor(Editor):
     def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
         """Return the layers to edit: those given, published for the model, or one at seven tenths of the depth."""
         key = (adapter.model.config.model_type, adapter.n_layers, adapter.shape(0)[0])
-        layers = self.layers or self.published.get(key) or (int(0.7 * adapter.n_layers),)
-        for layer in layers:
-            adapter.check_layer(layer)
-        return layers
+        return existing_layers(adapter, self.layers or self.published.get(key) or (int(0.7 * adapter.n_layers),))
 
     def prepare(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from lit_edit.devices import for_algebra
 from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
 from lit_edit.editors.key_index import KeyIndex
 from lit_edit.editors.key_rows import KeyRows
+from lit_edit.editors.layer_choice import chosen_layers, existing_layers
 from lit_edit.editors.norm_anchor import NormAnchor, anchor_targets, reference_norm
 from lit_edit.editors.transforms import UpdateTransform, transformed
 from lit_edit.editors.walk import Measured, Walk
@@ -28,6 +29,8 @@ from lit_edit.tokens import check_tokenizer, pad_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from lit_edit.stats.second_moment import KeyStatistics
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +74,6 @@ class LocatedEditor(Editor):
         transforms: Sequence[UpdateTransform] = (),
         norm_anchor: NormAnchor | None = None,
     ) -> None:
-        if layers is not None and (len(layers) == 0 or list(layers) != sorted(set(layers)) or min(layers) < 0):
-            raise ValueError(f"layers must be ascending, different and not negative, got {list(layers)}")
         if isinstance(contexts, str) and contexts not in ("sampled", "plain"):
             raise ValueError(f"contexts must be 'sampled', 'plain' or groups of templates, got {contexts!r}")
         if not 1 <= context_count <= len(STARTS):
@@ -84,7 +85,7 @@ class LocatedEditor(Editor):
             )
         if norm_anchor is not None and self.measured == "mlp":
             raise ValueError(f"norm_anchor is for targets behind a layer; {type(self).__name__} has others")
-        self.layers = None if layers is None else tuple(layers)
+        self.layers = chosen_layers(layers)
         self.target = target
         self.contexts = contexts if isinstance(contexts, str) else check_templates(contexts)
         self.context_count = context_count
@@ -102,10 +103,7 @@ class LocatedEditor(Editor):
 
     def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
         """Return the layers to edit, those of the model's preset when none were given."""
-        layers = self.layers or edit_layers(adapter)
-        for layer in layers:
-            adapter.check_layer(layer)
-        return layers
+        return existing_layers(adapter, self.layers or edit_layers(adapter))
 
     def _begin(self, ledger: EditLedger, tokenizer: PreTrainedTokenizerBase) -> None:
         """Set contexts up, and forget what an earlier stream has left."""
@@ -117,6 +115,18 @@ class LocatedEditor(Editor):
         self._failed.clear()
         self._key_rows = None
         self._reference = None if self.norm_anchor is None else self.norm_anchor.reference
+
+    def _moments(
+        self,
+        statistics: KeyStatistics | Mapping[int, Tensor],
+        status: Status,
+        progress: Callable[[int, int], None] | None,
+    ) -> dict[int, Tensor]:
+        """Return the second moments of the keys by layer, as they are given or computed on the original model."""
+        if isinstance(statistics, Mapping):
+            return dict(statistics)
+        status("key statistics")
+        return statistics.compute(self.ledger.original(), self.tokenizer, self.ledger.layers, progress)
 
     def settings(self) -> dict[str, Any]:
         """Return all settings that targets depend on."""

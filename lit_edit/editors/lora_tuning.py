@@ -19,7 +19,7 @@ By nature the rank bounds what can be told apart: later edits overwrite earlier 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +30,6 @@ from lit_edit.devices import for_algebra
 from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.gradient import Deltas, GradientEditor, Learner
 from lit_edit.editors.lessons import Lesson, target_lesson
-from lit_edit.editors.transforms import UpdateTransform
 from lit_edit.errors import ArgumentError
 from lit_edit.tokens import continuation
 
@@ -137,12 +136,9 @@ class LoRA(GradientEditor):
         rank: Of the product.
         alpha: The product is multiplied by ``alpha / rank``.
         seed: Seeds the adapter's first values.
-        layers: See :class:`GradientEditor`, as for the other arguments.
         steps: Steps of Adam at most.
         lr: Its learning rate.
-        loss_threshold: Stop below this loss.
-        transforms: Applied to what is written.
-        keep_increments: Put the factors on record, for undo.
+        kwargs: As for :class:`GradientEditor`; of the increments the factors are on record.
 
     Raises:
         ArgumentError: If ``peft`` is not installed.
@@ -164,14 +160,11 @@ class LoRA(GradientEditor):
         rank: int = 8,
         alpha: float = 32.0,
         seed: int = 0,
-        layers: Sequence[int] | None = None,
         steps: int = 50,
         lr: float = 5e-3,
-        loss_threshold: float = 1e-2,
-        transforms: Sequence[UpdateTransform] = (),
-        keep_increments: bool = True,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(layers, steps, lr, loss_threshold, transforms, keep_increments)
+        super().__init__(steps=steps, lr=lr, **kwargs)
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
         if not 0 < alpha < math.inf:
@@ -257,18 +250,12 @@ class AdaLoRA(LoRA):
 
     Args:
         rank: How many directions a layer keeps, on average over the edited layers.
-        init_rank: How many it begins with.
-        alpha: The product is multiplied by ``alpha / init_rank``.
+        init_rank: How many it begins with; the product is multiplied by ``alpha / init_rank``.
         warm_up: Share of the steps before the first direction goes.
         settled: Share of the steps after the last one has gone.
         orthogonal: Weight of :func:`orthogonality` in the loss.
-        seed: Seeds the adapter's first values.
-        layers: See :class:`GradientEditor`, as for the other arguments.
-        steps: Steps of Adam at most; the schedule of ranks is made for all of them.
-        lr: Its learning rate.
-        loss_threshold: Stop below this loss; the directions that the schedule would yet have let go are then kept.
-        transforms: Applied to what is written.
-        keep_increments: Put the factors on record, for undo.
+        kwargs: As for :class:`LoRA`. The schedule of ranks is made for all ``steps``; the directions that it would yet
+            have let go of below ``loss_threshold`` are kept.
 
     Raises:
         ArgumentError: If ``peft`` is not installed.
@@ -289,22 +276,15 @@ class AdaLoRA(LoRA):
         self,
         rank: int = 8,
         init_rank: int = 12,
-        alpha: float = 32.0,
         warm_up: float = 0.2,
         settled: float = 0.3,
         orthogonal: float = 0.5,
-        seed: int = 0,
-        layers: Sequence[int] | None = None,
-        steps: int = 50,
-        lr: float = 5e-3,
-        loss_threshold: float = 1e-2,
-        transforms: Sequence[UpdateTransform] = (),
-        keep_increments: bool = True,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(rank, alpha, seed, layers, steps, lr, loss_threshold, transforms, keep_increments)
+        super().__init__(rank=rank, **kwargs)
         if not rank <= init_rank:
             raise ValueError(f"init_rank must not be below rank, got {init_rank} and {rank}")
-        if warm_up < 0 or settled < 0 or int(warm_up * steps) >= steps - int(settled * steps):
+        if warm_up < 0 or settled < 0 or int(warm_up * self.steps) >= self.steps - int(settled * self.steps):
             raise ValueError(f"warm_up and settled must leave steps between them, got {warm_up} and {settled}")
         if not 0 <= orthogonal < math.inf:
             raise ValueError(f"orthogonal must not be negative or infinite, got {orthogonal}")

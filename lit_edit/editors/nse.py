@@ -103,11 +103,9 @@ class NSE(LocatedEditor):
     ) -> None:
         """Set contexts and priors up; see :meth:`Editor.prepare`."""
         self._begin(ledger, tokenizer)
-        if not isinstance(statistics, Mapping):
-            status("key statistics")
-            statistics = statistics.compute(ledger.original(), tokenizer, ledger.layers, progress)
+        moments = self._moments(statistics, status, progress)
         place = algebra_device(ledger.adapter.device)
-        self.priors = {n: self.covariance_weight * for_algebra(statistics[n].to(place)) for n in ledger.layers}
+        self.priors = {n: self.covariance_weight * for_algebra(moments[n].to(place)) for n in ledger.layers}
         self.states = {
             n: LayerState(prior.new_zeros(ledger.adapter.shape(n)), torch.zeros_like(prior))
             for n, prior in self.priors.items()

@@ -29,7 +29,6 @@ from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.ft import FT
 from lit_edit.editors.gradient import GradientEditor
 from lit_edit.editors.lessons import Lesson
-from lit_edit.editors.transforms import UpdateTransform
 from lit_edit.errors import ArgumentError
 from lit_edit.tokens import encode
 
@@ -71,12 +70,7 @@ class SAUL(GradientEditor):
         joined: How many are joined with the edit's sentence.
         augmented: How many more are trained on by themselves, as further rows of the edit.
         seed: Seeds the choice.
-        layers: See :class:`GradientEditor`, as for the other arguments.
-        steps: Steps of Adam at most.
-        lr: Its learning rate.
-        loss_threshold: Stop below this loss, which random sentences seldom reach.
-        transforms: Applied to what is written.
-        keep_increments: Put the increments on record, for undo.
+        kwargs: As for :class:`GradientEditor`. Random sentences seldom let the loss reach ``loss_threshold``.
     """
 
     about: ClassVar[EditorInfo] = EditorInfo(
@@ -96,14 +90,9 @@ class SAUL(GradientEditor):
         joined: int = 1,
         augmented: int = 0,
         seed: int = 0,
-        layers: Sequence[int] | None = None,
-        steps: int = 25,
-        lr: float = 5e-4,
-        loss_threshold: float = 1e-2,
-        transforms: Sequence[UpdateTransform] = (),
-        keep_increments: bool = True,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(layers, steps, lr, loss_threshold, transforms, keep_increments)
+        super().__init__(**kwargs)
         for name, value in (("joined", joined), ("augmented", augmented)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")

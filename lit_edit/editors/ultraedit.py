@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_edit.data.request import EditRequest
 from lit_edit.devices import algebra_device, algebra_dtype, for_algebra
 from lit_edit.editors.base import Editor, EditorInfo, Proposal, Status, Stopwatch, silent
+from lit_edit.editors.layer_choice import chosen_layers, existing_layers
 from lit_edit.editors.token_gradients import collect_gradients
 from lit_edit.editors.transforms import UpdateTransform, transformed
 from lit_edit.errors import ArgumentError
@@ -97,8 +98,6 @@ class UltraEdit(Editor):
         per_layer: bool = False,
         transforms: Sequence[UpdateTransform] = (),
     ) -> None:
-        if layers is not None and (len(layers) == 0 or list(layers) != sorted(set(layers)) or min(layers) < 0):
-            raise ValueError(f"layers must be ascending, different and not negative, got {list(layers)}")
         for name, value in (("eta", eta), ("ridge", ridge)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
@@ -106,7 +105,7 @@ class UltraEdit(Editor):
             raise ValueError(f"ridge_scale must be 'absolute' or 'relative', got {ridge_scale!r}")
         if not 0 <= warm_up < math.inf:
             raise ValueError(f"warm_up must not be negative or infinite, got {warm_up}")
-        self.layers = None if layers is None else tuple(layers)
+        self.layers = chosen_layers(layers)
         self.eta = eta
         self.ridge = ridge
         self.ridge_scale: RidgeScale = ridge_scale
@@ -121,10 +120,7 @@ class UltraEdit(Editor):
     def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
         """Return the layers to edit, those from six to eight tenths of the depth when none were given."""
         first, last = (min(round(share * adapter.n_layers), adapter.n_layers - 1) for share in (0.6, 0.8))
-        layers = self.layers or tuple(range(first, last + 1))
-        for layer in layers:
-            adapter.check_layer(layer)
-        return layers
+        return existing_layers(adapter, self.layers or tuple(range(first, last + 1)))
 
     def prepare(
         self,
