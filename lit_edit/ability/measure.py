@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_edit.ability.files import TaskData
 from lit_edit.ability.metrics import NONE, accuracy_change, majority, score_choices
 from lit_edit.ability.tasks import Item, Task
+from lit_edit.errors import ArgumentError
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.tokens import encode
@@ -103,12 +104,14 @@ def measure_task(
         Metrics with intervals, counts, and each answer.
 
     Raises:
-        ValueError: If no item fits into the model's context.
+        ArgumentError: If no item fits into the model's context.
     """
     context = getattr(adapter.model.config, "max_position_embeddings", None)
     asked = ask(data, tokenizer, shots, limit, context)
     if not asked.items:
-        raise ValueError(f"no item of {data.task.name} fits into the model's context of {context} tokens")
+        raise ArgumentError(
+            f"no item of {data.task.name} fits into the model's context of {context} tokens: leave this task out"
+        )
     chosen = choose(adapter, tokenizer, asked.prompts, data.task.options)
     said = None
     if generation:

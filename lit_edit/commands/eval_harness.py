@@ -39,6 +39,8 @@ def run_eval_harness(args: list[str]) -> None:
         parser.error(f"argument --shots: must not be negative, got {options.shots}")
     if options.include_path is not None and not options.include_path.is_dir():
         raise ArgumentError(f"--include_path {options.include_path}: there is no such folder")
+    if not options.run.expanduser().is_dir():
+        raise ArgumentError(f"--run {options.run}: there is no such folder")
     lm_eval = import_lm_eval()  # before the model is loaded
 
     from lit_edit.commands.tables import print_whole
