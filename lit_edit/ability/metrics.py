@@ -65,11 +65,21 @@ def matthews(gold: Tensor, chosen: Tensor, options: int) -> Tensor:
         tensor(0.5774)
     """
     if gold.dim() == 2:
-        return torch.stack([matthews(g, c, options) for g, c in zip(gold, chosen, strict=True)])
+        return _matthews_of_samples(gold, _named(chosen, options), options + 1)
     # The class of no choice makes more than two, also where there are two options: torchmetrics' binary case answers
     # something else than 0 where the coefficient is 0/0.
     result: Tensor = multiclass_matthews_corrcoef(_named(chosen, options), gold, options + 1, validate_args=False)
     return result
+
+
+def _matthews_of_samples(gold: Tensor, chosen: Tensor, classes: int) -> Tensor:
+    """Return the coefficient (Gorodkin 2004) of each row; torchmetrics has it for one set at a time only."""
+    right = (gold == chosen).sum(-1).double()
+    true, named = (torch.nn.functional.one_hot(x, classes).sum(-2).double() for x in (gold, chosen))
+    items = gold.shape[-1]
+    covered = right * items - (true * named).sum(-1)
+    spread = (items**2 - (true**2).sum(-1)) * (items**2 - (named**2).sum(-1))
+    return torch.where(spread > 0, covered / spread.clamp(min=1).sqrt(), torch.zeros_like(covered))
 
 
 def _named(chosen: Tensor, options: int) -> Tensor:
