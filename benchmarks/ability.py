@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--shots", type=int, default=0)
     parser.add_argument("--limit", type=int, default=60)
+    parser.add_argument("--likelihood", action="store_true", help="do not let the model answer freely: half the time")
     options = parser.parse_args()
     tasks = [load_task(task, options.folder) for task in find_tasks(options.tasks)]
     model, tokenizer = LanguageModel(options.model).load()
@@ -36,11 +37,12 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for data in tasks:
         start = perf_counter()
-        record = measure_task(adapter, tokenizer, data, options.shots, options.limit)
-        by, said = record["likelihood"], record["generation"]
+        record = measure_task(adapter, tokenizer, data, options.shots, options.limit, not options.likelihood)
+        by, said = record["likelihood"], record.get("generation")
+        answered = f"{interval(said, 'accuracy')} | {said['unparsable']} of {record['items']}" if said else "– | –"
         print(
             f"| {data.task.name} | {interval(by, 'accuracy')} | {interval(by, 'f1')} | {interval(by, 'mcc')} | "
-            f"{interval(said, 'accuracy')} | {said['unparsable']} of {record['items']} | {record['majority']:.2f} | "
+            f"{answered} | {record['majority']:.2f} | "
             f"{perf_counter() - start:.0f} |",
             flush=True,
         )

@@ -66,13 +66,16 @@ class Ability(Callback):
         if stage == "fit":
             self._data = [load_task(task, self.folder) for task in self.tasks]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring back what an earlier process has measured, also where nothing is left to train."""
+        self._publish(as_stream(pl_module, self))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the unedited model, unless an earlier process has."""
         stream = as_stream(pl_module, self)
         self._seen = stream.edits_made
         if not self.history:
             self._measure(stream, stream.ledger.original(), 0)
-        self._publish(stream)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Measure when it is time."""
@@ -98,11 +101,13 @@ class Ability(Callback):
         self.history.append({"edits": edits, "tasks": records})
         stream.log_at_edit({**ability_metrics(records), "time/ability": perf_counter() - start})
         self._publish(stream)
-        accuracies = ", ".join(f"{name} {record['likelihood']['accuracy']:.2f}" for name, record in records.items())
-        log.info("general ability after %d edits: %s", edits, accuracies)
+        if stream.ranks.leads:
+            found = ", ".join(f"{name} {record['likelihood']['accuracy']:.2f}" for name, record in records.items())
+            log.info("general ability after %d edits: %s", edits, found)
 
     def _publish(self, stream: EditStream) -> None:
-        stream.extra["ability"] = summarise_ability(self.history)
+        if self.history:
+            stream.extra["ability"] = summarise_ability(self.history)
 
     def _settings(self) -> dict[str, Any]:
         names = [task.name for task in self.tasks]
@@ -134,8 +139,6 @@ def ability_metrics(records: dict[str, Record]) -> dict[str, float]:
 
 def summarise_ability(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return what stands in ``summary.json``: first and last measurement, the change, and the points between."""
-    if not history:
-        return {}
     first, last = history[0], history[-1]
     summary: dict[str, Any] = {
         "edits": last["edits"],
