@@ -1,5 +1,6 @@
 """Lightning callbacks for edit streams; imported as ``lit_edit.callbacks``."""
 
+from .ability import Ability
 from .closing_table import ClosingTable
 from .figures import RunFigures
 from .guard import HarmError, HarmGuard
@@ -12,6 +13,7 @@ from .stop_on_signal import StopOnSignal, StoppedBySignal
 from .wandb_report import WandbReport
 
 __all__ = [
+    "Ability",
     "ClosingTable",
     "EditProgressBar",
     "HarmError",

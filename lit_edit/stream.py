@@ -110,6 +110,7 @@ class EditStream(LightningModule):
         self.results: dict[str, dict[str, EditResult]] = {"base": {}, "immediate": {}, "final": {}}
         self.perplexities: dict[str, dict[str, float]] = {}
         self.seconds: dict[str, float] = {}
+        self.extra: dict[str, Any] = {}  # what callbacks add to the summary
         self.status: Callable[[str], None] = lambda message: None
         self.progress: Callable[[int, int], None] | None = None
         self._restored: dict[str, Any] | None = None  # of a checkpoint, until the editor is ready for it
@@ -442,7 +443,7 @@ class EditStream(LightningModule):
             "perplexity": self.perplexities,
             "seconds": seconds,
             "layers": self.ledger.layer_norms(),
-        }
+        } | self.extra
 
     def log_at_edit(self, metrics: Mapping[str, float]) -> None:
         """Send metrics to every logger, with the number of committed edits as step."""

@@ -1,0 +1,156 @@
+"""General ability: does the model still do what has nothing to do with the edits?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_edit.ability.files import TaskData, load_task
+from lit_edit.ability.measure import Record, compare_records, measure_tasks
+from lit_edit.ability.tasks import RESERVED, TASKS, find_tasks
+from lit_edit.models.adapter import ModelAdapter
+from lit_edit.precision import passes_of
+from lit_edit.stream import EditStream
+
+from .base import as_stream, check_every, is_due
+
+log = logging.getLogger(__name__)
+
+
+class Ability(Callback):
+    """Measures few-shot tasks on the unedited model, after every ``every`` edits, and at the end.
+
+    Logs ``ability/<task>/accuracy``, ``f1`` and ``mcc`` (the likeliest option), the same with ``generated_`` in front
+    (what the model says) and ``ability/<task>/unparsable``; puts all of it, with intervals and the change since the
+    unedited model, into ``summary.json`` under ``ability``.
+
+    Args:
+        folder: Folder with a file per task (``sst2.json``, ``glue_rte.jsonl`` ...); ``None`` takes them from the hub.
+        tasks: Which, of ``sst2``, ``mrpc``, ``cola``, ``rte``, ``nli``, ``mmlu``; ``None`` for all.
+        shots: Answered items in front of each question, of the first ten, which are never measured.
+        limit: Measure at most this many items of each task; 0 for all.
+        every: Measure after every so many edits; 0 only before the first and behind the last.
+        generation: Also let the model answer freely, besides comparing the likelihood of the options.
+    """
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        tasks: Sequence[str] | None = None,
+        shots: int = 0,
+        limit: int = 100,
+        every: int = 0,
+        generation: bool = True,
+    ) -> None:
+        self.every = check_every(every, "Ability: every", 0)
+        self.shots = check_every(shots, "Ability: shots", 0)
+        self.limit = check_every(limit, "Ability: limit", 0)
+        if shots > RESERVED:
+            raise ValueError(f"Ability: shots must be at most {RESERVED}, the items that are kept for it, got {shots}")
+        try:
+            self.tasks = find_tasks(list(TASKS) if tasks is None else tasks)
+        except ValueError as error:
+            raise ValueError(f"Ability: {error}") from None
+        self.folder, self.generation = folder, generation
+        self.history: list[dict[str, Any]] = []
+        self._data: list[TaskData] = []
+        self._seen = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read the tasks before the model is loaded: what is wrong with a file is said at once."""
+        if stage == "fit":
+            self._data = [load_task(task, self.folder) for task in self.tasks]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring back what an earlier process has measured, also where nothing is left to train."""
+        self._publish(as_stream(pl_module, self))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the unedited model, unless an earlier process has."""
+        stream = as_stream(pl_module, self)
+        self._seen = stream.edits_made
+        if not self.history:
+            self._measure(stream, stream.ledger.original(), 0)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Measure when it is time."""
+        stream = as_stream(pl_module, self)
+        now = stream.edits_made
+        due = bool(self.every) and is_due(self._seen, now, self.every)
+        if now > self._seen and (due or stream.is_at_end):
+            self._measure(stream, stream.adapter, now)
+        self._seen = now
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the end of a stream that was not run to its last edit."""
+        stream = as_stream(pl_module, self)
+        if self.history[-1]["edits"] != stream.edits_made:
+            self._measure(stream, stream.adapter, stream.edits_made)
+
+    def _measure(self, stream: EditStream, adapter: ModelAdapter, edits: int) -> None:
+        start = perf_counter()
+        with torch.no_grad(), passes_of(stream.trainer):
+            records = measure_tasks(
+                adapter, stream.tokenizer, self._data, self.shots, self.limit or None, self.generation, stream.status
+            )
+        self.history.append({"edits": edits, "tasks": records})
+        stream.log_at_edit({**ability_metrics(records), "time/ability": perf_counter() - start})
+        self._publish(stream)
+        if stream.ranks.leads:
+            found = ", ".join(f"{name} {record['likelihood']['accuracy']:.2f}" for name, record in records.items())
+            log.info("general ability after %d edits: %s", edits, found)
+
+    def _publish(self, stream: EditStream) -> None:
+        if self.history:
+            stream.extra["ability"] = summarise_ability(self.history)
+
+    def _settings(self) -> dict[str, Any]:
+        names = [task.name for task in self.tasks]
+        return {"tasks": names, "shots": self.shots, "limit": self.limit, "generation": self.generation}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured, and how."""
+        return {"history": self.history, "settings": self._settings()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what was measured, if it was measured in the same way."""
+        if state_dict["settings"] == self._settings():
+            self.history = list(state_dict["history"])
+        else:
+            log.warning("Ability: its settings have changed since the checkpoint: the unedited model is measured anew")
+
+
+def ability_metrics(records: dict[str, Record]) -> dict[str, float]:
+    """Return the metrics of a measurement by the names under which they are logged, without their intervals."""
+    metrics: dict[str, float] = {}
+    for task, record in records.items():
+        for way, prefix in (("likelihood", ""), ("generation", "generated_")):
+            for name in ("accuracy", "f1", "mcc") if way in record else ():
+                metrics[f"ability/{task}/{prefix}{name}"] = record[way][name]
+        if "generation" in record:
+            metrics[f"ability/{task}/unparsable"] = record["generation"]["unparsable"]
+    return metrics
+
+
+def summarise_ability(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what stands in ``summary.json``: first and last measurement, the change, and the points between."""
+    first, last = history[0], history[-1]
+    summary: dict[str, Any] = {
+        "edits": last["edits"],
+        "base": _without_answers(first["tasks"]),
+        "final": _without_answers(last["tasks"]),
+        "points": [{"edits": point["edits"], **ability_metrics(point["tasks"])} for point in history],
+    }
+    summary["change"] = {name: compare_records(first["tasks"][name], record) for name, record in last["tasks"].items()}
+    return summary
+
+
+def _without_answers(records: dict[str, Record]) -> dict[str, Record]:
+    return {
+        task: {name: value for name, value in record.items() if name != "answers"} for task, record in records.items()
+    }

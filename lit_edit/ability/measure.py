@@ -1,0 +1,267 @@
+"""Measuring a model on tasks: by the likelihood of the options, and by what it says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lit_edit.ability.files import TaskData
+from lit_edit.ability.metrics import NONE, accuracy_change, majority, score_choices
+from lit_edit.ability.tasks import Item, Task
+from lit_edit.errors import ArgumentError
+from lit_edit.metrics.scoring import score_continuations
+from lit_edit.models.adapter import ModelAdapter
+from lit_edit.tokens import encode
+
+NEW_TOKENS = 5  # that a model may say; as the published benchmarks have it
+
+Record = dict[str, Any]
+"""One task on one model, as primitives: what :meth:`Answers.as_record` returns."""
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """The items of a task as they are put to a model.
+
+    Attributes:
+        prompts: One per item.
+        items: Those that are measured.
+        shortened: How many have fewer shots than asked for, because the model's context has no room for more.
+        left_out: How many do not fit even without any.
+    """
+
+    prompts: tuple[str, ...]
+    items: tuple[Item, ...]
+    shortened: int = 0
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model has answered.
+
+    Attributes:
+        task: To which task.
+        gold: Index of the right option, per item.
+        chosen: Index of the likeliest one.
+        said: Index of the one that the model has said, or :data:`NONE`; ``None`` if it was not asked to say any.
+        shots: Examples in front of each question.
+        shortened: See :class:`Prompted`.
+        left_out: See :class:`Prompted`.
+    """
+
+    task: Task
+    gold: tuple[int, ...]
+    chosen: tuple[int, ...]
+    said: tuple[int, ...] | None
+    shots: int
+    shortened: int = 0
+    left_out: int = 0
+
+    def as_record(self) -> Record:
+        """Return metrics and answers."""
+        options = len(self.task.options)
+        record: Record = {
+            "items": len(self.gold),
+            "shots": self.shots,
+            "shortened": self.shortened,
+            "left_out": self.left_out,
+            "majority": majority(self.gold),
+            "likelihood": score_choices(self.gold, self.chosen, options),
+            "answers": {"gold": list(self.gold), "likelihood": list(self.chosen)},
+        }
+        if self.said is not None:
+            unparsable = self.said.count(NONE)
+            record["generation"] = {**score_choices(self.gold, self.said, options), "unparsable": unparsable}
+            record["answers"]["generation"] = list(self.said)
+        return record
+
+
+def measure_task(
+    adapter: ModelAdapter,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TaskData,
+    shots: int = 0,
+    limit: int | None = 100,
+    generation: bool = True,
+) -> Record:
+    """Measure a model on one task.
+
+    Args:
+        adapter: The model (or a view of it).
+        tokenizer: Its tokenizer.
+        data: The task with its items.
+        shots: Answered items in front of each question, of those that are reserved for it.
+        limit: Measure the first so many items; ``None`` for all.
+        generation: Also let the model answer freely.
+
+    Returns:
+        Metrics with intervals, counts, and each answer.
+
+    Raises:
+        ArgumentError: If no item fits into the model's context.
+    """
+    context = getattr(adapter.model.config, "max_position_embeddings", None)
+    asked = ask(data, tokenizer, shots, limit, context)
+    if not asked.items:
+        raise ArgumentError(
+            f"no item of {data.task.name} fits into the model's context of {context} tokens: leave this task out"
+        )
+    chosen = choose(adapter, tokenizer, asked.prompts, data.task.options)
+    said = None
+    if generation:
+        texts = say(adapter, tokenizer, asked.prompts)
+        said = tuple(parse_option(text, data.task.options) for text in texts)
+    gold = tuple(item.gold for item in asked.items)
+    return Answers(data.task, gold, tuple(chosen), said, shots, asked.shortened, asked.left_out).as_record()
+
+
+def measure_tasks(
+    adapter: ModelAdapter,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[TaskData],
+    shots: int = 0,
+    limit: int | None = 100,
+    generation: bool = True,
+    status: Callable[[str], None] = lambda message: None,
+) -> dict[str, Record]:
+    """Measure a model on several tasks; see :func:`measure_task`.
+
+    Args:
+        adapter: The model (or a view of it).
+        tokenizer: Its tokenizer.
+        tasks: The tasks with their items.
+        shots: Answered items in front of each question.
+        limit: Measure the first so many items of each task.
+        generation: Also let the model answer freely.
+        status: Told which task is being measured.
+
+    Returns:
+        Records by the tasks' names.
+    """
+    records = {}
+    for number, data in enumerate(tasks, 1):
+        status(f"general ability: {data.task.name} ({number} of {len(tasks)})")
+        records[data.task.name] = measure_task(adapter, tokenizer, data, shots, limit, generation)
+    return records
+
+
+def ask(
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    shots: int = 0,
+    limit: int | None = None,
+    context: int | None = None,
+) -> Prompted:
+    """Return the prompts of a task's items.
+
+    Args:
+        data: The task with its items.
+        tokenizer: Counts tokens.
+        shots: Answered items in front of each question; those farthest from it are dropped where they do not fit.
+        limit: The first so many items; ``None`` for all.
+        context: Tokens that the model can see; ``None`` for any number.
+    """
+    options = max(len(encode(tokenizer, f" {option}")) for option in data.task.options)
+    room = None if context is None else context - max(NEW_TOKENS, options)
+    prompts, items, shortened = [], [], 0
+    wanted = data.items[:limit]
+    for item in wanted:
+        examples = list(data.shots[:shots])
+        prompt = data.task.prompt(item, examples)
+        while room is not None and len(encode(tokenizer, prompt)) > room and examples:
+            examples = examples[1:]
+            prompt = data.task.prompt(item, examples)
+        if room is not None and len(encode(tokenizer, prompt)) > room:
+            continue
+        shortened += len(examples) < shots
+        prompts.append(prompt)
+        items.append(item)
+    return Prompted(tuple(prompts), tuple(items), shortened, len(wanted) - len(items))
+
+
+def choose(
+    adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], options: Sequence[str]
+) -> list[int]:
+    """Return, per prompt, the index of the option with the smallest nll per token (the first one of equal ones)."""
+    pairs = [(prompt, option) for prompt in prompts for option in options]
+    nlls = [score.nll for score in score_continuations(adapter, tokenizer, pairs)]
+    rows = [nlls[start : start + len(options)] for start in range(0, len(nlls), len(options))]
+    return [row.index(min(row)) for row in rows]
+
+
+def say(
+    adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_tokens: int = 2048
+) -> list[str]:
+    """Return the model's own continuations, greedy, :data:`NEW_TOKENS` tokens long or up to its end token.
+
+    Args:
+        adapter: The model (or a view of it).
+        tokenizer: Its tokenizer.
+        prompts: What to continue.
+        batch_tokens: Prompt tokens per batch, at most; prompts of equal length share one, without padding.
+    """
+    rows = [encode(tokenizer, prompt) for prompt in prompts]
+    batches: list[list[int]] = []
+    for index in sorted(range(len(rows)), key=lambda i: (len(rows[i]), i)):
+        size = len(rows[index])
+        last = batches[-1] if batches else []
+        if not last or len(rows[last[0]]) != size or (len(last) + 1) * size > batch_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    found: list[tuple[int, str]] = []
+    for batch, counts in adapter.ranks.deal(batches):
+        ids = torch.tensor([rows[index] for index in batch], device=adapter.device)
+        # The one likeliest token is drawn from: greedy.
+        continued = adapter.sample(ids, NEW_TOKENS, top_k=1, seed=0)[:, ids.shape[1] :].tolist()
+        if counts:
+            found += [(index, _text(tokenizer, new)) for index, new in zip(batch, continued, strict=True)]
+    texts = {index: text for part in adapter.ranks.gather(found) for index, text in part}
+    return [texts[index] for index in range(len(prompts))]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    end = tokenizer.eos_token_id
+    kept = ids[: ids.index(end)] if end in ids else ids
+    return str(tokenizer.decode(kept, skip_special_tokens=True))
+
+
+def parse_option(text: str, options: Sequence[str]) -> int:
+    """Return which option a text names, or :data:`NONE` if it is none or more than one.
+
+    Only its first line that is not empty counts: what follows is mostly the next question, invented. Words may stand
+    anywhere in it, in any case; letters must stand alone or before punctuation (``B``, ``(B)``, ``B. Paris``), and be
+    capital letters but at the start (``b)``), so that the article in "A dog" is no answer.
+
+    Args:
+        text: What the model said.
+        options: The options.
+
+    Example:
+        >>> parse_option(" Yes, they", ("No", "Yes")), parse_option(" True or False", ("False", "True"))
+        (1, -1)
+        >>> parse_option(" (B) Paris", ("A", "B", "C", "D"))
+        1
+    """
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    if all(len(option) == 1 for option in options):
+        names = re.findall(r"(?<![\w'])([A-Z])(?=\s*$|[).:,;\]])", line[:1].upper() + line[1:])
+        named = {index for index, option in enumerate(options) if option in names}
+    else:
+        words = re.findall(r"[^\W_]+", line.casefold())
+        named = {index for index, option in enumerate(options) if option.casefold() in words}
+    return named.pop() if len(named) == 1 else NONE
+
+
+def compare_records(before: Record, after: Record) -> dict[str, dict[str, float]]:
+    """Return how one task's accuracy has changed, by likelihood and by generation, each with its interval."""
+    gold = before["answers"]["gold"]
+    ways = [way for way in ("likelihood", "generation") if way in before and way in after]
+    if after["answers"]["gold"] != gold:
+        raise ValueError("the two measurements are not of the same items")
+    return {way: accuracy_change(gold, before["answers"][way], after["answers"][way]) for way in ways}

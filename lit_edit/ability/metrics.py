@@ -1,0 +1,163 @@
+"""Accuracy, F1 and MCC of choices among options, each with a confidence interval.
+
+With a hundred items an accuracy is known to about ten points: never read one without its interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_f1_score, multiclass_matthews_corrcoef
+
+NONE = -1  # the choice of a model that named no option, or several
+RESAMPLES = 500
+_LEVEL = 0.95
+_Z = 1.959964  # of that level, normal distribution
+
+
+def wilson(hits: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson 1927), which unlike the normal one is sound near 0 and 1.
+
+    Example:
+        >>> low, high = wilson(8, 10)
+        >>> round(low, 3), round(high, 3)
+        (0.49, 0.943)
+    """
+    if not 0 <= hits <= trials or not trials:
+        raise ValueError(f"expected 0 <= hits <= trials and a trial, got {hits} of {trials}")
+    share, square = hits / trials, _Z**2 / trials
+    middle = (share + square / 2) / (1 + square)
+    spread = _Z / (1 + square) * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
+    return max(0.0, middle - spread), min(1.0, middle + spread)
+
+
+def weighted_f1(gold: Tensor, chosen: Tensor, options: int) -> Tensor:
+    """Return the F1 of each option, averaged by how often it is right (``f1`` of the published editing benchmarks).
+
+    Args:
+        gold: ``(items,)`` or ``(samples, items)``, index of the right option.
+        chosen: The same shape, index of the chosen one; :data:`NONE` counts as wrong.
+        options: How many there are.
+
+    Returns:
+        A scalar, or one per sample ``(samples,)``.
+
+    Example:
+        >>> weighted_f1(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1]), 2)
+        tensor(0.7333)
+    """
+    every: Literal["samplewise", "global"] = "samplewise" if gold.dim() == 2 else "global"
+    result: Tensor = multiclass_f1_score(
+        _named(chosen, options), gold, options + 1, average="weighted", multidim_average=every, validate_args=False
+    )
+    return result
+
+
+def matthews(gold: Tensor, chosen: Tensor, options: int) -> Tensor:
+    """Return Matthews' correlation coefficient, 0 for a model that always says the same; shapes as in F1.
+
+    Example:
+        >>> matthews(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1]), 2)
+        tensor(0.5774)
+    """
+    if gold.dim() == 2:
+        return _matthews_of_samples(gold, _named(chosen, options), options + 1)
+    # The class of no choice makes more than two, also where there are two options: torchmetrics' binary case answers
+    # something else than 0 where the coefficient is 0/0.
+    result: Tensor = multiclass_matthews_corrcoef(_named(chosen, options), gold, options + 1, validate_args=False)
+    return result
+
+
+def _matthews_of_samples(gold: Tensor, chosen: Tensor, classes: int) -> Tensor:
+    """Return the coefficient (Gorodkin 2004) of each row; torchmetrics has it for one set at a time only."""
+    right = (gold == chosen).sum(-1).double()
+    true, named = (torch.nn.functional.one_hot(x, classes).sum(-2).double() for x in (gold, chosen))
+    items = gold.shape[-1]
+    covered = right * items - (true * named).sum(-1)
+    spread = (items**2 - (true**2).sum(-1)) * (items**2 - (named**2).sum(-1))
+    return torch.where(spread > 0, covered / spread.clamp(min=1).sqrt(), torch.zeros_like(covered))
+
+
+def _named(chosen: Tensor, options: int) -> Tensor:
+    return torch.where(chosen == NONE, options, chosen)
+
+
+def bootstrap(
+    metric: Callable[[Tensor, Tensor], Tensor],
+    gold: Tensor,
+    chosen: Tensor,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> tuple[float, float]:
+    """Return the 95 % percentile interval of a metric over resampled items (Efron 1979).
+
+    Args:
+        metric: Takes ``(samples, items)`` twice and returns ``(samples,)``.
+        gold: ``(items,)``.
+        chosen: ``(items,)``; the same items are drawn from both.
+        seed: Seeds the drawing; the same numbers on every machine.
+        resamples: How often to draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(gold), (resamples, len(gold)), generator=generator)
+    values = metric(gold[drawn], chosen[drawn]).double()
+    tail = (1 - _LEVEL) / 2
+    low, high = torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def score_choices(gold: Sequence[int], chosen: Sequence[int], options: int, seed: int = 0) -> dict[str, float]:
+    """Return accuracy, weighted F1 and MCC, each with the ends of its 95 % interval.
+
+    Args:
+        gold: Index of the right option, per item.
+        chosen: Index of the chosen one, or :data:`NONE`.
+        options: How many options there are.
+        seed: Seeds the bootstrap of F1 and MCC.
+
+    Raises:
+        ValueError: If there are no items, or not as many choices.
+    """
+    if len(gold) != len(chosen) or not gold:
+        raise ValueError(f"expected a choice per item and an item, got {len(chosen)} choices for {len(gold)} items")
+    right, said = torch.tensor(gold), torch.tensor(chosen)
+    hits = int((right == said).sum())
+    low, high = wilson(hits, len(gold))
+    scores = {"accuracy": hits / len(gold), "accuracy_low": low, "accuracy_high": high}
+    metrics: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {"f1": weighted_f1, "mcc": matthews}
+    for name, metric in metrics.items():
+        low, high = bootstrap(lambda g, c, m=metric: m(g, c, options), right, said, seed)  # type: ignore[misc]
+        scores |= {name: metric(right, said, options).item(), f"{name}_low": low, f"{name}_high": high}
+    return scores
+
+
+def accuracy_change(
+    gold: Sequence[int], before: Sequence[int], after: Sequence[int], seed: int = 0
+) -> dict[str, float]:
+    """Return how much the accuracy on the same items has changed, with its 95 % interval.
+
+    The items are drawn in pairs: what they have in common cancels out, so that a change is seen which two separate
+    intervals would hide.
+
+    Example:
+        >>> accuracy_change([0, 1, 1, 0], [0, 1, 0, 1], [0, 1, 1, 1])["accuracy"]
+        0.25
+    """
+    right = torch.tensor(gold)
+    gained = (torch.tensor(after) == right).double() - (torch.tensor(before) == right).double()
+    low, high = bootstrap(lambda g, c: g.mean(-1), gained, gained, seed)
+    return {"accuracy": gained.mean().item(), "accuracy_low": low, "accuracy_high": high}
+
+
+def majority(gold: Sequence[int]) -> float:
+    """Return the accuracy of always naming the option that is right most often.
+
+    Example:
+        >>> majority([0, 1, 1, 1])
+        0.75
+    """
+    return max(gold.count(option) for option in set(gold)) / len(gold)
