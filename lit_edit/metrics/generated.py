@@ -124,7 +124,7 @@ def evaluate_generation(
     prompts = [request.generation[:max_prompts] for request in requests]
     rows = [encode(tokenizer, prompt)[:length] for group in prompts for prompt in group]
     seeds = [f"{seed}|{r.id}|{n}" for r, group in zip(requests, prompts, strict=True) for n in range(len(group))]
-    new = [length - len(row) for row in rows]
+    new = [length - len(row) if row else 0 for row in rows]
     written = continue_rows(adapter, rows, new, top_k, seeds, batch_rows, progress)
     decoded = iter([_decode(tokenizer, row + more) for row, more in zip(rows, written, strict=True)])
     texts = [tuple(next(decoded) for _ in group) for group in prompts]

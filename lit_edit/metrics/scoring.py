@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.packed import Line, TokenRows
-from lit_edit.tokens import continuation, encode, pad_token
+from lit_edit.tokens import continuation, encode, leading_tokens, pad_token
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,11 @@ def score_continuations(
 
 @torch.no_grad()
 def text_nlls(
-    adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_tokens: int = 2048
+    adapter: ModelAdapter,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    batch_tokens: int = 2048,
+    leading: bool = True,
 ) -> list[Tensor]:
     """Return per text the nll of each token but the first (no BOS added beyond the tokenizer's own).
 
@@ -74,8 +78,11 @@ def text_nlls(
         tokenizer: Its tokenizer.
         texts: Any texts; cut at 512 tokens.
         batch_tokens: Tokens per batch.
+        leading: Put the tokenizer's leading special tokens, mostly BOS, before a text; without them its first token
+            is not scored.
     """
-    rows = {text: encode(tokenizer, text)[:512] for text in texts}
+    skipped = 0 if leading else len(leading_tokens(tokenizer))
+    rows = {text: encode(tokenizer, text)[skipped : skipped + 512] for text in texts}
     nlls: dict[tuple[int, ...], Tensor] = {row: torch.empty(0) for row in rows.values()}
     long = [row for row in nlls if len(row) > 1]
     found = _score(adapter, tokenizer, [row[:-1] for row in long], [row[1:] for row in long], batch_tokens)
