@@ -111,8 +111,8 @@ class MEPerplexity(Callback):
         )
         if self.has_collapsed(found["mean"]) and before is not None and not self.has_collapsed(before["mean"]):
             log.warning(
-                "collapse: the mean perplexity of %d sentences is %.4g (bound %g), up from %.4g: one of the edits %d to %d "
-                "did it, or all of them together",
+                "collapse: the mean perplexity of %d sentences is %.4g (bound %g), up from %.4g: one of the edits "
+                "%d to %d did it, or all of them together",
                 len(self.texts),
                 found["mean"],
                 self.threshold,

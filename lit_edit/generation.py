@@ -93,8 +93,8 @@ def _drawer(seeds: Sequence[object], steps: int, top_k: int) -> Callable[[Tensor
 
     def draw(logits: Tensor, step: int) -> Tensor:
         likely = logits.topk(min(top_k, logits.shape[-1]))
-        # A model that has collapsed may have no finite logits; it then says its first token again and again.
-        passed = torch.softmax(likely.values.double().nan_to_num().cpu(), -1).cumsum(-1) <= numbers[:, step, None]
+        # A model that has collapsed may have no finite logits; the first token is taken then.
+        passed = torch.softmax(likely.values.double(), -1).nan_to_num(1.0).cpu().cumsum(-1) <= numbers[:, step, None]
         choice = passed.sum(-1, keepdim=True).clamp(max=likely.indices.shape[-1] - 1)
         return likely.indices.gather(1, choice.to(likely.indices.device))
 
