@@ -23,8 +23,8 @@ _ROWS = (
 
 # Of the callback ProtocolMetrics, if it is there.
 _WRITTEN = (
-    ("efficacy, generated accuracy", ("generation", "efficacy", "accuracy")),
-    ("generalization, generated accuracy", ("generation", "generalization", "accuracy")),
+    ("efficacy accuracy, generated", ("generation", "efficacy", "accuracy")),
+    ("generalization acc., generated", ("generation", "generalization", "accuracy")),
     ("fluency (bits)", ("fluency",)),
     ("consistency", ("consistency",)),
 )

@@ -53,6 +53,7 @@ class MEPerplexity(Callback):
         self.history: list[dict[str, Any]] = []
         self._seen = 0
         self._held: tuple[int, ...] | None = None  # the edits that held at the last measurement
+        self._ended: tuple[int, ...] | None = None  # and at the end, when it was reported
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the sentences: what is wrong with them is to be known before the first edit."""
@@ -86,11 +87,14 @@ class MEPerplexity(Callback):
 
     def _finish(self, stream: EditStream) -> None:
         stream.finish()  # brings a stream that was resumed at its end up to its journal
-        if self._held == _held(stream):
+        held = _held(stream)
+        if self._ended == held:
             return
         if not self.history:
             self._measure(stream, stream.ledger.original(), 0)
-        self._measure(stream, stream.adapter, stream.edits_made)
+        if self._held != held:
+            self._measure(stream, stream.adapter, stream.edits_made)
+        self._ended = held
         stream.log_at_edit({f"final/me_perplexity/{name}": self.history[-1][name] for name in NUMBERS})
 
     def _measure(self, stream: EditStream, adapter: ModelAdapter, edits: int) -> None:

@@ -54,12 +54,8 @@ def drawn(text: str, length: int, top_k: int, name: str) -> str:
     for number in numbers.tolist():
         found = torch.softmax(MODEL(torch.tensor([ids])).logits[0, -1].topk(top_k).values.double(), -1)
         order = MODEL(torch.tensor([ids])).logits[0, -1].topk(top_k).indices.tolist()
-        total, place = 0.0, 0
-        for place, share in enumerate(found.tolist()):
-            total += share
-            if total > number:
-                break
-        ids = [*ids, order[place]]
+        sums = [sum(found.tolist()[: place + 1]) for place in range(top_k - 1)]
+        ids = [*ids, order[sum(passed <= number for passed in sums)]]
     return TOKENIZER.decode(ids, skip_special_tokens=True)
 
 

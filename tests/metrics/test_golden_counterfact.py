@@ -96,12 +96,11 @@ def test_accuracies(records: list[dict[str, Any]], requests: list[EditRequest]) 
 
 
 def test_fluency_and_generated_answers(records: list[dict[str, Any]], requests: list[EditRequest]) -> None:
-    results = evaluate_generation(ModelAdapter(MODEL), TOKENIZER, requests, length=40)
+    results = evaluate_generation(ModelAdapter(MODEL), TOKENIZER, requests, length=24)
     entropies, tokens = [], []
     for record, result in zip(records, results, strict=True):
         (text,) = result.texts
         assert text.startswith(f"{record['subject']} is")
-        assert len(TOKENIZER(text)["input_ids"]) <= 42  # what is decoded and encoded again may be cut otherwise
         entropies.append(entropy(text))
         ids, wanted = TOKENIZER(record["prompt"])["input_ids"], TOKENIZER(" " + record["target_new"])["input_ids"]
         right = []
