@@ -34,8 +34,9 @@ def continue_rows(
 ) -> list[tuple[int, ...]]:
     """Continue many rows of tokens, greedily or by drawing, with the weights of this view.
 
-    Rows of one length run together, without padding, so that a row is continued as it would be alone. Each draws from
-    random numbers of its own, which its seed decides: neither the other rows nor their order change a text.
+    Rows run together without padding: a batch begins with the tokens that its shortest row has, and the longer ones are
+    told theirs until they end, so that a row is continued as it would be alone, up to round-off. Each draws from random
+    numbers of its own, which its seed decides: neither the other rows nor their order change a text.
 
     Args:
         adapter: The model.
@@ -56,10 +57,11 @@ def continue_rows(
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if len(new) != len(rows) or (top_k > 1 and (seeds is None or len(seeds) != len(rows))):
         raise ValueError(f"expected a number of new tokens, and to draw a seed, for each of {len(rows)} rows")
-    order = sorted((i for i in range(len(rows)) if new[i] > 0), key=lambda i: (len(rows[i]), new[i], i))
     batches: list[list[int]] = []
-    for index in order:
-        if not batches or len(batches[-1]) == batch_rows or len(rows[batches[-1][0]]) != len(rows[index]):
+    for index in sorted((i for i in range(len(rows)) if new[i] > 0), key=lambda i: (len(rows[i]), new[i], i)):
+        # Being told costs as many steps as writing: never more of them than the batch writes.
+        told = len(rows[index]) - len(rows[batches[-1][0]]) if batches else 0
+        if not batches or len(batches[-1]) == batch_rows or told > max(new[i] for i in batches[-1]):
             batches.append([])
         batches[-1].append(index)
     found = torch.zeros(len(rows), max(new, default=0), dtype=torch.long)
@@ -68,12 +70,14 @@ def continue_rows(
     dealt = [(batch, ranks.leads) for batch in batches] if ranks.lockstep else ranks.deal(batches)
     done = 0
     for batch, counts in dealt:
-        steps = new[batch[-1]]
-        choose = _first_choice if top_k == 1 else _drawer([seeds[i] for i in batch] if seeds else [], steps, top_k)
-        ids = torch.tensor([list(rows[index]) for index in batch], device=adapter.device)
-        continued = adapter.go_on(ids, steps, choose)[:, ids.shape[1] :].cpu()
-        if counts:
-            found[batch, :steps] = continued
+        start = len(rows[batch[0]])
+        choose = _first_choice if top_k == 1 else _drawer([seeds[i] for i in batch] if seeds else [], new, batch, top_k)
+        ids = torch.tensor([list(rows[index][:start]) for index in batch], device=adapter.device)
+        steps = max(len(rows[index]) + new[index] for index in batch) - start
+        continued = adapter.go_on(ids, steps, _told([rows[index][start:] for index in batch], choose))[:, start:].cpu()
+        for index, row in zip(batch, continued if counts else (), strict=False):
+            told = len(rows[index]) - start
+            found[index, : new[index]] = row[told : told + new[index]]
         done += len(batch)
         if progress is not None:
             progress(done, sum(len(part) for part, _ in dealt))
@@ -81,20 +85,47 @@ def continue_rows(
     return [tuple(row[:count]) for row, count in zip(found.tolist(), new, strict=True)]
 
 
-def _first_choice(logits: Tensor, step: int) -> Tensor:
+def _told(
+    rests: Sequence[Sequence[int]], choose: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, int], Tensor]:
+    """Return how a batch goes on: rows get what is left of their own tokens, then what they choose themselves.
+
+    Args:
+        rests: Of each row, the tokens it is told.
+        choose: Returns the next tokens ``(batch, 1)`` from logits and how many tokens each row has written.
+    """
+    lengths = torch.tensor([len(rest) for rest in rests])
+    tokens = torch.zeros(len(rests), max(map(len, rests)) + 1, dtype=torch.long)
+    for row, rest in enumerate(rests):
+        tokens[row, : len(rest)] = torch.tensor(rest, dtype=torch.long)
+
+    def go_on(logits: Tensor, step: int) -> Tensor:
+        chosen = choose(logits, (step - lengths).clamp(min=0))
+        if step >= tokens.shape[1] - 1:
+            return chosen
+        return torch.where((step < lengths)[:, None].to(chosen.device), tokens[:, step, None].to(chosen), chosen)
+
+    return go_on
+
+
+def _first_choice(logits: Tensor, written: Tensor) -> Tensor:
     return logits.argmax(-1, keepdim=True)
 
 
-def _drawer(seeds: Sequence[object], steps: int, top_k: int) -> Callable[[Tensor, int], Tensor]:
+def _drawer(
+    seeds: Sequence[object], new: Sequence[int], batch: Sequence[int], top_k: int
+) -> Callable[[Tensor, Tensor], Tensor]:
     """Return how rows choose their tokens: where the running sum of probabilities passes a number of the row's own."""
-    numbers = torch.stack(
-        [torch.rand(steps, generator=torch.Generator().manual_seed(hash_seed(s)), dtype=torch.float64) for s in seeds]
-    )
+    numbers = torch.zeros(len(batch), max(new[index] for index in batch), dtype=torch.float64)
+    for row, (seed, index) in enumerate(zip(seeds, batch, strict=True)):
+        generator = torch.Generator().manual_seed(hash_seed(seed))
+        numbers[row, : new[index]] = torch.rand(new[index], generator=generator, dtype=torch.float64)
 
-    def draw(logits: Tensor, step: int) -> Tensor:
+    def draw(logits: Tensor, written: Tensor) -> Tensor:
         likely = logits.topk(min(top_k, logits.shape[-1]))
+        number = numbers.gather(1, written.clamp(max=numbers.shape[1] - 1)[:, None])
         # A model that has collapsed may have no finite logits; the first token is taken then.
-        passed = torch.softmax(likely.values.double(), -1).nan_to_num(1.0).cpu().cumsum(-1) <= numbers[:, step, None]
+        passed = torch.softmax(likely.values.double(), -1).nan_to_num(1.0).cpu().cumsum(-1) <= number
         choice = passed.sum(-1, keepdim=True).clamp(max=likely.indices.shape[-1] - 1)
         return likely.indices.gather(1, choice.to(likely.indices.device))
 
