@@ -220,7 +220,8 @@ def summarise_generation(results: Iterable[GenerationResult]) -> dict[str, Any]:
     results = list(results)
     asked: dict[str, Any] = {}
     for kind in ASKED:
-        tokens, whole, match = (m(sync_on_compute=False) for m in (TokenAccuracy, ExactAccuracy, ExactMatch))
+        alone = {"sync_on_compute": False}  # every rank has all results
+        tokens, whole, match = TokenAccuracy(**alone), ExactAccuracy(**alone), ExactMatch(**alone)
         for result in results:
             answers: tuple[Answer, ...] = getattr(result, kind)
             if answers:
@@ -228,8 +229,10 @@ def summarise_generation(results: Iterable[GenerationResult]) -> dict[str, Any]:
                 tokens.update(hits)
                 whole.update(hits)
                 match.update([answer.text for answer in answers], answers[0].target)
-        metrics = {"token_accuracy": tokens, "accuracy": whole, "exact_match": match}
-        asked[kind] = {name: float(m.compute()) if int(m.count) else None for name, m in metrics.items()}
+        asked[kind] = {
+            name: float(metric.compute()) if int(metric.count) else None
+            for name, metric in (("token_accuracy", tokens), ("accuracy", whole), ("exact_match", match))
+        }
     return {
         "fluency": _mean([r.fluency for r in results]),
         "consistency": _mean([r.consistency for r in results]),
