@@ -5,7 +5,9 @@ from .closing_table import ClosingTable
 from .figures import RunFigures
 from .guard import HarmError, HarmGuard
 from .layer_norms import LayerNorms
+from .me_perplexity import MEPerplexity
 from .progress import EditProgressBar
+from .protocol import ProtocolMetrics
 from .replica_check import ReplicaCheck, ReplicaError
 from .retention import Retention
 from .run_folder import RunFolder
@@ -19,6 +21,8 @@ __all__ = [
     "HarmError",
     "HarmGuard",
     "LayerNorms",
+    "MEPerplexity",
+    "ProtocolMetrics",
     "ReplicaCheck",
     "ReplicaError",
     "Retention",

@@ -21,6 +21,13 @@ _ROWS = (
     ("locality", "agreement"),
 )
 
+# Of the callback ProtocolMetrics, if it is there.
+_WRITTEN = (
+    ("efficacy accuracy, generated", ("generation", "efficacy", "accuracy")),
+    ("generalization acc., generated", ("generation", "generalization", "accuracy")),
+    ("fluency (bits)", ("fluency",)),
+    ("consistency", ("consistency",)),
+)
 
 _BESIDE = (("undone", "taken out or replaced"), ("refused", "not made"))
 
@@ -46,6 +53,10 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     for kind, name in _ROWS:
         table.add_row(f"{kind} {name}", *(_number(stage[kind].get(name)) for stage in stages))
     table.add_row("score (harmonic mean of success)", *(_number(stage["score"]) for stage in stages), end_section=True)
+    written = [(label, [_at(stage, path) for stage in stages]) for label, path in _WRITTEN]
+    for label, values in written:
+        if any(value is not None for value in values):
+            table.add_row(label, *map(_number, values))
     before, after = summary["base"]["perplexity"], summary["final"]["perplexity"]
     change = f" ({after / before - 1:+.1%})" if before and after else ""
     table.add_row("perplexity", _number(before, 1), "", _number(after, 1) + change)
@@ -64,6 +75,12 @@ def layers_table(summary: Mapping[str, Any]) -> Table:
             name, f"{before:.5f}", f"{after:.5f}", f"{after / before - 1:+.2%}", f"{norms['mean_abs_delta']:.5f}"
         )
     return table
+
+
+def _at(stage: Any, path: tuple[str, ...]) -> float | None:
+    for step in path:
+        stage = None if stage is None else stage.get(step)
+    return None if stage is None else float(stage)
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 from lit_edit.conflicts import ConflictPolicy, find_conflicts, superseded
-from lit_edit.data.request import EditRequest
+from lit_edit.data.request import ADDED_FIELDS, EditRequest
 from lit_edit.editors.base import Editor, Proposal, Status, commit_proposal, silent
 from lit_edit.errors import ArgumentError
 from lit_edit.journal import JournalError, Record
@@ -346,7 +346,8 @@ class EditSession:
 def check_request(request: EditRequest, recorded: Mapping[str, Any]) -> None:
     """Raise :class:`JournalError` if an edit of the data is not the one that was made under its id."""
     now = request.as_dict()
-    if recorded and (other := [name for name in {**recorded, **now} if recorded.get(name) != now.get(name)]):
+    names = [name for name in {**recorded, **now} if name in recorded or name not in ADDED_FIELDS]
+    if recorded and (other := [name for name in names if recorded.get(name) != now.get(name)]):
         told = "; ".join(f"{name} {_short(recorded.get(name))}, now {_short(now.get(name))}" for name in other)
         raise JournalError(
             f"edit {request.id!r} was made with other data ({told}): resume with the data the run was made with"

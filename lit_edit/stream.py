@@ -7,6 +7,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -110,7 +111,7 @@ class EditStream(LightningModule):
         self.results: dict[str, dict[str, EditResult]] = {"base": {}, "immediate": {}, "final": {}}
         self.perplexities: dict[str, dict[str, float]] = {}
         self.seconds: dict[str, float] = {}
-        self.extra: dict[str, Any] = {}  # what callbacks add to the summary
+        self.extra: dict[str, Any] = {}  # what callbacks have measured; by stage, or beside the stages
         self.status: Callable[[str], None] = lambda message: None
         self.progress: Callable[[int, int], None] | None = None
         self._restored: dict[str, Any] | None = None  # of a checkpoint, until the editor is ready for it
@@ -418,12 +419,12 @@ class EditStream(LightningModule):
         texts = getattr(getattr(self.trainer, "datamodule", None), "perplexity_texts", [])
         return self.measure_texts(texts, adapter)
 
-    def measure_texts(self, texts: Sequence[str], adapter: ModelAdapter) -> dict[str, float]:
+    def measure_texts(self, texts: Sequence[str], adapter: ModelAdapter, leading: bool = True) -> dict[str, float]:
         """Return mean, median and corpus perplexity of texts; nothing if there are none."""
         if not texts:
             return {}
         with self._time("metrics"), torch.no_grad(), passes_of(self._trainer):
-            return measure_perplexity(adapter, self.tokenizer, texts)
+            return measure_perplexity(adapter, self.tokenizer, texts, leading)
 
     def summary_of(self, stage: str, requests: Sequence[EditRequest]) -> Summary:
         """Return the metrics of one stage (``base``, ``immediate`` or ``final``) over some edits."""
@@ -435,20 +436,29 @@ class EditStream(LightningModule):
         done = self.committed_requests()
         seconds = {name: self.seconds.get(name, 0.0) for name in ("statistics", "targets", "keys", "solve", "metrics")}
         seconds["per_edit"] = self.seconds.get("edits", 0.0) / max(1, len(done))
+        stages = {stage: self.summary_of(stage, done) for stage in ("base", "immediate", "final")}
         return {
+            **self.extra,
             "edits": len(done),
             "undone": len(self.ledger.history.undone),
             "refused": len(self.ledger.history.refused),
-            **{stage: self.summary_of(stage, done) for stage in ("base", "immediate", "final")},
+            **{stage: {**self.extra.get(stage, {}), **found} for stage, found in stages.items()},
             "perplexity": self.perplexities,
             "seconds": seconds,
             "layers": self.ledger.layer_norms(),
-        } | self.extra
+        }
 
     def log_at_edit(self, metrics: Mapping[str, float]) -> None:
         """Send metrics to every logger, with the number of committed edits as step."""
         for logger in self.loggers:
             logger.log_metrics(dict(metrics), step=self.edits_made)
+
+    def measuring(self) -> AbstractContextManager[Any]:
+        """Return a context for measurements of one's own: their time is counted, no gradients, the run's precision."""
+        stack = ExitStack()
+        for context in (self._time("metrics"), torch.no_grad(), passes_of(self._trainer)):
+            stack.enter_context(context)
+        return stack
 
     def _time(self, phase: str) -> Any:
         return Stopwatch(self.seconds)(phase)

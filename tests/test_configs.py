@@ -75,6 +75,15 @@ def test_published_settings_make_an_editor(name: str, stream_parser: ArgumentPar
     assert max(layers) < depth
 
 
+def test_full_adds_the_protocol_to_the_default_callbacks(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parsed(capsys, "--config", "counterfact", "--config", "callbacks/full")
+    full = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]  # type: ignore[index]
+    usual = yaml.safe_load((config_root() / "callbacks/default.yaml").read_text())["trainer"]["callbacks"]
+    added = ["MEPerplexity", "ProtocolMetrics"]
+    assert [name for name in full if name not in added] == [c["class_path"].rpartition(".")[2] for c in usual]
+    assert all(full.index(name) < full.index("RunFolder") for name in added)  # which writes what they measure
+
+
 @pytest.mark.parametrize("name", shipped_configs())
 def test_every_config_says_how_to_run_it(name: str) -> None:
     text = (config_root() / f"{name}.yaml").read_text()

@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.ability.files import TaskData
 from lit_edit.ability.metrics import NONE, accuracy_change, majority, score_choices
 from lit_edit.ability.tasks import Item, Task
 from lit_edit.errors import ArgumentError
+from lit_edit.generation import continue_rows
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.models.adapter import ModelAdapter
+from lit_edit.models.memory import by_route
 from lit_edit.tokens import encode
 
 NEW_TOKENS = 5  # that a model may say; as the published benchmarks have it
@@ -195,34 +196,20 @@ def choose(
     return [row.index(min(row)) for row in rows]
 
 
-def say(
-    adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_tokens: int = 2048
-) -> list[str]:
+def say(adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
     """Return the model's own continuations, greedy, :data:`NEW_TOKENS` tokens long or up to its end token.
 
     Args:
         adapter: The model (or a view of it).
         tokenizer: Its tokenizer.
         prompts: What to continue.
-        batch_tokens: Prompt tokens per batch, at most; prompts of equal length share one, without padding.
     """
-    rows = [encode(tokenizer, prompt) for prompt in prompts]
-    batches: list[list[int]] = []
-    for index in sorted(range(len(rows)), key=lambda i: (len(rows[i]), i)):
-        size = len(rows[index])
-        last = batches[-1] if batches else []
-        if not last or len(rows[last[0]]) != size or (len(last) + 1) * size > batch_tokens:
-            batches.append([])
-        batches[-1].append(index)
-    found: list[tuple[int, str]] = []
-    for batch, counts in adapter.ranks.deal(batches):
-        ids = torch.tensor([rows[index] for index in batch], device=adapter.device)
-        # The one likeliest token is drawn from: greedy.
-        continued = adapter.sample(ids, NEW_TOKENS, top_k=1, seed=0)[:, ids.shape[1] :].tolist()
-        if counts:
-            found += [(index, _text(tokenizer, new)) for index, new in zip(batch, continued, strict=True)]
-    texts = {index: text for part in adapter.ranks.gather(found) for index, text in part}
-    return [texts[index] for index in range(len(prompts))]
+    texts: dict[str, str] = {}
+    for model, context_of in by_route(adapter, list(dict.fromkeys(prompts))):
+        rows = [encode(tokenizer, context + prompt) for prompt, context in context_of.items()]
+        written = continue_rows(model, rows, [NEW_TOKENS] * len(rows))
+        texts |= {prompt: _text(tokenizer, list(new)) for prompt, new in zip(context_of, written, strict=True)}
+    return [texts[prompt] for prompt in prompts]
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -47,7 +47,20 @@ def _guess(record: Mapping[str, Any]) -> str:
         return "zsre"
     if any(name in record for name in ("rephrase_prompt", "locality_prompt", "locality_ground_truth")):
         return "counterfact_flat"
+    if _asks_as_easyedit(record.get("portability")) or _asks_as_easyedit(record.get("locality")):
+        return "counterfact_flat"
     return "facts"
+
+
+def _asks_as_easyedit(value: object) -> bool:
+    """Tell whether probes by kind are written as EasyEdit and KnowEdit do: the answer is ``ground_truth``."""
+    probes = [probe for part in value.values() for probe in _listed(part)] if isinstance(value, Mapping) else []
+    return any(isinstance(probe, Mapping) and "ground_truth" in probe for probe in probes)
+
+
+def _listed(value: object) -> list[Any]:
+    """Return a list as it is, and one thing as a list of one."""
+    return value if isinstance(value, list) else [value]
 
 
 def _counterfact(record: Mapping[str, Any], number: int) -> EditRequest:
@@ -70,19 +83,30 @@ def _counterfact(record: Mapping[str, Any], number: int) -> EditRequest:
         ),
         generation=_texts(record.get("generation_prompts"), "generation_prompts"),
         relation=_optional(rewrite, "relation_id") or "",
+        references=_texts(record.get("references"), "references"),
+        target_id=_object_id(rewrite.get("target_new")),
     )
 
 
 def _flat(record: Mapping[str, Any], number: int) -> EditRequest:
-    """CounterFact in the flat form of EasyEdit."""
+    """The flat form of EasyEdit: CounterFact, HardEdit and KnowEdit are handed on in it."""
+    prompt, subject, target = (_text(record, name) for name in ("prompt", "subject", "target_new"))
+    true = _first_alias(record.get("ground_truth"), "ground_truth")
+    rephrased = _optional(record, "rephrase_prompt") or _optional(record, "rephrase")
     return EditRequest.from_text(
-        id=_id(record, number, "case_id"),
-        prompt=_text(record, "prompt"),
-        subject=_text(record, "subject"),
-        target_new=_text(record, "target_new"),
-        target_true=_optional(record, "ground_truth"),
-        paraphrases=tuple(p for p in [_optional(record, "rephrase_prompt")] if p),
+        id=_id(record, number, "case_id", "id"),
+        prompt=prompt,
+        subject=subject,
+        target_new=target,
+        # KnowEdit's ground truth is often the fact to be written itself, and then nothing is known of the old one.
+        target_true=None if isinstance(record.get("ground_truth"), list) and true == target else true,
+        paraphrases=tuple(p for p in [rephrased] if p),
         neighborhood=_probe(record, "locality_prompt", "locality_ground_truth"),
+        portability=_probes_by_kind(record.get("portability"), "portability"),
+        locality=_probes_by_kind(record.get("locality"), "locality"),
+        generation=_texts(record.get("generation_prompts"), "generation_prompts"),
+        references=_texts(record.get("references"), "references"),
+        relation=_optional(record, "relation_id") or "",
     )
 
 
@@ -102,6 +126,8 @@ def _zsre(record: Mapping[str, Any], number: int) -> EditRequest:
         neighborhood=tuple(
             Probe(f"{probe.prompt.rstrip('?')}?", probe.answer) for probe in _probe(record, "loc", "loc_ans")
         ),
+        portability=_probes_by_kind(record.get("portability"), "portability"),
+        locality=_probes_by_kind(record.get("locality"), "locality"),
     )
 
 
@@ -116,16 +142,63 @@ def _facts(record: Mapping[str, Any], number: int) -> EditRequest:
         prompt=_text(record, "prompt"),
         subject=_text(record, "subject"),
         target_new=_text(record, "target_new"),
-        target_true=_optional(record, "target_true") or _optional(record, "ground_truth"),
+        target_true=_optional(record, "target_true") or _first_alias(record.get("ground_truth"), "ground_truth"),
         paraphrases=_texts(record.get("paraphrases"), "paraphrases"),
         neighborhood=_probes(record.get("neighborhood"), "neighborhood"),
-        portability={
-            str(kind): _probes(probes, f"portability.{kind}")
-            for kind, probes in _mapping(record.get("portability"), "portability").items()
-        },
+        portability=_own_kinds(record, "portability"),
         generation=_texts(record.get("generation"), "generation"),
         relation=_optional(record, "relation") or "",
+        references=_texts(record.get("references"), "references"),
+        locality=_own_kinds(record, "locality"),
+        target_id=_optional(record, "target_id") or "",
     )
+
+
+def _own_kinds(record: Mapping[str, Any], name: str) -> dict[str, tuple[Probe, ...]]:
+    kinds = _mapping(record.get(name), name)
+    return {str(kind): _probes(probes, f"{name}.{kind}") for kind, probes in kinds.items()}
+
+
+def _probes_by_kind(value: object, name: str) -> dict[str, tuple[Probe, ...]]:
+    """Return the probes of EasyEdit and KnowEdit: by kind, one or a list of ``{prompt, ground_truth}``.
+
+    An answer is a text, a list of aliases, or a list of lists of them; the first is taken. Probes with no answer are
+    left out (EasyEdit skips them), and kinds with no probe. EasyEdit's zsRE has one portability probe of its own form.
+    """
+    kinds = _mapping(value, name)
+    if {"New Question", "New Answer"} <= set(kinds):
+        return {"one_hop": (Probe(_text(kinds, "New Question"), _text(kinds, "New Answer")),)}
+    found: dict[str, tuple[Probe, ...]] = {}
+    for kind, part in kinds.items():
+        where = f"{name}.{shorten(_shown(kind), 40)}"
+        if part is None or isinstance(part, str):
+            raise DataError(f"{where} must be a list of {{prompt, ground_truth}}, got {type(part).__name__}")
+        probes = []
+        for probe in _listed(part):
+            if not isinstance(probe, Mapping):
+                raise DataError(f"{where} must be a list of {{prompt, ground_truth}}, got {type(probe).__name__} in it")
+            try:
+                field = "ground_truth" if "ground_truth" in probe else "answer"
+                answer = _first_alias(probe.get(field), field)
+                prompt = _text(probe, "prompt")
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+            if answer is not None:
+                probes.append(Probe(prompt, answer))
+        if probes:
+            found[str(kind)] = tuple(probes)
+    return found
+
+
+def _first_alias(value: object, name: str) -> str | None:
+    """Return a text, or the first one that is not empty of a list (of lists) of texts; ``None`` if there is none."""
+    aliases = [alias for part in _listed(value) for alias in _listed(part)]
+    return next((found for alias in aliases if (found := _optional({name: alias}, name)) is not None), None)
+
+
+def _object_id(value: object) -> str:
+    """Return the id of one of CounterFact's objects, if it has one."""
+    return (_optional(value, "id") or "") if isinstance(value, Mapping) else ""
 
 
 def _id(record: Mapping[str, Any], number: int, *names: str) -> str:

@@ -37,6 +37,10 @@ class Probe:
                 raise DataError(f"a probe's {name} is empty: {shorten(str(self))}")
 
 
+ADDED_FIELDS = frozenset({"portability", "references", "locality", "target_id"})
+"""Fields that only measurements use and that readers of earlier releases did not fill: a journal may lack them."""
+
+
 @dataclass(frozen=True)
 class EditRequest:
     """A fact to write: ``prompt`` about ``subject`` shall be continued with ``target_new``.
@@ -54,6 +58,10 @@ class EditRequest:
         portability: Prompts that follow from the edit, with answers, by kind.
         generation: Prompts for free generation.
         relation: Name or id of the relation.
+        references: Texts about ``target_new`` in this relation, which consistency compares generations with.
+        locality: Further prompts that the edit must leave alone, with answers, by kind (KnowEdit, EasyEdit).
+        target_id: Id of ``target_new`` where the data has one (Wikidata's, in CounterFact): published references are
+            filed under it.
 
     Raises:
         DataError: If a field is missing or empty, or the subject's place is not given exactly once.
@@ -76,6 +84,9 @@ class EditRequest:
     portability: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
     generation: tuple[str, ...] = ()
     relation: str = ""
+    references: tuple[str, ...] = ()
+    locality: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
+    target_id: str = ""
 
     def __post_init__(self) -> None:
         for name in ("prompt", "subject", "target_new"):
@@ -148,13 +159,13 @@ class EditRequest:
         """
         try:
             fields = dict(record)
-            for name in ("paraphrases", "generation"):
+            for name in ("paraphrases", "generation", "references"):
                 fields[name] = tuple(fields.get(name, ()))
             fields["neighborhood"] = tuple(Probe(**probe) for probe in fields.get("neighborhood", ()))
-            fields["portability"] = {
-                kind: tuple(Probe(**probe) for probe in probes)
-                for kind, probes in fields.get("portability", {}).items()
-            }
+            for name in ("portability", "locality"):
+                fields[name] = {
+                    kind: tuple(Probe(**probe) for probe in probes) for kind, probes in fields.get(name, {}).items()
+                }
             return cls(**fields)
         except (TypeError, AttributeError) as error:
             raise DataError(f"not a request: {error}") from None

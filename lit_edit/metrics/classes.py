@@ -5,8 +5,8 @@ As published, prompts are averaged within an edit first, then edits with each ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,11 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lit_edit.metrics import functional as F  # noqa: N812 - the idiom of torchmetrics
+from lit_edit.metrics.ages import aged
+from lit_edit.metrics.texts import consistency, exact_match, fluency
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
 
 class _ExactMetric(Metric):
@@ -92,6 +97,140 @@ class Agreement(_MeanOverEdits):
     def update(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
         """Add one edit: per prompt, the first-choice token ids before and after."""
         self._add(F.agreement(before, after))
+
+
+class Fluency(_MeanOverEdits):
+    """Weighted n-gram entropy of generated texts, in bits (GE); twin of :func:`lit_edit.metrics.texts.fluency`.
+
+    Example:
+        >>> metric = Fluency()
+        >>> metric.update(["one two three four", "so so so so"])
+        >>> round(metric.compute().item(), 4)  # of the first (log2(3) + 2) / 3, of the second 0
+        0.5975
+    """
+
+    def update(self, texts: Sequence[str]) -> None:
+        """Add one edit: its generated texts with their prompts."""
+        self._add(torch.tensor(fluency(texts), dtype=torch.float64))
+
+
+class Consistency(_MeanOverEdits):
+    """TF-IDF cosine of generated texts and references (RS); twin of :func:`lit_edit.metrics.texts.consistency`.
+
+    Args:
+        vectorizer: Holds the term weights (:func:`lit_edit.metrics.texts.fit_vectorizer`).
+        kwargs: Of torchmetrics.
+    """
+
+    def __init__(self, vectorizer: TfidfVectorizer, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.vectorizer = vectorizer
+
+    def update(self, texts: Sequence[str], references: Sequence[str]) -> None:
+        """Add one edit: its generated texts with their prompts, and texts about the new object."""
+        self._add(torch.tensor(consistency(texts, references, self.vectorizer), dtype=torch.float64))
+
+
+class ExactMatch(_MeanOverEdits):
+    """Share of answers that are the target but for case, marks and articles.
+
+    Example:
+        >>> metric = ExactMatch()
+        >>> metric.update(["the Hague", "Rome"], "The Hague.")
+        >>> metric.compute().item()
+        0.5
+    """
+
+    def update(self, answers: Sequence[str], target: str) -> None:
+        """Add one edit: its generated answers, at least one, and what they should be."""
+        if not answers:
+            raise ValueError("expected at least one answer")
+        self._add(torch.tensor([exact_match(answer, target) for answer in answers]).double().mean())
+
+
+class PortabilityAccuracy(_ExactMetric):
+    """Share of answer tokens right on what follows from the edits, per kind (EasyEdit's ``portability``).
+
+    Edits without a probe of some kind do not count for that kind.
+
+    Args:
+        kinds: The kinds there are.
+        kwargs: Of torchmetrics.
+
+    Example:
+        >>> metric = PortabilityAccuracy(["alias", "reasoning"])
+        >>> metric.update({"alias": [torch.tensor([True, False])]})
+        >>> metric.compute()
+        {'alias': 0.5}
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    totals: Tensor
+    counts: Tensor
+
+    def __init__(self, kinds: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kinds = list(kinds)
+        self.add_state("totals", torch.zeros(len(self.kinds), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(len(self.kinds), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, hits: Mapping[str, Sequence[Tensor]]) -> None:
+        """Add one edit: by kind, per prompt, a boolean per answer token."""
+        for kind, found in hits.items():
+            if found:
+                self.totals[self.kinds.index(kind)] += F.token_accuracy(found)
+                self.counts[self.kinds.index(kind)] += 1
+
+    def compute(self) -> dict[str, float]:
+        """Return the mean over edits, of the kinds that any had."""
+        means = zip(self.kinds, self.totals.tolist(), self.counts.tolist(), strict=True)
+        return {kind: total / count for kind, total, count in means if count}
+
+
+class AgeCurve(_ExactMetric):
+    """A value by the age of the edit; twin of :func:`lit_edit.metrics.ages.aged`.
+
+    Args:
+        width: Ages per bin.
+        ends: Edits on either side that count as early and late, or a share of all.
+        kwargs: Of torchmetrics.
+
+    Example:
+        >>> metric = AgeCurve(width=2, ends=1)
+        >>> for number, value in enumerate([0.0, 1.0, 1.0]):
+        ...     metric.update(number, value)
+        >>> found = metric.compute()
+        >>> found["early"], found["late"], [bin["mean"] for bin in found["curve"]]
+        (0.0, 1.0, [1.0, 0.0])
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    numbers: list[Tensor]
+    values: list[Tensor]
+
+    def __init__(self, width: int, ends: int | float = 100, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.width, self.ends = width, ends
+        self.add_state("numbers", [], dist_reduce_fx="cat")
+        self.add_state("values", [], dist_reduce_fx="cat")
+
+    def update(self, number: int, value: float | None) -> None:
+        """Add one edit: its place in the order of making, and its value now, if it has one."""
+        self.numbers.append(torch.tensor([number], device=self.device))
+        known = float("nan") if value is None else value
+        self.values.append(torch.tensor([known], dtype=torch.float64, device=self.device))
+
+    def compute(self) -> dict[str, Any]:
+        """Return ``{"early", "late", "size", "curve": [{"youngest", "oldest", "mean", "count"}]}``."""
+        values: list[float | None] = []
+        if len(self.numbers):
+            order = dim_zero_cat(self.numbers).argsort()
+            values = [None if value != value else value for value in dim_zero_cat(self.values)[order].tolist()]
+        return aged(values, self.width, self.ends)
 
 
 class TextPerplexity(_ExactMetric):

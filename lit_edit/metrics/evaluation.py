@@ -102,11 +102,11 @@ def evaluate_edits(
 
 
 def measure_perplexity(
-    adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+    adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], leading: bool = True
 ) -> dict[str, float]:
-    """Return mean, median and corpus perplexity of texts on a model."""
+    """Return mean, median and corpus perplexity of texts on a model, with or without leading special tokens."""
     metric = TextPerplexity(sync_on_compute=False)  # every rank has all of them
-    metric.update(text_nlls(adapter, tokenizer, texts))
+    metric.update(text_nlls(adapter, tokenizer, texts, leading=leading))
     return metric.compute()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.models.adapter import ModelAdapter
+from lit_edit.models.memory import by_route
 from lit_edit.models.packed import Line, TokenRows
 from lit_edit.tokens import continuation, encode, leading_tokens, pad_token
 
@@ -55,7 +56,7 @@ def score_continuations(
         return []
     unique = list(dict.fromkeys(pairs))
     scores = {}
-    for model, context_of in _by_model(adapter, [prompt for prompt, _ in unique]):
+    for model, context_of in by_route(adapter, [prompt for prompt, _ in unique]):
         own = [pair for pair in unique if pair[0] in context_of]
         tokens = [continuation(tokenizer, context_of[prompt] + prompt, target) for prompt, target in own]
         rows = [prompt + target[:-1] for prompt, target in tokens]
@@ -67,7 +68,11 @@ def score_continuations(
 
 @torch.no_grad()
 def text_nlls(
-    adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_tokens: int = 2048
+    adapter: ModelAdapter,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    batch_tokens: int = 2048,
+    leading: bool = True,
 ) -> list[Tensor]:
     """Return per text the nll of each token but the first (no BOS added beyond the tokenizer's own).
 
@@ -76,30 +81,24 @@ def text_nlls(
         tokenizer: Its tokenizer.
         texts: Any texts; cut at 512 tokens.
         batch_tokens: Tokens per batch.
+        leading: Put the tokenizer's leading special tokens, mostly BOS, before a text; without them its first token
+            is not scored.
     """
     nlls: dict[str, Tensor] = {}
-    for model, context_of in _by_model(adapter, list(dict.fromkeys(texts))):
-        rows = {text: encode(tokenizer, text)[:512] for text in context_of}
+    skipped = 0 if leading else len(leading_tokens(tokenizer))
+    for model, context_of in by_route(adapter, list(dict.fromkeys(texts))):
+        rows = {text: encode(tokenizer, text)[skipped : skipped + 512] for text in context_of}
         nlls |= {text: torch.empty(0) for text in rows}
         long = [text for text, row in rows.items() if len(row) > 1]
         full, asked = [], []
         for text in long:
             context = context_of[text]
-            lead = len(leading_tokens(tokenizer)) if context else 0  # stands before the context instead
+            lead = len(leading_tokens(tokenizer)) - skipped if context else 0  # stands before the context instead
             full.append((encode(tokenizer, context) if context else ()) + rows[text][lead:])
             asked.append(rows[text][max(lead, 1) :])
         found = _score(model, tokenizer, [row[:-1] for row in full], asked, batch_tokens)
         nlls |= {text: nll for text, (nll, _) in zip(long, found, strict=True)}
     return [nlls[text] for text in texts]
-
-
-def _by_model(adapter: ModelAdapter, prompts: Sequence[str]) -> list[tuple[ModelAdapter, dict[str, str]]]:
-    """Return the models that answer some prompts, each with its prompts and what is put before them."""
-    models: dict[int, tuple[ModelAdapter, dict[str, str]]] = {}
-    for prompt, route in zip(prompts, adapter.routes(prompts), strict=True):
-        model = route.adapter or adapter
-        models.setdefault(id(model), (model, {}))[1][prompt] = route.context
-    return list(models.values())
 
 
 def _score(

@@ -529,14 +529,32 @@ class ModelAdapter:
             ``(batch, time + new)``.
         """
         generator = torch.Generator(device=self.device).manual_seed(seed)
+
+        def draw(logits: Tensor, step: int) -> Tensor:
+            likely = logits.topk(min(top_k, logits.shape[-1]))
+            choice = torch.multinomial(torch.softmax(likely.values, -1), 1, generator=generator)
+            return likely.indices.gather(1, choice)
+
+        return self.go_on(input_ids, new, draw)
+
+    @torch.no_grad()
+    def go_on(self, input_ids: Tensor, new: int, choose: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Let the model go on with rows of equal length; no token ends a row.
+
+        Args:
+            input_ids: ``(batch, time)``, without padding.
+            new: Tokens to add to each row.
+            choose: Returns the next tokens ``(batch, 1)`` from logits ``(batch, vocab)`` and the number of the step.
+
+        Returns:
+            ``(batch, time + new)``.
+        """
         cache, rows, step = DynamicCache(config=self.model.config), input_ids, input_ids
-        for _ in range(new):
+        for number in range(new):
             with self.fast_products():
                 states = self._run_backbone(step, torch.ones_like(rows), cache).last_hidden_state[:, -1]
                 logits = self.logits(states)
-            likely = logits.topk(min(top_k, logits.shape[-1]))
-            choice = torch.multinomial(torch.softmax(likely.values, -1), 1, generator=generator)
-            step = likely.indices.gather(1, choice)
+            step = choose(logits, number)
             rows = torch.cat([rows, step], 1)
         return rows
 

@@ -70,6 +70,7 @@ def test_counterfact_as_published() -> None:
         neighborhood=tuple(Probe(p, "French") for p in COUNTERFACT["neighborhood_prompts"]),
         generation=tuple(COUNTERFACT["generation_prompts"]),
         relation="P103",
+        target_id="Q1860",
     )
 
 

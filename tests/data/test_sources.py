@@ -204,6 +204,9 @@ FIELDS = [
     "paraphrase_prompts",
     "neighborhood_prompts",
     "generation_prompts",
+    "locality",
+    "references",
+    "target_id",
 ]
 
 

@@ -244,7 +244,7 @@ NO_LIST = (7, True, {"a": "b"}, [7], [None], [["x"]], [{"a": 1}])
 OPTIONAL = {
     "facts": ("target_true", "relation"),
     "counterfact": ("requested_rewrite.relation_id",),
-    "flat": ("ground_truth", "rephrase_prompt", "locality_prompt", "locality_ground_truth"),
+    "flat": ("rephrase_prompt", "locality_prompt", "locality_ground_truth"),
     "zsre": ("rephrase", "loc", "loc_ans"),
 }
 PROBE = {"prompt": "The mayor of Bergen is", "answer": "Edvard Grieg"}
@@ -296,6 +296,13 @@ def broken_probes() -> Iterator[tuple[str, str, Change, str]]:
         yield "facts", f"neighborhood-{shown(probe)}", changed("neighborhood", [PROBE, probe]), what
     for value in ([], 7, "text", [PROBE]):
         yield "facts", f"portability-{shown(value)}", changed("portability", value), "portability must be an object"
+    for value in ([{"a": "b"}], {"a": "b"}, True, [[["a"]]]):
+        yield "flat", f"ground_truth-{shown(value)}", changed("ground_truth", value), "ground_truth must be text"
+    for field in ("portability", "locality"):
+        for value in ([], 7, "text", [PROBE]):
+            yield "flat", f"{field}-{shown(value)}", changed(field, value), f"{field} must be an object"
+        for value in (7, "text", None, ["a"], [{"ground_truth": "a"}], {"prompt": "a", "ground_truth": True}):
+            yield "flat", f"{field}-kind-{shown(value)}", changed(field, {"kind": value}), f"{field}.kind"
     for value in (7, ["a"], PROBE, [{"prompt": "a"}]):
         yield "facts", f"portability-kind-{shown(value)}", changed("portability", {"kind": value}), "portability.kind"
     for form, field, other in (

@@ -139,7 +139,7 @@ def as_counterfact(request: EditRequest) -> EditRequest:
     """What of a request CounterFact can say."""
     true = request.target_true or request.target_new + "!"
     neighborhood = tuple(Probe(probe.prompt, true) for probe in request.neighborhood)
-    return changed(request, target_true=true, neighborhood=neighborhood, portability={})
+    return changed(request, target_true=true, neighborhood=neighborhood, portability={}, target_id="Q1")
 
 
 def as_flat(request: EditRequest) -> EditRequest:

@@ -1,0 +1,277 @@
+"""The parts of the published protocols that need generated texts, probes by kind, or the whole stream."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_edit.data.files import expand
+from lit_edit.data.request import EditRequest
+from lit_edit.metrics.ages import aged
+from lit_edit.metrics.evaluation import flatten
+from lit_edit.metrics.generated import (
+    ByKindResult,
+    GenerationResult,
+    evaluate_generation,
+    evaluate_portability,
+    summarise_generation,
+    summarise_portability,
+)
+from lit_edit.metrics.published import PUBLISHED, ProtocolName, as_published
+from lit_edit.metrics.texts import fit_vectorizer, load_vectorizer, read_references
+from lit_edit.models.adapter import ModelAdapter
+from lit_edit.paths import write_atomically
+from lit_edit.stream import EditStream
+
+from .base import as_stream, check_every, is_due
+
+log = logging.getLogger(__name__)
+
+
+class ProtocolMetrics(Callback):
+    """Measures what takes longer than scoring: generated texts and answers, portability, and forgetting by age.
+
+    Fluency, consistency, generated answers, portability and locality by kind are measured over a fixed sample of the
+    stream: before the first edit, at the end, and after every ``every`` edits if wanted; of the edits of the sample
+    that hold then. The age curves are of all edits, at the end. All of it stands in ``summary.json`` under ``base`` and
+    ``final``, and the curves under ``age_curves``; the texts of the end are in ``generations.jsonl``. List it before
+    ``RunFolder``, which writes the summary.
+
+    Args:
+        every: Measure after every so many edits as well; 0 measures before the first one and at the end.
+        sample: Measure at most this many edits, chosen at random; 0 measures all.
+        seed: Seeds the choice and the drawing of texts. A text depends on the seed, the edit and its prompt alone.
+        prompts: Generation prompts per edit, the first ones; 0 takes all, as published.
+        top_k: Draw from this many of the most probable tokens; 5 as published.
+        length: Tokens of a text with its prompt; 100 as published.
+        references: File of texts about the new objects, for edits that bring none: CounterFact's
+            ``attribute_snippets.json``, or records of ``{target, text}``.
+        term_weights: Folder with the published ``idf.npy`` and ``tfidf_vocab.json``; by default the term weights are
+            those of the references of the stream.
+        ends: Edits on either side that count as early and late, or a share of all.
+        bins: Points of the age curves.
+        published: Also put the end into the summary under the names of a protocol, times 100.
+        batch_rows: Texts that are written together.
+        folder: The run folder; by default the Trainer's ``default_root_dir``.
+    """
+
+    def __init__(
+        self,
+        every: int = 0,
+        sample: int = 20,
+        seed: int = 0,
+        prompts: int = 0,
+        top_k: int = 5,
+        length: int = 100,
+        references: str | None = None,
+        term_weights: str | None = None,
+        ends: int | float = 100,
+        bins: int = 20,
+        published: ProtocolName | None = None,
+        batch_rows: int = 64,
+        folder: str | None = None,
+    ) -> None:
+        for name, value, low in (
+            ("every", every, 0),
+            ("sample", sample, 0),
+            ("prompts", prompts, 0),
+            ("top_k", top_k, 1),
+            ("length", length, 1),
+            ("bins", bins, 1),
+            ("batch_rows", batch_rows, 1),
+        ):
+            check_every(value, f"ProtocolMetrics: {name}", low)
+        if not ends > 0 or (ends >= 1 and ends != int(ends)):
+            raise ValueError(f"ProtocolMetrics: ends must be a number of edits or a share below 1, got {ends}")
+        if published is not None and published not in PUBLISHED:
+            raise ValueError(f"ProtocolMetrics: published must be one of {', '.join(PUBLISHED)}, got {published!r}")
+        self.every, self.sample, self.seed = every, sample, seed
+        self.writing = {"top_k": top_k, "length": length, "max_prompts": prompts or None, "batch_rows": batch_rows}
+        self.references, self.term_weights = references, term_weights
+        self.ends, self.bins, self.published, self.folder = ends, bins, published, folder
+        self.history: list[dict[str, Any]] = []
+        self._base: dict[str, tuple[GenerationResult, ByKindResult]] = {}
+        self._filed: dict[tuple[str, str], list[str]] = {}
+        self._chosen: list[EditRequest] = []
+        self._vectorizer: Any = None
+        self._seen = 0
+        self._held: tuple[int, ...] | None = None  # the edits that held when the end was measured
+
+    # ---- the stream ---------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read the files: what is wrong with them is to be known before the first edit."""
+        if self.references is not None:
+            self._filed = read_references(expand(self.references))
+        if self.term_weights is not None:
+            self._vectorizer = load_vectorizer(expand(self.term_weights))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the unedited model, unless that was done."""
+        stream = as_stream(pl_module, self)
+        self._seen = stream.edits_made
+        self._begin(stream)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Measure when it is time."""
+        stream = as_stream(pl_module, self)
+        now = stream.edits_made
+        if self.every and is_due(self._seen, now, self.every) and not stream.is_at_end:
+            start = perf_counter()
+            summary, _ = self._measure(stream, stream.adapter, self._holding(stream))
+            self.history.append({"edits": now, "summary": summary})
+            stream.log_at_edit({**flatten(summary, "protocol"), "time/protocol": perf_counter() - start})
+        self._seen = now
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the end."""
+        self._finish(trainer, as_stream(pl_module, self))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the end of a stream that was resumed there: nothing was trained."""
+        self._finish(trainer, as_stream(pl_module, self))
+
+    def _begin(self, stream: EditStream) -> None:
+        if not self._chosen:
+            self._choose(stream)
+        if missing := [request for request in self._chosen if request.id not in self._base]:
+            summary, results = self._measure(stream, stream.ledger.original(), missing)
+            self._base |= results
+            if len(missing) == len(self._chosen):
+                stream.log_at_edit(flatten(summary, "base"))
+
+    def _finish(self, trainer: Trainer, stream: EditStream) -> None:
+        stream.finish()
+        held = tuple(entry.number for entry in stream.ledger.entries)
+        if self._held == held:
+            return
+        self._begin(stream)
+        self._held = held
+        requests = self._holding(stream)
+        summary, results = self._measure(stream, stream.adapter, requests)
+        curves = self._ages(stream)
+        summary["age"] = {name: {k: v for k, v in found.items() if k != "curve"} for name, found in curves.items()}
+        stream.extra.setdefault("final", {}).update(summary)
+        stream.extra.setdefault("base", {}).update(self._summarise([self._base[r.id] for r in requests]))
+        stream.extra["age_curves"] = {name: found["curve"] for name, found in curves.items()}
+        if self.history:
+            stream.extra["protocol"] = self.history
+        if self.published is not None:
+            stream.extra["published"] = {
+                stage: as_published(stream.summary()[stage], self.published) for stage in ("base", "final")
+            }
+        stream.log_at_edit(flatten(summary, "final"))
+        if trainer.is_global_zero:
+            self._write(Path(self.folder or trainer.default_root_dir), requests, results)
+
+    # ---- measuring ----------------------------------------------------------------------------------------------
+
+    def _choose(self, stream: EditStream) -> None:
+        """Choose the sample, in the stream's order, and give its edits their references."""
+        requests = stream.stream_requests()
+        if self.sample and len(requests) > self.sample:
+            chosen = sorted(random.Random(self.seed).sample(range(len(requests)), self.sample))
+        else:
+            chosen = list(range(len(requests)))
+        referred = [self._with_references(request) for request in requests]
+        self._chosen = [referred[index] for index in chosen]
+        known = [request.references for request in referred if request.references]
+        if self.references is not None and not any(request.references for request in self._chosen):
+            log.warning("%s: holds nothing about the new object of any edit measured", self.references)
+        if known and self._vectorizer is None:
+            self._vectorizer = fit_vectorizer(known)
+
+    def _with_references(self, request: EditRequest) -> EditRequest:
+        if request.references:
+            return request
+        names = [name for name in (request.target_id, request.target_new) if name]
+        keys = [(relation, name) for relation in (request.relation, "") for name in names]
+        texts = next((self._filed[key] for key in keys if key in self._filed), ())
+        return replace(request, references=tuple(texts)) if texts else request
+
+    def _holding(self, stream: EditStream) -> list[EditRequest]:
+        """Return the edits of the sample that hold, as the sample has them."""
+        holding = {entry.id for entry in stream.ledger.entries}
+        return [request for request in self._chosen if request.id in holding]
+
+    def _measure(
+        self, stream: EditStream, adapter: ModelAdapter, requests: Sequence[EditRequest]
+    ) -> tuple[dict[str, Any], dict[str, tuple[GenerationResult, ByKindResult]]]:
+        def written(done: int, total: int) -> None:
+            stream.status(f"writing texts: {done} of {total}")
+
+        stream.status("writing texts")
+        with stream.measuring():
+            generated = evaluate_generation(
+                adapter,
+                stream.tokenizer,
+                requests,
+                seed=self.seed,
+                vectorizer=self._vectorizer,
+                progress=written,
+                **self.writing,  # type: ignore[arg-type]
+            )
+            stream.status("measuring portability")
+            by_kind = evaluate_portability(adapter, stream.tokenizer, requests)
+        results = {result.id: (result, kinds) for result, kinds in zip(generated, by_kind, strict=True)}
+        return self._summarise(list(results.values())), results
+
+    def _summarise(self, results: Sequence[tuple[GenerationResult, ByKindResult]]) -> dict[str, Any]:
+        before = {name: kinds for name, (_, kinds) in self._base.items()}
+        return {
+            "sample": len(results),
+            **summarise_generation(result for result, _ in results),
+            **summarise_portability([kinds for _, kinds in results], before),
+        }
+
+    def _ages(self, stream: EditStream) -> dict[str, dict[str, Any]]:
+        """Return the curves of all edits that hold, in the order of making."""
+        final = stream.results["final"]
+        probes = [final[entry.id].efficacy[0] for entry in stream.ledger.entries]
+        values: dict[str, list[float | None]] = {
+            "success": [None if p.other is None else float(p.preferred < p.other) for p in probes],
+            "accuracy": [float(all(p.hits)) for p in probes],
+        }
+        width = max(1, -(-len(probes) // self.bins))
+        return {name: aged(found, width, self.ends) for name, found in values.items()}
+
+    def _write(
+        self,
+        folder: Path,
+        requests: Sequence[EditRequest],
+        results: dict[str, tuple[GenerationResult, ByKindResult]],
+    ) -> None:
+        rows = []
+        for request in requests:
+            found = results[request.id][0]
+            for answer in found.efficacy:
+                rows.append({"id": request.id, "prompt": request.text, "target": answer.target, "answer": answer.text})
+            rows += [
+                {"id": request.id, "prompt": prompt, "text": text}
+                for prompt, text in zip(request.generation, found.texts, strict=False)
+            ]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(folder / "generations.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured, without the texts."""
+        base = [[generated.as_state(), asdict(kinds)] for generated, kinds in self._base.values()]
+        return {"history": self.history, "base": base}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.history = list(state_dict["history"])
+        self._base = {
+            kinds["id"]: (GenerationResult.from_state(generated), ByKindResult(**kinds))
+            for generated, kinds in state_dict["base"]
+        }

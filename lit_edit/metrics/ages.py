@@ -1,0 +1,103 @@
+"""Forgetting by age: how edits do that many later ones have been made on top of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AgeBin:
+    """Edits of about the same age.
+
+    Attributes:
+        youngest: Edits made since the youngest of them, 0 for the last edit of all.
+        oldest: The same of the oldest of them.
+        mean: Of their values; ``None`` if none has one.
+        count: How many have one.
+    """
+
+    youngest: int
+    oldest: int
+    mean: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class EarlyLate:
+    """The first and the last edits of a stream.
+
+    Attributes:
+        early: Mean over the first ``size`` edits; ``None`` if none of them has a value.
+        late: Mean over the last ``size`` edits.
+        size: How many edits stand on either side; the sides never share one.
+    """
+
+    early: float | None
+    late: float | None
+    size: int
+
+
+def age_curve(values: Sequence[float | None], width: int) -> list[AgeBin]:
+    r"""Return the mean value by age :math:`t - i`: of the :math:`t` edits, the :math:`i`-th has that many behind it.
+
+    Args:
+        values: Per edit, in the order of making, its value now; ``None`` where it has none.
+        width: Ages per bin, at least 1. The last bin, of the oldest edits, may be short.
+
+    Returns:
+        The bins, from young to old.
+
+    Example:
+        >>> [(bin.youngest, bin.oldest, bin.mean) for bin in age_curve([0.0, 1.0, 0.5, 1.0, 1.0], 2)]
+        [(0, 1, 1.0), (2, 3, 0.75), (4, 4, 0.0)]
+    """
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+    by_age = list(reversed(values))
+    bins = []
+    for start in range(0, len(by_age), width):
+        part = by_age[start : start + width]
+        known = _known(part)
+        bins.append(AgeBin(start, start + len(part) - 1, _mean(known), len(known)))
+    return bins
+
+
+def early_late(values: Sequence[float | None], ends: int | float = 100) -> EarlyLate:
+    """Return the means over the first and over the last edits.
+
+    Args:
+        values: Per edit, in the order of making, its value now; ``None`` where it has none.
+        ends: How many edits on either side, or a share of all if it is below 1. Half of them at most.
+
+    Example:
+        >>> early_late([0.0, 0.0, 1.0, 1.0, 0.5], ends=2)
+        EarlyLate(early=0.0, late=0.75, size=2)
+        >>> early_late([0.0, 1.0, 1.0], ends=0.4).size
+        1
+    """
+    if not ends > 0 or (ends >= 1 and ends != int(ends)):
+        raise ValueError(f"ends must be a number of edits, or a share of them between 0 and 1, got {ends}")
+    total = len(values)
+    size = min(int(ends) if ends >= 1 else max(1, math.floor(ends * total)), total // 2)
+    return EarlyLate(_mean(_known(values[:size])), _mean(_known(values[total - size :])), size)
+
+
+def aged(values: Sequence[float | None], width: int, ends: int | float = 100) -> dict[str, Any]:
+    """Return :func:`early_late` and :func:`age_curve` as primitives, for a summary.
+
+    Returns:
+        ``{"early", "late", "size", "curve": [{"youngest", "oldest", "mean", "count"}]}``.
+    """
+    curve = [asdict(part) for part in age_curve(values, width)]
+    return {**asdict(early_late(values, ends)), "curve": curve}
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
