@@ -134,9 +134,9 @@ def _models(args: list[str]) -> None:
     published = [name.split("/")[1:] for name in shipped_configs() if name.startswith("published/")]
     rest = [name for name in shipped_configs() if not name.startswith("published/")]
     console.print(f"configs: {', '.join(rest)}", highlight=False)
-    for model in dict.fromkeys(model for model, _ in published):
-        methods = ", ".join(method for at, method in published if at == model)
-        console.print(f"published/{model}/: {methods}", highlight=False)
+    for place in dict.fromkeys(place for place, _ in published):
+        methods = ", ".join(method for at, method in published if at == place)
+        console.print(f"published/{place}/: {methods}", highlight=False)
 
 
 def _prompt(text: str) -> str:

@@ -129,17 +129,17 @@ def evaluate_generation(
     new = [length - len(row) if row else 0 for row in rows]
     written: dict[int, tuple[int, ...]] = {}
     for model, context_of in by_route(adapter, list(dict.fromkeys(flat))):
-        own = [index for index, prompt in enumerate(flat) if prompt in context_of]
+        places = [index for index, prompt in enumerate(flat) if prompt in context_of]
         found = continue_rows(
             model,
-            [_behind(tokenizer, context_of[flat[i]], rows[i]) for i in own],
-            [new[i] for i in own],
+            [_behind(tokenizer, context_of[flat[i]], rows[i]) for i in places],
+            [new[i] for i in places],
             top_k,
-            [seeds[i] for i in own],
+            [seeds[i] for i in places],
             batch_rows,
             progress,
         )
-        written |= zip(own, found, strict=True)
+        written |= zip(places, found, strict=True)
     decoded = iter([_decode(tokenizer, row + written[index]) for index, row in enumerate(rows)])
     texts = [tuple(next(decoded) for _ in group) for group in prompts]
     answers = answer_greedily(
