@@ -11,8 +11,8 @@ from lit_edit.cli import main
 from lit_edit.commands.configs import config_root, expand_arguments, find_config, shipped_configs
 from lit_edit.errors import ArgumentError
 
-# tests/test_sweep.py and tests/test_compare.py
-SWEEPS = [name for name in shipped_configs() if name.startswith("sweep/") or name == "compare"]
+# tests/test_sweep.py, tests/test_compare.py and tests/test_study_mqd.py
+SWEEPS = [name for name in shipped_configs() if name.startswith(("sweep/", "studies/")) or name == "compare"]
 CLUSTER = [name for name in shipped_configs() if name.startswith("cluster/")]  # tests/test_cluster.py
 RUNS = [name for name in shipped_configs() if name not in SWEEPS + CLUSTER]
 PIECES = [name for name in RUNS if "/" in name and not name.startswith("experiment/")]
@@ -28,7 +28,18 @@ def parsed(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, object]:
 
 def test_the_tree_is_there() -> None:
     folders = {name.partition("/")[0] for name in shipped_configs() if "/" in name}
-    assert folders == {"model", "method", "data", "trainer", "callbacks", "logger", "experiment", "sweep", "cluster"}
+    assert folders == {
+        "model",
+        "method",
+        "data",
+        "trainer",
+        "callbacks",
+        "logger",
+        "experiment",
+        "sweep",
+        "cluster",
+        "studies",
+    }
     assert {"quickstart", "counterfact", "zsre"} <= set(COMPLETE)
 
 

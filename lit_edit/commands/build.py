@@ -6,7 +6,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -19,17 +18,21 @@ if TYPE_CHECKING:
     from lit_edit.data.request import EditRequest
 
 DATA_SETS = MappingProxyType(
-    {"mqd": ("lit_edit.commands.build:build_mqd_files", "one set of questions in three kinds, from ATOMIC-style events")}
+    {
+        "mqd": (
+            "lit_edit.commands.build:build_mqd_files",
+            "one set of questions in three kinds, from ATOMIC-style events",
+        )
+    }
 )
 """By name: the function that takes the arguments behind it, and what the help says."""
 
 
 def run_build(args: list[str]) -> None:
     """Make a data set."""
-    chosen = choose_part("build", "Make a data set.", "data set", DATA_SETS, args)
-    if chosen is not None:
-        module, _, function = chosen.partition(":")
-        getattr(import_module(module), function)(args[1:])
+    build = choose_part("build", "Make a data set.", ("data set", "data sets"), DATA_SETS, args)
+    if build is not None:
+        build(args[1:])
 
 
 def build_mqd_files(args: list[str]) -> None:
@@ -66,8 +69,8 @@ def add_mqd_arguments(parser: argparse.ArgumentParser) -> None:
         "--events",
         default=None,
         metavar="FILE|ID",
-        help="tuples in ATOMIC's form: a file with tabs between head, relation and tail, or the id (owner/name) of a hub "
-        "data set with these columns; by default the events that ship",
+        help="tuples in ATOMIC's form: a file with tabs between head, relation and tail, or the id (owner/name) of a "
+        "hub data set with these columns; by default the events that ship",
     )
     add("--split", default="train", help="split of the hub data set")
     add("--seed", type=int, default=0, help="seed of order, wrong answers, and places of right ones")

@@ -18,7 +18,7 @@ from lit_edit.data.sources import builtin_text, hub_rows
 log = logging.getLogger(__name__)
 
 RELATIONS = ("xIntent", "xNeed", "xAttr", "xEffect", "xReact", "xWant", "oEffect", "oReact", "oWant")
-"""ATOMIC's nine: why PersonX does it, what they needed before, how they are seen, what they and others do, feel, want."""
+"""ATOMIC's nine: why PersonX does it, what they needed, how they are seen, what they and others do, feel, want."""
 OTHERS = (
     "AtLocation", "CapableOf", "Causes", "Desires", "HasProperty", "HasSubEvent", "HinderedBy", "MadeUpOf",
     "NotDesires", "ObjectUse", "isAfter", "isBefore", "isFilledBy", "xReason",

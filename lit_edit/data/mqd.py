@@ -1,15 +1,16 @@
 """MQD, the Multi-Question Dataset of the D4S paper (arXiv 2410.23843): one piece of knowledge, asked in three ways.
 
-The paper asks what the kind of an edit's target does to sequential editing. Its data set is not published in a form that
-could be read here, so this one is made after its description from ATOMIC-style events (:mod:`lit_edit.data.events`):
+The paper asks what the kind of a target does to sequential editing. Its own files and templates could not be read,
+so this data set is made after its description, from ATOMIC-style events (:mod:`lit_edit.data.events`):
 
 * ``direct``: direct generation. The prompt is continued with the tail itself.
 * ``choice``: multiple choice. The answer is the letter of the tail among wrong ones.
 * ``truth``: true or false. The answer is ``True`` or ``False``.
 
 All three ask about the same heads and relations in the same order, and their prompts begin with the same words up to
-the end of the subject, which is the head: an editor that writes at the subject meets the same keys in all three, and what
-differs is the rest of the prompt and the target.
+the end of the subject, which is the head: an editor that writes at the subject meets the same keys in all three, and
+what differs is the rest of the prompt and the target. Prompts end with words that say what kind of answer is wanted;
+after a mere "Answer:" a small model expects anything (docs/studies/mqd.md).
 
 ``target_new`` is the right answer. ``target_true``, the object that an edit's target is compared with, is a wrong one
 here: a wrong tail, its letter, or the other truth value.
@@ -136,9 +137,9 @@ class Seed:
             return words.direct
         if kind == "choice":
             options = "\n".join(f"{letter}. {tail}" for letter, tail in zip(LETTERS, self.options, strict=True))
-            return f"{words.question}\n{options}\nAnswer:"
+            return f"{words.question}\n{options}\nThe letter of the right answer is"
         said = self.answer if self.holds else self.wrong
-        return f"{words.direct} {said}.\nTrue or false?\nAnswer:"
+        return f"{words.direct} {said}.\nIs this True or False? It is"
 
     def filled(self, kind: str, wording: int = 0) -> str:
         """The question with the head."""
@@ -253,7 +254,7 @@ def _distractors(event: Event, right: Sequence[str], pool: Sequence[Event], seed
         if len(chosen) == wanted:
             return tuple(chosen)
     raise DataError(
-        f"{shorten(event.head)!r}, {event.relation}: {wanted} wrong answers are needed, and the events have {len(chosen)} "
+        f"{shorten(event.head)!r}, {event.relation}: {wanted} wrong answers are needed, the events have {len(chosen)} "
         f"(tails of {event.relation} of other heads{' and groups' if event.group else ''}); give more events"
     )
 
@@ -291,7 +292,7 @@ def are_alike(one: str, other: str) -> bool:
     return first <= second or second <= first
 
 
-_LITTLE = frozenset("to be is are a an the very really so of".split())
+_LITTLE = frozenset(("to", "be", "is", "are", "a", "an", "the", "very", "really", "so", "of"))
 
 
 def _key(text: str) -> str:

@@ -1,7 +1,7 @@
 """How hard and how varied the targets of edits are: perplexity on a model, distinct n-grams, entropy, length.
 
-D4S's paper (arXiv 2410.23843) finds that edits wear a model out the more, the higher the perplexity of their targets and
-the longer and more diverse these are.
+D4S's paper (arXiv 2410.23843) finds that edits wear a model out the more, the higher the perplexity of their targets,
+and the longer and more diverse these are.
 """
 
 from __future__ import annotations
