@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.commands.comparison import BASE, COLOURS, MARKERS, Course, read_course
+from lit_edit.commands.comparison import COLOURS, LEAST_SPAN, MARKERS, Course, read_course
 from lit_edit.commands.gathering import COSTS, as_csv, as_markdown, as_number, row_of
 from lit_edit.commands.points import LOG, last_line
 from lit_edit.grids import Grid
@@ -124,14 +124,18 @@ def draw_study(targets: Sequence[Mapping[str, Any]], courses: Sequence[Course], 
         axis.ticklabel_format(axis="y", useOffset=False)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.7)
+        seen: list[float] = []
         for number, course in enumerate(courses):
             points = [(edits, value) for edits, value in course.series.get(name, ()) if math.isfinite(value)]
+            if points and points[0][0] > 0 and name in course.base:
+                points.insert(0, (0, course.base[name]))
+            seen += [value for _, value in points]
             look: Any = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
             xs, ys = zip(*points, strict=True) if points else ((), ())
             axis.plot(xs, ys, label=course.label, markersize=5, markevery=max(1, len(points) // 10), **look)
-        if name == "perplexity":
-            for value in {round(course.base[name], 6) for course in courses if name in course.base}:
-                axis.axhline(value, **BASE)
+        if seen and name in LEAST_SPAN:  # small differences are to look small
+            low, high = min(seen), max(*seen, min(seen) * (1 + LEAST_SPAN[name]))
+            axis.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
         if place == 4:
             axis.set_ylim(-0.03, 1.03)
             axis.legend(frameon=False)
