@@ -23,6 +23,8 @@ commands:
   test       the same, under Lightning's test loop
   sweep      run a grid of them:       lit-edit sweep --config sweep/editors
   compare    editors on one stream:    lit-edit compare --config compare
+  build      make a data set:          lit-edit build mqd --out mqd
+  study      a question, answered:     lit-edit study mqd --edits 20
   editors    the methods there are:    lit-edit editors (or lit-edit editors D4S: one in full)
   ask        compare answers:          lit-edit ask --run runs/x "The capital of Italy is"
   export     take the edits away:      lit-edit export --run runs/x --as model (or delta, or lora)
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"lit-edit {version('lit-edit')}\n")
         return 0
-    if command not in (*LIGHTNING_COMMANDS, "sweep", "compare", "editors", *TOOLS):
+    if command not in (*LIGHTNING_COMMANDS, "sweep", "compare", "build", "study", "editors", *TOOLS):
         sys.stderr.write(f"lit-edit: error: unknown command {command!r}\n\n{HELP}")
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -81,6 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from lit_edit.commands.compare import run_compare
 
             return run_compare(rest)
+        elif command == "build":
+            from lit_edit.commands.build import run_build
+
+            run_build(rest)
+        elif command == "study":
+            from lit_edit.commands.study import run_study
+
+            return run_study(rest)
         elif command == "editors":
             from lit_edit.commands.editors_list import run_editors
 

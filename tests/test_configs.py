@@ -13,8 +13,8 @@ from lit_edit.commands.configs import config_root, expand_arguments, find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.stream import EditStream
 
-# tests/test_sweep.py and tests/test_compare.py
-SWEEPS = [name for name in shipped_configs() if name.startswith("sweep/") or name == "compare"]
+# tests/test_sweep.py, tests/test_compare.py and tests/test_study_mqd.py
+SWEEPS = [name for name in shipped_configs() if name.startswith(("sweep/", "studies/")) or name == "compare"]
 CLUSTER = [name for name in shipped_configs() if name.startswith("cluster/")]  # tests/test_cluster.py
 PUBLISHED = [name for name in shipped_configs() if name.startswith("published/")]
 RUNS = [name for name in shipped_configs() if name not in SWEEPS + CLUSTER + PUBLISHED]
@@ -31,8 +31,8 @@ def parsed(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, object]:
 
 def test_the_tree_is_there() -> None:
     folders = {name.partition("/")[0] for name in shipped_configs() if "/" in name}
-    kinds = {"model", "method", "published", "data", "trainer", "callbacks", "logger", "experiment", "sweep", "cluster"}
-    assert folders == kinds
+    kinds = "model method published data trainer callbacks logger experiment sweep cluster studies"
+    assert folders == set(kinds.split())
     assert {"quickstart", "counterfact", "zsre"} <= set(COMPLETE)
 
 

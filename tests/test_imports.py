@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("lit_edit.checksum", "lit_edit.journal", "lit_edit.history", "lit_edit.tensor_files", "lit_edit.shared_journal"),
     ("lit_edit.data", "lit_edit.data.request", "lit_edit.data.files", "lit_edit.data.records", "lit_edit.data.sources"),
+    ("lit_edit.data.events", "lit_edit.data.mqd"),
     ("lit_edit.testing",),
     ("lit_edit.models.*", "lit_edit.tokens"),
     ("lit_edit.targets.*", "lit_edit.solvers.*"),

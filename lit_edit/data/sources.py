@@ -50,7 +50,7 @@ def load_requests(
     elif not path:
         raise DataError(f"data.source={source} needs data.path, the {'data set id' if source == 'hub' else 'file'}")
     elif source == "hub":
-        records = _hub(path, split)
+        records = hub_rows(path, split)
     else:
         records = ((f"{path}:{line}", record) for line, record in read_file(expand(path)))
     form = source if source in FORMATS else "auto"
@@ -94,7 +94,12 @@ def _builtin() -> Iterator[tuple[str, Any]]:
         yield f"builtin_facts.json, record {number}", record
 
 
-def _hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
+def hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
+    """Yield the place and content of each row of a hub data set.
+
+    Raises:
+        DataError: If it cannot be loaded.
+    """
     from datasets import load_dataset
 
     try:

@@ -1,0 +1,24 @@
+"""``study``: a question of the field, from its data to its table. A new one is a line in :data:`STUDIES`."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from lit_edit.commands.parts import choose_part
+
+STUDIES = MappingProxyType(
+    {
+        "d4s": (
+            "lit_edit.commands.study_d4s:run_d4s",
+            "the D4S paper's questions: decline, norms, abilities, settings",
+        ),
+        "mqd": ("lit_edit.commands.study_mqd:run_mqd", "what the kind of question does to sequential editing"),
+    }
+)
+"""By name: the function that takes the arguments behind it, and what the help says."""
+
+
+def run_study(args: list[str]) -> int:
+    """Run a study; return the exit status."""
+    run = choose_part("study", "Run a study: data, runs, tables and a figure.", ("study", "studies"), STUDIES, args)
+    return 0 if run is None else run(args[1:]) or 0

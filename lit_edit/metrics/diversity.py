@@ -1,0 +1,121 @@
+"""How hard and how varied the targets of edits are: perplexity on a model, distinct n-grams, entropy, length.
+
+D4S's paper (arXiv 2410.23843) finds that edits wear a model out the more, the higher the perplexity of their targets,
+and the longer and more diverse these are.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from lit_edit.data.request import EditRequest
+from lit_edit.metrics.scoring import score_continuations
+from lit_edit.models.adapter import ModelAdapter
+
+
+@dataclass(frozen=True)
+class TargetSummary:
+    """What the targets of some edits are like.
+
+    Attributes:
+        edits: How many there are.
+        perplexity: exp of the mean over targets of their length-normalised nll, on the model.
+        first_choice: Share of targets that the model says anyway: every token is its first choice.
+        nats: Mean nll of whole targets, in nats: the sum over their tokens.
+        tokens: Mean length in the model's tokens.
+        kinds: How many different targets there are.
+        entropy: Of the distribution of whole targets, in bits.
+        distinct_1: Different words among all words of the targets.
+        distinct_2: Different pairs of neighbouring words among all; ``None`` where no target has two words.
+    """
+
+    edits: int
+    perplexity: float
+    first_choice: float
+    nats: float
+    tokens: float
+    kinds: int
+    entropy: float
+    distinct_1: float | None
+    distinct_2: float | None
+
+
+def distinct(texts: Iterable[str], n: int) -> float | None:
+    """Share of different n-grams of words among all n-grams of some texts (distinct-n, arXiv 1510.03055).
+
+    Args:
+        texts: Any texts; upper and lower case are one, n-grams do not reach over their ends.
+        n: Words in an n-gram.
+
+    Returns:
+        From 0 to 1, or ``None`` if no text has ``n`` words.
+
+    Raises:
+        ValueError: If ``n`` is less than 1.
+
+    Example:
+        >>> distinct(["to buy bread", "to buy milk"], 1), distinct(["to buy bread", "to buy milk"], 2)
+        (0.6666666666666666, 0.75)
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    grams = [
+        tuple(words[start : start + n])
+        for words in (text.casefold().split() for text in texts)
+        for start in range(len(words) - n + 1)
+    ]
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def entropy(texts: Iterable[str]) -> float:
+    """Entropy of the distribution of whole texts, in bits: 0 if all are the same, log2 of their number if none are.
+
+    Raises:
+        ValueError: If there are none.
+
+    Example:
+        >>> entropy(["True", "False", "True", "False"])
+        1.0
+    """
+    counts = Counter(texts)
+    total = counts.total()
+    if not total:
+        raise ValueError("expected at least one text, got none")
+    return sum(count / total * math.log2(total / count) for count in counts.values())
+
+
+def describe_targets(
+    adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
+) -> TargetSummary:
+    """Measure the targets of edits, each after its own prompt.
+
+    Args:
+        adapter: The model, before any edit.
+        tokenizer: Its tokenizer.
+        requests: The edits.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not requests:
+        raise ValueError("expected at least one request, got none")
+    targets = [request.target_new for request in requests]
+    pairs = [(request.text, request.target_new) for request in requests]
+    scores = score_continuations(adapter, tokenizer, pairs)
+    return TargetSummary(
+        edits=len(requests),
+        perplexity=math.exp(statistics.fmean(score.nll for score in scores)),
+        first_choice=statistics.fmean(bool(score.hits.all()) for score in scores),
+        nats=statistics.fmean(score.nll * len(score.hits) for score in scores),
+        tokens=statistics.fmean(len(score.hits) for score in scores),
+        kinds=len(set(targets)),
+        entropy=entropy(targets),
+        distinct_1=distinct(targets, 1),
+        distinct_2=distinct(targets, 2),
+    )
