@@ -2,8 +2,8 @@
 
 Versions of a prompt differ in what was done to their states, never in their tokens. A version that begins at a position
 attends to the kept attention keys and values of an earlier version (the corrupted run it departs from) for what comes
-before; linear layers see all tokens of all versions as one line, and only attention looks at versions. The results equal
-those of whole passes up to round-off.
+before; linear layers see all tokens of all versions as one line, and only attention looks at versions. The results
+equal those of whole passes up to round-off.
 
 A model whose attention does not go through transformers' interface (GPT-J) runs whole versions instead, padded by
 nothing since all are of one length: the same results, without the gain.
@@ -158,9 +158,7 @@ def _rows(tokens: Tensor, index: Tensor, versions: int) -> Tensor:
     return tokens.index_select(1, index).view(heads, versions, -1, size).transpose(0, 1)
 
 
-def _attend(
-    line: PromptLine, mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
-) -> Tensor:
+def _attend(line: PromptLine, mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
     """Attention by its formula. The softmax runs over a dimension that is not the last: of few keys that is faster.
 
     Args:

@@ -16,14 +16,17 @@ from lit_edit.tracing.prompts import TokenizedFact
 
 
 @torch.no_grad()
-def embedding_deviation(adapter: ModelAdapter, facts: Iterable[TokenizedFact]) -> float:
+def embedding_deviation(adapter: ModelAdapter, facts: Iterable[TokenizedFact]) -> tuple[float, int]:
     """Return the standard deviation of all numbers in the embeddings of the subjects' tokens, over a set of facts.
 
     Noise of three of these is what the field calls ``s3``.
+
+    Returns:
+        The deviation, and the width of an embedding.
     """
     ids = [token for fact in facts for token in fact.ids[slice(*fact.subject)]]
     embedded = adapter.model.get_input_embeddings()(torch.tensor([ids], device=adapter.device))
-    return float(embedded.double().std(correction=0))
+    return float(embedded.double().std(correction=0)), embedded.shape[-1]
 
 
 def draw_noise(fact: TokenizedFact, samples: int, width: int, scale: float, seed: int) -> np.ndarray:

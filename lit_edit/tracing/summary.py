@@ -80,7 +80,8 @@ def total_effect(traces: Iterable[FactTrace]) -> tuple[float, float]:
 def fraction_restored(trace: FactTrace, kind: str) -> list[float]:
     r"""Return, per layer, the share of what the noise took that restoring one token brings back, at the best token.
 
-    Hase et al. 2023 (arXiv 2301.04213): :math:`\max_t \max(0, (p_{restored} - p_{corrupt}) / |p_{corrupt} - p_{clean}|)`.
+    Hase et al. 2023 (arXiv 2301.04213):
+    :math:`\max_t \max(0, (p_{restored} - p_{corrupt}) / |p_{corrupt} - p_{clean}|)`.
 
     Args:
         trace: Of one fact.

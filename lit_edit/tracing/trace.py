@@ -75,7 +75,7 @@ class FactTrace:
             KeyError: If a field is missing.
             TypeError: If one is of the wrong kind.
         """
-        restored = {str(kind): tuple(tuple(map(float, row)) for row in rows) for kind, rows in values["restored"].items()}
+        layers = {str(kind): tuple(tuple(map(float, row)) for row in rows) for kind, rows in values["restored"].items()}
         first, behind = values["subject"]
         return cls(
             id=values["id"],
@@ -85,7 +85,7 @@ class FactTrace:
             answer=values["answer"],
             p_clean=float(values["p_clean"]),
             p_corrupt=float(values["p_corrupt"]),
-            restored=restored,
+            restored=layers,
         )
 
 
@@ -145,9 +145,7 @@ def trace_fact(
     first, behind = fact.subject
     length = len(fact.ids)
     if noise.dim() != 3 or noise.shape[0] < 1 or noise.shape[1] != behind - first:
-        raise ValueError(
-            f"noise must be (samples, {behind - first} subject tokens, width), got {tuple(noise.shape)}"
-        )
+        raise ValueError(f"noise must be (samples, {behind - first} subject tokens, width), got {tuple(noise.shape)}")
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     calls = PromptCalls(adapter, torch.tensor([fact.ids], device=adapter.device))

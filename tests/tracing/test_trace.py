@@ -47,12 +47,13 @@ def brute_force(adapter: ModelAdapter, fact: TokenizedFact, noise: Tensor, kind:
     model, ids = adapter.model, torch.tensor([fact.ids])
     first, behind = fact.subject
     stack = LAYERS[model.config.model_type]
-    names = {n: m for n, m in model.named_modules()}
+    names = dict(model.named_modules())
     embedding = next(n for n, m in names.items() if m is model.get_input_embeddings())
+    attentions = (".0.self_attn", ".0.attn", ".0.attention")
     inner = {
         "hidden": "",
         "mlp": f".{adapter.spec.down_proj}",
-        "attn": next(n.removeprefix(f"{stack}.0") for n in names if n.endswith((".0.self_attn", ".0.attn", ".0.attention"))),
+        "attn": next(n.removeprefix(f"{stack}.0") for n in names if n.endswith(attentions)),
     }[kind]  # fmt: skip
     clean: dict[str, Tensor] = {}
 
@@ -133,7 +134,9 @@ def test_the_last_token_behind_the_last_layer_restores_everything() -> None:
     adapter, fact, noise = make()
     found = trace_fact(adapter, fact, noise, kinds=["hidden"])
     assert found.restored["hidden"][-1][-1] == pytest.approx(found.p_clean, abs=1e-12)
-    assert found.restored["hidden"][-1][:-1] == pytest.approx([found.p_corrupt] * (len(found.tokens) - fact.subject[0] - 1))
+    assert found.restored["hidden"][-1][:-1] == pytest.approx(
+        [found.p_corrupt] * (len(found.tokens) - fact.subject[0] - 1)
+    )
 
 
 def test_a_window_over_all_layers_at_every_layer_is_the_same() -> None:
