@@ -142,11 +142,13 @@ class _Attention:
         """Attention over the line: ``(1, heads, tokens, size)`` to ``(1, tokens, heads, size)``."""
         line = self.line
         self.own = (key[0], value[0])
-        sides = self.own if self.kept is None else tuple(torch.cat(p, 1) for p in zip(self.kept, self.own, strict=True))
+        keys, values = self.own
+        if self.kept is not None:
+            keys, values = torch.cat([self.kept[0], keys], 1), torch.cat([self.kept[1], values], 1)
         if inner is _short_attention and self.mask.shape[-1] <= _SHORT:
-            return _attend(line, self.mask, query[0], *sides, scaling=kwargs.get("scaling"))[None]
+            return _attend(line, self.mask, query[0], keys, values, kwargs.get("scaling"))[None]
         rows = [_rows(query[0], line._queries, line.versions)]
-        rows += [_rows(side, line._keys, line.versions) for side in sides]
+        rows += [_rows(side, line._keys, line.versions) for side in (keys, values)]
         output, _ = inner(module, *rows, self.mask, **kwargs)  # (versions, span, heads, size)
         answers: Tensor = output.flatten(0, 1).index_select(0, line._answers)
         return answers[None]

@@ -64,7 +64,7 @@ def tokenize_fact(tokenizer: PreTrainedTokenizerBase, fact: KnownFact) -> Tokeni
     if not covering:
         raise DataError(f"no token covers the subject {shorten(fact.subject)!r} in {shorten(fact.prompt)!r}")
     _, attribute = continuation(tokenizer, fact.prompt, fact.attribute)
-    tokens = tuple(tokenizer.decode([token]) for token in ids)
+    tokens = tuple(str(tokenizer.decode([token])) for token in ids)
     return TokenizedFact(fact, ids, (lead + covering[0], lead + covering[-1] + 1), attribute[0], tokens)
 
 
