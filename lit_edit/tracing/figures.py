@@ -62,7 +62,7 @@ def draw_averages(averages: Sequence[AverageEffect], window: int = 10, title: st
     from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys(average.kind for average in averages))
-    figure = Figure(figsize=(2.0 + 4.2 * len(kinds), 6.4), layout="constrained")
+    figure = Figure(figsize=(2.0 + 4.2 * len(kinds), 6.8), layout="constrained")
     curves: Axes | None = None
     for place, kind in enumerate(kinds, 1):
         rows = {role: [a for a in averages if a.kind == kind and a.role == role] for role in ROLES}
@@ -78,7 +78,10 @@ def draw_averages(averages: Sequence[AverageEffect], window: int = 10, title: st
         _draw_curves(below, rows)
         if place == 1:
             below.set_ylabel("average indirect effect", fontsize=9)
-            below.legend(fontsize=7.5, frameon=False)
+    if curves is not None:
+        figure.legend(
+            *curves.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9, frameon=False
+        )
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
