@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lit_edit.testing",),
     ("lit_edit.models.*", "lit_edit.tokens"),
     ("lit_edit.targets.*", "lit_edit.solvers.*"),
-    ("lit_edit.stats.*",),
+    ("lit_edit.stats.*", "lit_edit.tracing.*"),
     ("lit_edit.ledger", "lit_edit.metrics.*", "lit_edit.generation", "lit_edit.workload", "lit_edit.speed"),
     ("lit_edit.ability.*",),
     ("lit_edit.editors.*",),

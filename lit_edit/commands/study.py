@@ -10,7 +10,7 @@ STUDIES = MappingProxyType(
     {
         "d4s": (
             "lit_edit.commands.study_d4s:run_d4s",
-            "the D4S paper's questions: decline, norms, abilities, settings",
+            "the D4S paper's questions: decline, norms, ability, settings",
         ),
         "mqd": ("lit_edit.commands.study_mqd:run_mqd", "what the kind of question does to sequential editing"),
     }

@@ -13,15 +13,27 @@ from lit_edit.commands.eval_harness import run_eval_harness
 from lit_edit.commands.history import run_log, run_redo, run_undo
 from lit_edit.commands.planning import run_plan
 from lit_edit.commands.taking import run_apply, run_export
+from lit_edit.commands.trace import run_trace
 
 
 def run_tool(command: str, args: list[str]) -> None:
     """Run one of the tools; each parses its own arguments before anything heavy is imported."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lit_edit").setLevel(logging.INFO)
-    tools = {"ask": _ask, "export": run_export, "apply": run_apply, "stats": _stats, "models": _models}
-    tools["eval-harness"] = run_eval_harness
-    {**tools, "log": run_log, "undo": run_undo, "redo": run_redo, "plan": run_plan}[command](args)
+    tools = {
+        "ask": _ask,
+        "export": run_export,
+        "apply": run_apply,
+        "log": run_log,
+        "undo": run_undo,
+        "redo": run_redo,
+        "plan": run_plan,
+        "trace": run_trace,
+        "stats": _stats,
+        "models": _models,
+        "eval-harness": run_eval_harness,
+    }
+    tools[command](args)
 
 
 def _ask(args: list[str]) -> None:

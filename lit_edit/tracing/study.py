@@ -1,0 +1,125 @@
+"""Tracing a set of facts: one after another, each on record before the next begins."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lit_edit.checksum import checksum
+from lit_edit.errors import ArgumentError
+from lit_edit.models.adapter import ModelAdapter
+from lit_edit.models.shards import whole
+from lit_edit.tracing.noise import draw_noise, embedding_deviation
+from lit_edit.tracing.prompts import TokenizedFact
+from lit_edit.tracing.trace import KINDS, FactTrace, Kind, trace_fact
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """What decides about the numbers of a tracing, beside model and facts.
+
+    Args:
+        kinds: What is restored.
+        samples: Draws of the noise per fact.
+        noise: Its standard deviation, in those of the subjects' embeddings over all facts.
+        window: Layers restored together, of MLPs and attentions.
+        seed: Of the noise.
+
+    Raises:
+        ArgumentError: If one of them makes no sense.
+    """
+
+    kinds: tuple[Kind, ...] = KINDS
+    samples: int = 10
+    noise: float = 3.0
+    window: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.kinds or set(self.kinds) - set(KINDS) or len(set(self.kinds)) < len(self.kinds):
+            raise ArgumentError(f"kinds must be some of {', '.join(KINDS)}, each once, got {', '.join(self.kinds)}")
+        for name in ("samples", "window"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.noise < float("inf"):
+            raise ArgumentError(f"noise must be a positive number of standard deviations, got {self.noise}")
+        if self.seed < 0:
+            raise ArgumentError(f"seed must not be negative, got {self.seed}")
+
+
+class Tracer:
+    """Traces facts on one model.
+
+    Args:
+        adapter: The model.
+        tokenizer: Its tokenizer.
+        facts: All facts of the set; the noise is scaled by the embeddings of their subjects.
+        settings: How.
+        fast: Multiply in bfloat16 where this device does so clearly faster; the results differ by round-off of
+            bfloat16, less than the noise samples make them uncertain.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        tokenizer: PreTrainedTokenizerBase,
+        facts: Sequence[TokenizedFact],
+        settings: TraceSettings,
+        fast: bool = False,
+    ) -> None:
+        self.rounds = fast and adapter.dtype == torch.float32 and adapter.bfloat16_pays()
+        self.adapter = adapter.rounded(torch.bfloat16, 0) if self.rounds else adapter
+        self.tokenizer, self.settings = tokenizer, settings
+        self.deviation, self.width = embedding_deviation(adapter, facts)
+
+    def trace(self, fact: TokenizedFact) -> FactTrace:
+        """Trace one fact; the same numbers whatever was traced before."""
+        settings = self.settings
+        scale = settings.noise * self.deviation
+        noise = draw_noise(fact, settings.samples, self.width, scale, settings.seed)
+        return trace_fact(
+            self.adapter,
+            fact,
+            torch.from_numpy(noise).to(self.adapter.device, self.adapter.dtype),
+            settings.kinds,
+            settings.window,
+            lambda token: str(self.tokenizer.decode([token])),
+        )
+
+    def trace_all(
+        self,
+        facts: Sequence[TokenizedFact],
+        finished: dict[str, FactTrace],
+        keep: Callable[[FactTrace], object] | None = None,
+    ) -> Iterator[FactTrace]:
+        """Yield the trace of each fact: of those that are finished as it is, of the others when it is made and kept."""
+        for fact in facts:
+            trace = finished.get(fact.fact.id)
+            if trace is None:
+                trace = self.trace(fact)
+                if keep is not None:
+                    keep(trace)
+            yield trace
+
+
+def weights_digest(adapter: ModelAdapter) -> str:
+    """Return a digest of the weights that edits write, which tells models apart that share a name."""
+    digest = hashlib.sha256()
+    for layer in range(adapter.n_layers):
+        digest.update(checksum(whole(adapter.weight(layer))).encode())
+    return digest.hexdigest()[:16]
+
+
+def as_settings(settings: TraceSettings, **more: Any) -> dict[str, Any]:
+    """Return settings as primitives for a file.
+
+    Example:
+        >>> as_settings(TraceSettings(), model="m")["kinds"]
+        ['hidden', 'mlp', 'attn']
+    """
+    return {**vars(settings), "kinds": list(settings.kinds), **more}
