@@ -6,6 +6,7 @@ from .guard import HarmError, HarmGuard
 from .layer_norms import LayerNorms
 from .progress import EditProgressBar
 from .replica_check import ReplicaCheck, ReplicaError
+from .report import RunReport
 from .retention import Retention
 from .run_folder import RunFolder
 from .stop_on_signal import StopOnSignal, StoppedBySignal
@@ -22,6 +23,7 @@ __all__ = [
     "Retention",
     "RunFigures",
     "RunFolder",
+    "RunReport",
     "StopOnSignal",
     "StoppedBySignal",
     "WandbReport",

@@ -30,6 +30,7 @@ commands:
   log        list a run's edits:       lit-edit log --run runs/x
   undo       take edits out again:     lit-edit undo --run runs/x --edit 17 (or --last 3, --subject Italy)
   redo       put them back:            lit-edit redo --run runs/x --edit 17
+  report     a run as a web page:      lit-edit report --run runs/x (--runs runs/a runs/b compares)
   plan       memory and time of a fit: lit-edit plan --config quickstart --devices 2 --tflops 400
   stats      compute key statistics ahead of a run
   models     list known models, what is cached, and the configs that ship
@@ -40,7 +41,7 @@ lit-edit COMMAND --help explains each. A run leaves everything in runs/<name>/; 
 """
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test")
-TOOLS = ("ask", "export", "apply", "log", "undo", "redo", "plan", "stats", "models")
+TOOLS = ("ask", "export", "apply", "log", "undo", "redo", "report", "plan", "stats", "models")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from lit_edit.commands.arguments import make_parser, positive
 from lit_edit.commands.history import run_log, run_redo, run_undo
 from lit_edit.commands.planning import run_plan
+from lit_edit.commands.report import run_report
 from lit_edit.commands.taking import run_apply, run_export
 
 
@@ -19,7 +20,7 @@ def run_tool(command: str, args: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lit_edit").setLevel(logging.INFO)
     tools = {"ask": _ask, "export": run_export, "apply": run_apply, "stats": _stats, "models": _models}
-    {**tools, "log": run_log, "undo": run_undo, "redo": run_redo, "plan": run_plan}[command](args)
+    {**tools, "log": run_log, "undo": run_undo, "redo": run_redo, "plan": run_plan, "report": run_report}[command](args)
 
 
 def _ask(args: list[str]) -> None:
