@@ -28,8 +28,5 @@ def run_report(args: list[str]) -> None:
     out = None if options.out is None else options.out.expanduser()
     if out is not None and out.is_dir():
         raise ArgumentError(f"--out {out} is a folder; give the name of a file, for example {out / 'report.html'}")
-    if len(runs) == 1:
-        written = write_report(runs[0], out)
-    else:
-        written = write_comparison(runs, out or Path("compared.html"))
+    written = write_report(runs[0], out) if len(runs) == 1 else write_comparison(runs, out or Path("compared.html"))
     sys.stdout.write(f"{written}\n")

@@ -71,9 +71,9 @@ def as_share(value: float) -> str:
 
     Example:
         >>> as_share(0.9167), as_share(1.0), as_share(-0.005)
-        ('91.7 %', '100.0 %', '−0.5 %')
+        ('91.7%', '100.0%', '−0.5%')
     """
-    return f"{100 * value:.1f} %".replace("-", "−")
+    return f"{100 * value:.1f}%".replace("-", "−")
 
 
 def as_plain(value: float) -> str:
@@ -159,7 +159,7 @@ def draw(
     drawn = [_draw_one(one, number, place, rise, show, cloud) for number, one in enumerate(kept)]
     ticks = _log_ticks(low, high) if logarithmic else nice_ticks(low, high)
     steps = [x for x in nice_ticks(x_low, x_high) if x == int(x)]
-    texts = _distinct(ticks, show)
+    texts = _tick_texts(ticks, show)
     return Chart(
         title=f"{title}, logarithmic" if logarithmic else title,
         note=note,
@@ -210,17 +210,12 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return ticks if len(ticks) > 1 else [low * 1.3, high / 1.3]
 
 
-def _distinct(ticks: Sequence[float], show: Callable[[float], str]) -> list[str]:
-    """Return the ticks as text, with more digits where two would read the same."""
-    texts = [show(tick) for tick in ticks]
-    if len(set(texts)) == len(texts):
-        return texts
-    unit = " %" if texts[0].endswith("%") else ""
-    for digits in range(2, 8):
-        texts = [f"{tick * (100 if unit else 1):.{digits}f}{unit}".replace("-", "−") for tick in ticks]
-        if len(set(texts)) == len(texts):
-            break
-    return texts
+def _tick_texts(ticks: Sequence[float], show: Callable[[float], str]) -> list[str]:
+    """Return ticks with no more digits than they need, in the unit of the values."""
+    if not show(0.5).endswith("%"):
+        return [(f"{y:,.0f}" if 1e3 <= abs(y) < 1e6 else f"{y:.6g}").replace("-", "−") for y in ticks]
+    sign = "+" if show(0.5).startswith("+") else ""
+    return [(f"{100 * y:{sign if y else ''}.6g}%").replace("-", "−") for y in ticks]
 
 
 def _draw_one(

@@ -107,21 +107,18 @@ def number_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[Cell]]]:
             for (_, after), change in zip(perplexity, changes, strict=True)
         ]
         rows.append(("perplexity", _cells([after for _, after in perplexity], texts, more=False)))
-    most = [
-        max((abs(r["growth"]) for r in layer_rows(run.summary) if r["growth"] is not None), default=None)
-        for run in runs
-    ]
+    most = [_largest_growth(run) for run in runs]
     if any(value is not None for value in most):
-        rows.append(
-            (
-                "growth of mean |W|, at most",
-                _cells(most, [None if v is None else f"{100 * v:.2f} %" for v in most], False),
-            )
-        )
+        texts = [None if value is None else f"{100 * value:.2f}%" for value in most]
+        rows.append(("growth of mean |W|, at most", _cells(most, texts, more=False)))
     seconds = [value_at(run.summary, "seconds", "per_edit") for run in runs]
     if any(value is not None for value in seconds):
         rows.append(("seconds per edit", _cells(seconds, [None if v is None else f"{v:.2f}" for v in seconds], False)))
     return rows
+
+
+def _largest_growth(run: RunRecord) -> float | None:
+    return max((abs(row["growth"]) for row in layer_rows(run.summary) if row["growth"] is not None), default=None)
 
 
 def _cells(values: Sequence[float | None], texts: Sequence[str | None], more: bool) -> list[Cell]:
@@ -149,7 +146,7 @@ def charts_of(runs: Sequence[RunRecord]) -> list[Chart]:
     widest = [Series(name, _most(run)) for name, run in zip(names, runs, strict=True)]
     note = "Of the layer that has grown the most so far."
     found.append(
-        draw("Growth of mean |W|", widest, show=lambda v: f"{100 * v:+.2f} %".replace("-", "−"), least=0.0, note=note)
+        draw("Growth of mean |W|", widest, show=lambda v: f"{100 * v:+.2f}%".replace("-", "−"), least=0.0, note=note)
     )
     return [chart for chart in found if chart is not None]
 

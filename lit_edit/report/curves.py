@@ -48,8 +48,8 @@ def growth(run: RunRecord) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
-def charts_of(run: RunRecord, edits: Sequence[Edit]) -> list[Chart]:
-    """Return the charts of which something is known."""
+def charts_of(run: RunRecord) -> list[Chart]:
+    """Return the charts over edits of which something is known."""
     sampled = "On the way a sample of the edits so far is measured, at the end all of them."
     weights = growth(run)
     found = [
@@ -90,7 +90,7 @@ def charts_of(run: RunRecord, edits: Sequence[Edit]) -> list[Chart]:
         draw(
             "Growth of mean |W|",
             [Series(layer_name(weight), points) for weight, points in weights.items()],
-            show=lambda value: f"{100 * value:+.2f} %".replace("-", "−"),
+            show=lambda value: f"{100 * value:+.2f}%".replace("-", "−"),
             least=0.0,
             note="L1 norm per edited layer against the unedited one.",
         ),
@@ -99,7 +99,6 @@ def charts_of(run: RunRecord, edits: Sequence[Edit]) -> list[Chart]:
             [Series(layer_name(weight), _logged(run, f"norm/{weight}/mean_abs_delta")) for weight in weights],
             note="L1 norm of what was added, per edited layer.",
         ),
-        forgetting(edits),
     ]
     return [chart for chart in found if chart is not None]
 

@@ -128,7 +128,6 @@ def edits_of(run: RunRecord) -> list[Edit]:
         number = row["number"]
         own = next((p for p in run.answers.get(number, ()) if p["kind"] == "efficacy"), None)
         before, subject, after = _parts(str(row["prompt"]), str(row["subject"]))
-        said = {stage: _said(own, row, stage) for stage in ("base", "immediate", "final")}
         edit = Edit(
             number,
             str(row["id"]),
@@ -137,7 +136,9 @@ def edits_of(run: RunRecord) -> list[Edit]:
             after,
             str(row["target_new"]),
             own.get("other") if own else None,
-            **said,
+            base=_said(own, row, "base"),
+            immediate=_said(own, row, "immediate"),
+            final=_said(own, row, "final"),
             time=run.times.get(number, "")[:19].replace("T", " "),
             facts={k: v for k, v in row.items() if isinstance(v, float)},
         )

@@ -106,7 +106,7 @@ def _costs(run: RunRecord) -> list[Headline]:
     if layers:
         most = max(layers, key=lambda row: abs(row["growth"]))
         about = f"Largest growth of an L1 norm: {most['layer']}."
-        value = signed(f"{100 * most['growth']:.2f} %".replace("-", "−"), most["growth"])
+        value = signed(f"{100 * most['growth']:.2f}%".replace("-", "−"), most["growth"])
         found.append(Headline("Mean |W|", value, "", "", "plain", about))
     if (seconds := value_at(summary, "seconds", "per_edit")) is not None:
         found.append(Headline("Seconds per edit", f"{seconds:.2f}", "", "", "plain", "Without measuring."))
@@ -171,7 +171,7 @@ def shown_layers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "after": _digits(row["after"]),
             "growth": "–"
             if row["growth"] is None
-            else signed(f"{100 * row['growth']:.2f} %".replace("-", "−"), row["growth"]),
+            else signed(f"{100 * row['growth']:.2f}%".replace("-", "−"), row["growth"]),
             "delta": _digits(row["delta"]),
             "relative": "–" if row["relative"] is None else as_share(row["relative"]),
         }

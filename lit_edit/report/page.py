@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lit_edit.paths import write_atomically
 from lit_edit.report.charts import as_share
-from lit_edit.report.curves import ages, charts_of
+from lit_edit.report.curves import ages, charts_of, forgetting
 from lit_edit.report.edits import STATES, changed_neighbours, edits_of, failures, show_p
 from lit_edit.report.figures import headlines, layer_rows, metric_rows, shown_layers
 from lit_edit.report.reading import RunRecord, read_run
@@ -59,7 +59,8 @@ def run_page(run: RunRecord) -> str:
         headlines=headlines(run),
         unfinished_at=run.summary.get("final_at"),
         metrics=metric_rows(run.summary),
-        charts=charts_of(run, edits),
+        charts=charts_of(run),
+        forgetting=forgetting(edits),
         layers=shown_layers(layer_rows(run.summary)),
         ages=ages(edits),
         edits=edits,

@@ -188,7 +188,8 @@ def _summary_of(record: RunRecord) -> dict[str, Any]:
         summary["seconds"] = {"per_edit": sum(seconds) / len(seconds)}
     if layers := _layers_of(record.rows):
         summary["layers"] = layers
-    return without_nan(summary)  # type: ignore[no-any-return]
+    cleaned: dict[str, Any] = without_nan(summary)
+    return cleaned
 
 
 def _unflatten(values: Values, stage: str) -> dict[str, Any]:
