@@ -13,8 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from lit_edit.callbacks import RunReport
+from lit_edit.callbacks import LayerNorms, RunFolder, RunReport
 
 from lit_edit.answers import answers_path, read_answers, write_answers
 from lit_edit.cli import main
@@ -25,9 +26,11 @@ from lit_edit.loggers import RunCSVLogger
 from lit_edit.metrics.evaluation import EditResult, ProbeResult, flatten
 from lit_edit.paths import write_json
 from lit_edit.report import ReportError, read_run, write_comparison, write_report
-from lit_edit.report.charts import Series, draw
+from lit_edit.report.charts import Series, as_plain, draw
 from lit_edit.report.edits import changed_neighbours, edits_of
 from lit_edit.run_files import edit_rows, journal_path
+from lit_edit.stream import EditStream
+from tests.streams import make_data, make_stream, make_trainer
 
 IN_LEDGER = ("journal", "edits.jsonl", "answers.jsonl")
 FILES = ("summary.json", "metrics.csv", "config.yaml", *(f"ledger/{name}" for name in IN_LEDGER))
@@ -316,7 +319,7 @@ def test_an_interrupted_run_has_a_report_of_what_was_measured(tmp_path: Path) ->
     folder = make_run(tmp_path / "x", [request_of(1), request_of(2, "Peru")], [TOOK, TOOK], ended=False)
     write_json(folder / "run.json", {"asked": 9, "versions": {"lit-edit": "1.2.3"}})
     reader = Reader(page_of(folder))
-    assert "not finished 2 of 9 edits made; it goes on with lit-edit fit" in reader.text("")
+    assert "not finished 3 of 9 edits dealt with; it goes on with lit-edit fit" in reader.text("")
     assert "Efficacy success 60.0% +47.5 points from 12.5%" in reader.text("numbers")
     assert "those of the last measurement on the way, after 2 edits" in reader.text("numbers")
     assert "Seconds per edit 2.00" in reader.text("numbers")
@@ -356,6 +359,48 @@ def test_the_report_of_an_exception_does_not_hide_it(run: Path, monkeypatch: pyt
     trainer: Any = SimpleNamespace(is_global_zero=True, loggers=[], default_root_dir=str(run))
     RunReport().on_exception(trainer, SimpleNamespace(), KeyboardInterrupt())  # type: ignore[arg-type]
     assert not (run / "report.html").exists()
+
+
+# ---- written by a run itself --------------------------------------------------------------------------------------
+
+
+def fit_two(folder: Path, kind: type[EditStream] = EditStream) -> None:
+    stream = make_stream(kind=kind)
+    stream.journal = str(journal_path(folder))
+    trainer = make_trainer(folder, [LayerNorms(), RunFolder(), RunReport()])
+    trainer.fit(stream, make_data(2))
+
+
+def test_a_fit_ends_with_a_report_of_what_its_summary_says(tmp_path: Path) -> None:
+    fit_two(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    reader = check_alone((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "finished 2 edits" in reader.text("")
+    now, before = (summary[stage]["efficacy"]["accuracy"] for stage in ("final", "base"))
+    assert f"Efficacy accuracy {100 * now:.1f}%" in reader.text("numbers")
+    assert f"from {100 * before:.1f}%" in reader.text("numbers")
+    assert f"Perplexity {as_plain(summary['final']['perplexity'])}" in reader.text("numbers")
+    assert "Marie Curie" in reader.text("edits")
+    assert f"torch {torch.__version__.partition('+')[0]}" in reader.text("config")
+    (own, *_), (second, *_) = (row["prompts"] for row in read_answers(tmp_path))
+    assert own["prompt"] == "The capital of Italy is"
+    assert {"base", "immediate", "final"} <= set(second)
+
+
+def test_a_fit_that_is_cut_leaves_a_report(tmp_path: Path) -> None:
+    class Cut(EditStream):
+        def apply_edit(self, proposal: Any) -> None:
+            if len(self.ledger) == 1:
+                raise ZeroDivisionError("cut")
+            super().apply_edit(proposal)
+
+    with pytest.raises(ZeroDivisionError, match="cut"):
+        fit_two(tmp_path, Cut)
+    reader = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "not finished 1 of 2 edits dealt with" in reader.text("")
+    assert "The capital of Italy is Vienna not Rome" in reader.text("edits")
+    assert "not measured" in reader.text("edits")
+    assert "mean |W| before" in reader.text("layers")
 
 
 # ---- several runs -------------------------------------------------------------------------------------------------

@@ -307,8 +307,9 @@ class EditCLI(LightningCLI):
         if not leads():
             return
         where = _shown(self.run_folder)
+        page = "; look at report.html there" if (self.run_folder / "report.html").is_file() else ""
         sys.stdout.write(
-            f"\nEverything is in {where}/. Try:\n"
+            f"\nEverything is in {where}/{page}. Try:\n"
             f'  lit-edit ask --run {where} "{self.datamodule.requests[0].text}"\n'
             f"  lit-edit export --run {where} --to my-edited-model\n"
         )

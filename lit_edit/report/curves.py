@@ -126,13 +126,13 @@ def forgetting(edits: Sequence[Edit]) -> Chart | None:
             )
         )
     return draw(
-        "Forgetting by age",
+        "Probability by age",
         series,
         x_label="age: edits made since",
         limits=SHARES,
         show=as_plain,
         cloud=True,
-        note="Probability of the new object, one point per edit and moment.",
+        note="Of the new object; one point per edit and moment.",
     )
 
 

@@ -101,7 +101,7 @@ def state_of(run: RunRecord) -> dict[str, str]:
     hold = sum(row.get("status", "holds") == "holds" for row in run.edits)
     count = f"{made} edits made, {hold} hold" if hold < made else _count(made)
     if isinstance(asked, int) and run.handled < asked and not run.ended:
-        count = f"{made} of {asked} edits made"
+        count = f"{run.handled} of {asked} edits dealt with"
     if run.summary.get("stale"):
         return {"word": "changed since", "tone": "fair", "text": f"{count}; {run.summary['stale']}"}
     if run.ended:
