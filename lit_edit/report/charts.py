@@ -44,6 +44,7 @@ class Drawn:
     dots: list[tuple[str, str, str]] = field(default_factory=list)  # x, y, what is said of it
     beyond: list[str] = field(default_factory=list)  # x of what is not finite
     last: str = ""
+    width: str = "2.2"
 
 
 @dataclass
@@ -74,6 +75,16 @@ def as_share(value: float) -> str:
         ('91.7%', '100.0%', '−0.5%')
     """
     return f"{100 * value:.1f}%".replace("-", "−")
+
+
+def as_growth(value: float) -> str:
+    """Return a growth in percent.
+
+    Example:
+        >>> as_growth(0.0039), as_growth(-0.01), as_growth(0.0)
+        ('+0.39%', '−1.00%', '0.00%')
+    """
+    return f"{100 * value:{'+' if value else ''}.2f}%".replace("-", "−")
 
 
 def as_plain(value: float) -> str:
@@ -125,6 +136,7 @@ def draw(
     limits: tuple[float, float] | None = None,
     least: float = 0.05,
     cloud: bool = False,
+    nested: bool = False,
 ) -> Chart | None:
     """Lay a chart out.
 
@@ -137,6 +149,7 @@ def draw(
         limits: Of the y axis; by default those of the values.
         least: How much of its values the y axis shows at least: small differences are to look small.
         cloud: Points without lines.
+        nested: The first line is the broadest, the last the thinnest and on top: those that coincide stay visible.
 
     Returns:
         Nothing if there are no values.
@@ -157,6 +170,9 @@ def draw(
         return HEIGHT - BOTTOM - min(1.0, max(0.0, share)) * (HEIGHT - TOP - BOTTOM)
 
     drawn = [_draw_one(one, number, place, rise, show, cloud) for number, one in enumerate(kept)]
+    for number, line in enumerate(drawn):
+        if nested and len(drawn) > 1:
+            line.width = f"{5 - 3.2 * number / (len(drawn) - 1):.2g}"
     ticks = _log_ticks(low, high) if logarithmic else nice_ticks(low, high)
     steps = [x for x in nice_ticks(x_low, x_high) if x == int(x)]
     texts = _tick_texts(ticks, show)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_edit.report.charts import Chart, Series, as_plain, as_share, draw
+from lit_edit.report.charts import Chart, Series, as_growth, as_plain, as_share, draw
 from lit_edit.report.curves import SHARES, course, growth
 from lit_edit.report.edits import Edit, edits_of
 from lit_edit.report.figures import layer_rows, signed, value_at
@@ -27,7 +27,6 @@ CHARTS = (
     ("Efficacy: preferred", "efficacy/success"),
     ("Efficacy: first choice", "efficacy/accuracy"),
     ("Generalization: preferred", "generalization/success"),
-    ("Locality: preferred", "locality/success"),
     ("Neighbours as before", "locality/agreement"),
 )
 MOST_SETTINGS = 200
@@ -138,16 +137,15 @@ def charts_of(runs: Sequence[RunRecord]) -> list[Chart]:
             [Series(name, course(run, quantity)) for name, run in zip(names, runs, strict=True)],
             show=as_share,
             limits=SHARES,
+            nested=True,
         )
         for title, quantity in CHARTS
     ]
     perplexity = [Series(name, course(run, "perplexity")) for name, run in zip(names, runs, strict=True)]
-    found.append(draw("Perplexity of ordinary text", perplexity))
+    found.append(draw("Perplexity of ordinary text", perplexity, nested=True))
     widest = [Series(name, _most(run)) for name, run in zip(names, runs, strict=True)]
     note = "Of the layer that has grown the most so far."
-    found.append(
-        draw("Growth of mean |W|", widest, show=lambda v: f"{100 * v:+.2f}%".replace("-", "−"), least=0.0, note=note)
-    )
+    found.append(draw("Growth of mean |W|", widest, show=as_growth, least=0.0, note=note, nested=True))
     return [chart for chart in found if chart is not None]
 
 

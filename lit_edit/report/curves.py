@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lit_edit.report.charts import Chart, Series, as_plain, as_share, draw, groups_by_size, running_mean
+from lit_edit.report.charts import Chart, Series, as_growth, as_plain, as_share, draw, groups_by_size, running_mean
 from lit_edit.report.edits import Edit, show_p
 from lit_edit.report.reading import RunRecord
 
 SHARES = (-0.02, 1.02)
 MOST_DOTS = 1500
+MOST_WEIGHTS = 10
 
 
-def layer_name(weight: str) -> str:
-    """Return a short name for an edited weight.
+def layer_names(weights: Iterable[str]) -> dict[str, str]:
+    """Return short names for edited weights, with the module's name where a layer has several.
 
     Example:
-        >>> layer_name("model.layers.6.mlp.down_proj.weight"), layer_name("something")
-        ('layer 6', 'something')
+        >>> list(layer_names(["model.layers.6.mlp.down_proj.weight", "something"]).values())
+        ['layer 6', 'something']
+        >>> list(layer_names(["h.1.attn.c_proj.weight", "h.1.mlp.c_proj.weight"]).values())
+        ['layer 1 attn.c_proj', 'layer 1 mlp.c_proj']
     """
-    found = re.search(r"\.(\d+)\.", weight)
-    return f"layer {found.group(1)}" if found else weight
+    parts = {weight: re.fullmatch(r"(?:.*\.)?(\d+)\.(.+)", weight) for weight in weights}
+    layers = [found.group(1) for found in parts.values() if found]
+    names = {}
+    for weight, found in parts.items():
+        names[weight] = f"layer {found.group(1)}" if found else weight
+        if found and layers.count(found.group(1)) > 1:
+            names[weight] += f" {found.group(2).removesuffix('.weight')}"
+    return names
 
 
 def course(run: RunRecord, quantity: str) -> list[tuple[float, float]]:
@@ -51,7 +60,10 @@ def growth(run: RunRecord) -> dict[str, list[tuple[float, float]]]:
 def charts_of(run: RunRecord) -> list[Chart]:
     """Return the charts over edits of which something is known."""
     sampled = "On the way a sample of the edits so far is measured, at the end all of them."
-    weights = growth(run)
+    grown = growth(run)
+    weights = sorted(sorted(grown, key=lambda w: -abs(grown[w][-1][1]))[:MOST_WEIGHTS], key=list(grown).index)
+    names = layer_names(grown)
+    cut = f" The {MOST_WEIGHTS} that grew the most of {len(grown)}." if len(weights) < len(grown) else ""
     found = [
         draw(
             "Preferred to the other object",
@@ -89,15 +101,15 @@ def charts_of(run: RunRecord) -> list[Chart]:
         ),
         draw(
             "Growth of mean |W|",
-            [Series(layer_name(weight), points) for weight, points in weights.items()],
-            show=lambda value: f"{100 * value:+.2f}%".replace("-", "−"),
+            [Series(names[weight], grown[weight]) for weight in weights],
+            show=as_growth,
             least=0.0,
-            note="L1 norm per edited layer against the unedited one.",
+            note=f"L1 norm per edited layer against the unedited one.{cut}",
         ),
         draw(
             "Mean |ΔW|",
-            [Series(layer_name(weight), _logged(run, f"norm/{weight}/mean_abs_delta")) for weight in weights],
-            note="L1 norm of what was added, per edited layer.",
+            [Series(names[weight], _logged(run, f"norm/{weight}/mean_abs_delta")) for weight in weights],
+            note=f"L1 norm of what was added, per edited layer.{cut}",
         ),
     ]
     return [chart for chart in found if chart is not None]

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lit_edit.report.charts import as_plain, as_share
-from lit_edit.report.curves import layer_name
+from lit_edit.report.charts import as_growth, as_plain, as_share
 from lit_edit.report.reading import KINDS, RunRecord
 
 STAGES = ("base", "immediate", "final")
@@ -106,7 +105,7 @@ def _costs(run: RunRecord) -> list[Headline]:
     if layers:
         most = max(layers, key=lambda row: abs(row["growth"]))
         about = f"Largest growth of an L1 norm: {most['layer']}."
-        value = signed(f"{100 * most['growth']:.2f}%".replace("-", "−"), most["growth"])
+        value = as_growth(most["growth"])
         found.append(Headline("Mean |W|", value, "", "", "plain", about))
     if (seconds := value_at(summary, "seconds", "per_edit")) is not None:
         found.append(Headline("Seconds per edit", f"{seconds:.2f}", "", "", "plain", "Without measuring."))
@@ -145,12 +144,14 @@ def layer_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row per edited weight: its L1 norm before and after, and that of what was added."""
     rows = []
     layers = summary.get("layers")
-    for weight, norms in layers.items() if isinstance(layers, Mapping) else ():
+    layers = layers if isinstance(layers, Mapping) else {}
+    names = layer_names(layers)
+    for weight, norms in layers.items():
         before, after = value_at(norms, "mean_abs_before"), value_at(norms, "mean_abs_after")
         rows.append(
             {
                 "weight": weight,
-                "layer": layer_name(weight),
+                "layer": names[weight],
                 "before": before,
                 "after": after,
                 "growth": after / before - 1 if before and after is not None else None,
@@ -169,9 +170,7 @@ def shown_layers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "layer": row["layer"],
             "before": _digits(row["before"]),
             "after": _digits(row["after"]),
-            "growth": "–"
-            if row["growth"] is None
-            else signed(f"{100 * row['growth']:.2f}%".replace("-", "−"), row["growth"]),
+            "growth": "–" if row["growth"] is None else as_growth(row["growth"]),
             "delta": _digits(row["delta"]),
             "relative": "–" if row["relative"] is None else as_share(row["relative"]),
         }
