@@ -27,25 +27,22 @@ class RunReport(RunEndCallback):
 
     def write(self, trainer: Trainer, stream: EditStream, folder: Path) -> None:
         """Write the report of all that was measured."""
-        _flush(trainer)
-        write_report(folder)
+        self._try(trainer, folder)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write the report of an interrupted stream; nothing is measured for it, and nothing else fails with it."""
+        """Write the report of an interrupted stream; nothing is measured for it."""
         if not (trainer.is_global_zero and isinstance(pl_module, EditStream) and pl_module.model is not None):
             return
-        if not len(pl_module.ledger.history.made):
-            return  # nothing was done; the command line takes such a folder away
-        folder = Path(self.folder or trainer.default_root_dir)
+        if len(pl_module.ledger.history.made):  # else the command line takes the folder away
+            self._try(trainer, Path(self.folder or trainer.default_root_dir), pl_module)
+
+    def _try(self, trainer: Trainer, folder: Path, cut: EditStream | None = None) -> None:
+        """Write the page; a run does not fail for the want of it, and what has stopped one is not hidden by it."""
         try:
-            _flush(trainer)
-            write_unfinished(folder, pl_module)
+            for logger in trainer.loggers:  # the row at hand is to be on disk
+                logger.save()
+            if cut is not None:
+                write_unfinished(folder, cut)
             write_report(folder)
-        except Exception as error:  # what has stopped the run is what the user must read
-            log.warning("the report of the interrupted run was not written: %s", error)
-
-
-def _flush(trainer: Trainer) -> None:
-    """Have the row at hand written: the report reads it."""
-    for logger in trainer.loggers:
-        logger.save()
+        except Exception as error:
+            log.warning("report.html was not written (%s); lit-edit report --run %s makes it", error, folder)

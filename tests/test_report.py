@@ -354,11 +354,22 @@ def test_values_that_are_not_finite_break_no_page(run: Path) -> None:
     assert 'class="beyond"' in page_of(run)
 
 
-def test_the_report_of_an_exception_does_not_hide_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that goes wrong in the report may stand in the way of what stopped the run."""
+def test_a_run_does_not_fail_for_its_report(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lit_edit.callbacks.report.write_report", fail)
     trainer: Any = SimpleNamespace(is_global_zero=True, loggers=[], default_root_dir=str(run))
-    RunReport().on_exception(trainer, SimpleNamespace(), KeyboardInterrupt())  # type: ignore[arg-type]
-    assert not (run / "report.html").exists()
+    RunReport().write(trainer, SimpleNamespace(), run)  # type: ignore[arg-type]
+    assert "report.html was not written ([Errno 28] No space left on device); lit-edit report --run" in caplog.text
+
+
+def test_an_exception_before_the_first_edit_leaves_no_report(tmp_path: Path) -> None:
+    trainer: Any = SimpleNamespace(is_global_zero=True, loggers=[], default_root_dir=str(tmp_path))
+    RunReport().on_exception(trainer, make_stream(), KeyboardInterrupt())
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- written by a run itself --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_edit.report.charts import as_growth, as_plain, as_share
+from lit_edit.report.curves import layer_names
 from lit_edit.report.reading import KINDS, RunRecord
 
 STAGES = ("base", "immediate", "final")
