@@ -9,6 +9,7 @@ from .me_perplexity import MEPerplexity
 from .progress import EditProgressBar
 from .protocol import ProtocolMetrics
 from .replica_check import ReplicaCheck, ReplicaError
+from .report import RunReport
 from .retention import Retention
 from .run_folder import RunFolder
 from .stop_on_signal import StopOnSignal, StoppedBySignal
@@ -28,6 +29,7 @@ __all__ = [
     "Retention",
     "RunFigures",
     "RunFolder",
+    "RunReport",
     "StopOnSignal",
     "StoppedBySignal",
     "WandbReport",

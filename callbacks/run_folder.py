@@ -1,4 +1,4 @@
-"""What a run leaves behind: summary, updates, and the list of edits."""
+"""What a run leaves behind: summary, updates, the list of edits, and what was answered to them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
+from lit_edit.answers import write_answers
 from lit_edit.paths import without_nan, write_json
+from lit_edit.report.reading import write_notes
 from lit_edit.run_files import write_run_files
 from lit_edit.stream import EditStream
 
@@ -14,7 +16,7 @@ from .base import RunEndCallback
 
 
 class RunFolder(RunEndCallback):
-    """Writes ``summary.json``, ``ledger/deltas.safetensors`` and ``ledger/edits.jsonl`` when a stream ends.
+    """Writes ``summary.json``, ``run.json`` and, in ``ledger/``, deltas, edits and answers when a stream ends.
 
     Args:
         folder: The run folder; by default the Trainer's ``default_root_dir``.
@@ -22,5 +24,7 @@ class RunFolder(RunEndCallback):
 
     def write(self, trainer: Trainer, stream: EditStream, folder: Path) -> None:
         """Write the files."""
+        write_answers(folder, stream.ledger.history, stream.results, stream.tokenizer)
+        write_notes(folder, stream)
         write_run_files(folder, stream.ledger, stream.base_hash, stream.results)
         write_json(folder / "summary.json", without_nan(stream.summary()))

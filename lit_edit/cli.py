@@ -33,6 +33,7 @@ commands:
   undo       take edits out again:     lit-edit undo --run runs/x --edit 17 (or --last 3, --subject Italy)
   redo       put them back:            lit-edit redo --run runs/x --edit 17
   trace      where facts are recalled: lit-edit trace --data known_facts.json --model smollm2-135m
+  report     a run as a web page:      lit-edit report --run runs/x (--runs runs/a runs/b compares)
   plan       memory and time of a fit: lit-edit plan --config quickstart --devices 2 --tflops 400
   eval-harness  both models in lm-eval: lit-edit eval-harness --run runs/x --tasks sst2 mmlu --limit 50
   stats      compute key statistics ahead of a run
@@ -44,7 +45,7 @@ lit-edit COMMAND --help explains each. A run leaves everything in runs/<name>/; 
 """
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test")
-TOOLS = ("ask", "export", "apply", "log", "undo", "redo", "plan", "trace", "stats", "models", "eval-harness")
+TOOLS = ("ask", "export", "apply", "log", "undo", "redo", "report", "plan", "trace", "stats", "models", "eval-harness")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from safetensors import SafetensorError, safe_open
 
+from lit_edit.answers import write_answers
 from lit_edit.checkpoints import CheckpointError, load_tree
 from lit_edit.data.datamodule import perplexity_texts
 from lit_edit.data.request import DataError, EditRequest
@@ -218,6 +219,7 @@ class ChangingRun:
 
     def write(self) -> None:
         """Write the files that follow from the journal."""
+        write_answers(self.folder, self.stream.ledger.history, self.stream.results, self.stream.tokenizer)
         write_run_files(self.folder, self.stream.ledger, self.stream.base_hash, self.stream.results)
 
 

@@ -40,7 +40,7 @@ def test_the_tree_is_there() -> None:
 def test_complete_configs_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = parsed(capsys, "--config", name)
     assert config["model"]["language_model"]["name"] == "smollm2-135m"
-    assert len(config["trainer"]["callbacks"]) == 9
+    assert len(config["trainer"]["callbacks"]) == 10
 
 
 @pytest.mark.parametrize("name", PIECES)

@@ -227,11 +227,14 @@ def _finish(
     from rich.markup import escape
     from rich.table import Table
 
+    from lit_edit.report import write_report
     from lit_edit.run_files import update_summary
 
     final = run.measure() if options.measure else None
     update_summary(run.folder, run.stream.ledger, final)
     run.write()  # last: a process that dies before is found out by it
+    if (run.folder / "report.html").is_file():
+        write_report(run.folder)
     table = Table(title=f"{len(numbers)} edits {what}, {len(run.stream.ledger)} hold", title_justify="left")
     for column in ("#", "prompt", "before", "now"):
         table.add_column(column, overflow="fold")

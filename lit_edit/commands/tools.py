@@ -12,6 +12,7 @@ from lit_edit.commands.arguments import make_parser, positive
 from lit_edit.commands.eval_harness import run_eval_harness
 from lit_edit.commands.history import run_log, run_redo, run_undo
 from lit_edit.commands.planning import run_plan
+from lit_edit.commands.report import run_report
 from lit_edit.commands.taking import run_apply, run_export
 from lit_edit.commands.trace import run_trace
 
@@ -27,6 +28,7 @@ def run_tool(command: str, args: list[str]) -> None:
         "log": run_log,
         "undo": run_undo,
         "redo": run_redo,
+        "report": run_report,
         "plan": run_plan,
         "trace": run_trace,
         "stats": _stats,

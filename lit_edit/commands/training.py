@@ -307,6 +307,7 @@ class EditCLI(LightningCLI):
         if not leads():
             return
         where = _shown(self.run_folder)
+        page = "; look at report.html there" if (self.run_folder / "report.html").is_file() else ""
         sys.stdout.write(
             f'\nEverything is in {where}/. Try:\n  lit-edit ask --run {where} "{self.datamodule.requests[0].text}"\n'
         )

@@ -1,0 +1,280 @@
+"""The edits of a run as a reader wants them: what was wanted, what was said before and after, and what went wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lit_edit.report.reading import RunRecord
+
+STATES = {  # by name: how it is shown, and whether it is good
+    "holds": "good",
+    "second choice": "fair",
+    "forgotten": "bad",
+    "never took": "bad",
+    "fails": "bad",
+    "made": "plain",
+    "taken out": "plain",
+}
+FAILED = ("never took", "forgotten", "fails", "second choice", "taken out")
+REACHED = 0.5
+"""A target whose probability stays below this was not found, so the solve had nothing to write."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model said to a prompt.
+
+    Attributes:
+        text: Its first choices, as far as they are its own words.
+        hit: Whether they are all of the wanted object.
+        probability: Geometric mean of the wanted object's token probabilities.
+        other: The same of the object that is not wanted, where it is known.
+    """
+
+    text: str
+    hit: bool
+    probability: float | None
+    other: float | None
+
+    @property
+    def preferred(self) -> bool | None:
+        """Whether the wanted object is likelier than the other one; ``None`` without another."""
+        if self.probability is None or self.other is None:
+            return None
+        return self.probability > self.other
+
+
+@dataclass
+class Edit:
+    """One edit.
+
+    Attributes:
+        number: In the order of making.
+        id: In the data.
+        before: Of the prompt, what stands before the subject.
+        subject: What it is about.
+        after: Of the prompt, what stands behind the subject.
+        wanted: The object that was written.
+        old: The object that was true, where it is known.
+        base: What the unedited model said.
+        immediate: What was said right after the edit.
+        final: What was said at the end.
+        state: One of :data:`STATES`.
+        why: Of what did not go well, a sentence.
+        time: When it was made.
+        facts: Numbers of the making.
+    """
+
+    number: int
+    id: str
+    before: str
+    subject: str
+    after: str
+    wanted: str
+    old: str | None
+    base: Said | None
+    immediate: Said | None
+    final: Said | None
+    state: str = "made"
+    why: str = ""
+    time: str = ""
+    facts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        """The prompt with its subject."""
+        return f"{self.before}{self.subject}{self.after}"
+
+    @property
+    def tone(self) -> str:
+        """How its state is coloured."""
+        return STATES[self.state]
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A neighbour that is answered otherwise than before.
+
+    Attributes:
+        number: Of the edit that it is a neighbour of.
+        subject: Of that edit.
+        wanted: The object of that edit.
+        prompt: The neighbour.
+        right: Its own answer.
+        base: What was said before all edits.
+        final: What is said at the end (or right after the edit, where the end was not measured).
+        verdict: What became of it.
+        tone: How that is coloured.
+    """
+
+    number: int
+    subject: str
+    wanted: str
+    prompt: str
+    right: str
+    base: Said
+    final: Said
+    verdict: str
+    tone: str
+
+
+def edits_of(run: RunRecord) -> list[Edit]:
+    """Return all edits ever made, in order."""
+    found = []
+    for row in run.edits:
+        number = row["number"]
+        own = next((p for p in run.answers.get(number, ()) if p["kind"] == "efficacy"), None)
+        before, subject, after = _parts(str(row["prompt"]), str(row["subject"]))
+        edit = Edit(
+            number,
+            str(row["id"]),
+            before,
+            subject,
+            after,
+            str(row["target_new"]),
+            own.get("other") if own else None,
+            base=_said(own, row, "base"),
+            immediate=_said(own, row, "immediate"),
+            final=_said(own, row, "final"),
+            time=run.times.get(number, "")[:19].replace("T", " "),
+            facts={k: v for k, v in row.items() if isinstance(v, float)},
+        )
+        edit.state, edit.why = _judge(edit, str(row.get("status", "holds")))
+        found.append(edit)
+    return found
+
+
+def _parts(prompt: str, subject: str) -> tuple[str, str, str]:
+    at = prompt.rfind(subject)
+    return (prompt, "", "") if at < 0 else (prompt[:at], subject, prompt[at + len(subject) :])
+
+
+def _said(own: Mapping[str, Any] | None, row: Mapping[str, Any], stage: str) -> Said | None:
+    """Return what was said at a stage: from the answers, or from the list of edits, which has the marks alone."""
+    if own is not None and stage in own:
+        return answer_of(own[stage])
+    if f"{stage}_accuracy" not in row:
+        return None
+    hit = bool(row[f"{stage}_accuracy"])
+    return Said(str(row["target_new"]) if hit else "", hit, _probability(row.get(f"{stage}_target_nll")), None)
+
+
+def answer_of(answer: Mapping[str, Any]) -> Said:
+    """Return an answer of ``ledger/answers.jsonl``."""
+    return Said(
+        visible(str(answer["choice"])),
+        bool(answer["hit"]),
+        _probability(answer.get("nll")),
+        _probability(answer.get("other_nll")),
+    )
+
+
+def visible(text: str) -> str:
+    """Return a text whose blanks can be seen where there is nothing else.
+
+    Example:
+        >>> visible(" Rome"), visible(chr(10)), visible("  "), visible("a" + chr(10) + "b")
+        ('Rome', '⏎', '␣', 'a⏎b')
+    """
+    shown = text.strip(" \t").replace("\r", "").replace("\n", "⏎")
+    return shown or ("␣" if text else "")
+
+
+def _probability(nll: Any) -> float | None:
+    return math.exp(-nll) if isinstance(nll, (int, float)) and math.isfinite(nll) else None
+
+
+def _judge(edit: Edit, status: str) -> tuple[str, str]:
+    """Return an edit's state, and why it is not the best one."""
+    if status != "holds":
+        return "taken out", status
+    last = edit.final or edit.immediate
+    if last is None:
+        return "made", ""
+    if last.hit:
+        return "holds", ""
+    told = f"the model says “{last.text}”" if last.text else "the model says something else"
+    if last.preferred:
+        return "second choice", (
+            f"{edit.wanted!r} is preferred to {edit.old!r} (p {show_p(last.probability)} against "
+            f"{show_p(last.other)}), but {told}"
+        )
+    now = f"p({edit.wanted}) is {show_p(last.probability)}"
+    if last.other is not None:
+        now += f", p({edit.old}) is {show_p(last.other)}"
+    reached = edit.facts.get("target_probability")
+    if edit.immediate is not None and edit.immediate.hit and edit.final is not None:
+        return "forgotten", f"it held right after the edit (p {show_p(edit.immediate.probability)}); now {told}: {now}"
+    if edit.immediate is None:
+        return "fails", f"{told}: {now}"
+    if reached is not None and reached < REACHED:
+        return "never took", f"no target was found: p reached only {show_p(reached)} while it was fitted; {told}: {now}"
+    fitted = "" if reached is None else f"its target was found (p {show_p(reached)}), but writing it did not do; "
+    return "never took", f"{fitted}{told}: {now}"
+
+
+def show_p(value: float | None) -> str:
+    """Return a probability.
+
+    Example:
+        >>> show_p(0.9503), show_p(0.00012), show_p(1.0), show_p(None)
+        ('0.95', '0.0001', '1.00', '–')
+    """
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}" if value >= 0.001 else f"{value:.1g}"
+
+
+def changed_neighbours(run: RunRecord, edits: Sequence[Edit]) -> tuple[list[Changed], int]:
+    """Return the neighbours whose first choices changed, worst first, and how many were compared."""
+    by_number = {edit.number: edit for edit in edits}
+    found, compared = [], 0
+    for number, prompts in run.answers.items():
+        for prompt in prompts:
+            stage = next((s for s in ("final", "immediate") if s in prompt), None)
+            if prompt["kind"] != "locality" or "base" not in prompt or stage is None:
+                continue
+            compared += 1
+            base, final = answer_of(prompt["base"]), answer_of(prompt[stage])
+            if base.text == final.text:
+                continue
+            verdict, tone = _verdict(base, final, prompt)
+            edit = by_number[number]
+            found.append(
+                Changed(
+                    number,
+                    edit.subject,
+                    edit.wanted,
+                    str(prompt["prompt"]),
+                    str(prompt["wanted"]),
+                    base,
+                    final,
+                    verdict,
+                    tone,
+                )
+            )
+    order = {"bad": 0, "fair": 1, "plain": 2, "good": 3}
+    return sorted(found, key=lambda one: (order[one.tone], one.number)), compared
+
+
+def _verdict(base: Said, final: Said, prompt: Mapping[str, Any]) -> tuple[str, str]:
+    if final.hit:
+        return "now right", "good"
+    new = str(prompt.get("other") or "")
+    if final.text and new.casefold().startswith(final.text.casefold()):
+        return "says the edit’s object", "bad"
+    if base.hit:
+        return "was right", "bad"
+    if base.preferred and final.preferred is False:
+        return "prefers the edit’s object", "fair"
+    return "other words", "plain"
+
+
+def failures(edits: Sequence[Edit]) -> list[Edit]:
+    """Return the edits that did not do what was wanted, by kind, then in order."""
+    return sorted(
+        (edit for edit in edits if edit.state in FAILED), key=lambda edit: (FAILED.index(edit.state), edit.number)
+    )

@@ -1,0 +1,151 @@
+"""The page of one run."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from lit_edit.paths import write_atomically
+from lit_edit.report.charts import as_share
+from lit_edit.report.curves import ages, charts_of, forgetting
+from lit_edit.report.edits import STATES, changed_neighbours, edits_of, failures, show_p
+from lit_edit.report.figures import headlines, layer_rows, metric_rows, shown_layers
+from lit_edit.report.reading import RunRecord, read_run
+
+_TEMPLATES = Path(__file__).parent / "templates"
+MOST_NEIGHBOURS = 1000
+"""Neighbours on a page; all of them are in ``ledger/answers.jsonl``."""
+
+
+def write_report(folder: Path, out: Path | None = None) -> Path:
+    """Write ``report.html`` of a run from what its folder holds.
+
+    Args:
+        folder: The run's.
+        out: The file; by default ``report.html`` in the folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        ReportError: If there is no run.
+    """
+    run = read_run(folder)
+    return write_page(out or run.folder / "report.html", run_page(run))
+
+
+def write_page(path: Path, text: str) -> Path:
+    """Write a page, whole or not at all."""
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    return path
+
+
+def run_page(run: RunRecord) -> str:
+    """Return a run's page."""
+    edits = edits_of(run)
+    changed, compared = changed_neighbours(run, edits)
+    return render(
+        "run.html",
+        title=run.name,
+        run=run,
+        state=state_of(run),
+        about=about(run),
+        headlines=headlines(run),
+        unfinished_at=run.summary.get("final_at"),
+        metrics=metric_rows(run.summary),
+        charts=charts_of(run),
+        forgetting=forgetting(edits),
+        layers=shown_layers(layer_rows(run.summary)),
+        ages=ages(edits),
+        edits=edits,
+        states={name: count for name in STATES if (count := sum(edit.state == name for edit in edits))},
+        failed=failures(edits),
+        changed=changed[:MOST_NEIGHBOURS],
+        changed_count=len(changed),
+        compared=compared,
+        versions=run.notes.get("versions") or {},
+    )
+
+
+def render(template: str, **context: Any) -> str:
+    """Return a page; all text in it is escaped."""
+    return _environment().get_template(template).render(**context)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"p": show_p, "share": lambda value: "–" if value is None else as_share(value)}
+    script = (_TEMPLATES / "script.js").read_text(encoding="utf-8")
+    # The page may run this script and no other, whatever stands in its texts, and it may load nothing.
+    environment.globals["script"] = script
+    environment.globals["script_hash"] = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment
+
+
+def state_of(run: RunRecord) -> dict[str, str]:
+    """Return how far a run has come, in a word and a sentence."""
+    made, asked = len(run.edits), run.notes.get("asked")
+    hold = sum(row.get("status", "holds") == "holds" for row in run.edits)
+    count = f"{made} edits made, {hold} hold" if hold < made else _count(made)
+    if isinstance(asked, int) and run.handled < asked and not run.ended:
+        count = f"{run.handled} of {asked} edits dealt with"
+    if run.summary.get("stale"):
+        return {"word": "changed since", "tone": "fair", "text": f"{count}; {run.summary['stale']}"}
+    if run.ended:
+        return {"word": "finished", "tone": "good", "text": count}
+    again = f"lit-edit fit --config {run.folder}/config.yaml --resume auto"
+    return {"word": "not finished", "tone": "fair", "text": f"{count}; it goes on with {again}"}
+
+
+def _count(edits: int) -> str:
+    return f"{edits} edit" if edits == 1 else f"{edits} edits"
+
+
+def about(run: RunRecord) -> list[tuple[str, str]]:
+    """Return what a run was of, in a few words each."""
+    editor = str(run.setting("model.editor.class_path") or "").rpartition(".")[2]
+    path = run.setting("data.path")
+    data = Path(str(path)).name if path else run.setting("data.source")
+    layers = [row["layer"].removeprefix("layer ") for row in layer_rows(run.summary)]
+    made = sorted(run.times.values())
+    rows = {
+        "model": run.setting("model.language_model.name"),
+        "editor": editor,
+        "layers": ", ".join(layers),
+        "data": data,
+        "batch": run.setting("data.batch_size"),
+        "seed": run.setting("seed_everything"),
+        "device": run.notes.get("device"),
+        "first edit": made[0][:16].replace("T", " ") if made else "",
+    }
+    return [(name, str(value)) for name, value in rows.items() if value not in (None, "")]
+
+
+def flat(settings: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Yield settings by dotted name, as text.
+
+    Example:
+        >>> dict(flat({"a": {"b": 1}, "c": [1, {"d": None}]}))
+        {'a.b': '1', 'c.0': '1', 'c.1.d': 'None'}
+    """
+    if isinstance(settings, Mapping):
+        for name, value in settings.items():
+            yield from flat(value, f"{prefix}{name}.")
+    elif isinstance(settings, list):
+        for index, value in enumerate(settings):
+            yield from flat(value, f"{prefix}{index}.")
+    else:
+        yield prefix.removesuffix("."), str(settings)
