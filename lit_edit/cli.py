@@ -35,7 +35,7 @@ commands:
   trace      where facts are recalled: lit-edit trace --data known_facts.json --model smollm2-135m
   report     a run as a web page:      lit-edit report --run runs/x (--runs runs/a runs/b compares)
   plan       memory and time of a fit: lit-edit plan --config quickstart --devices 2 --tflops 400
-  eval-harness  both models in lm-eval: lit-edit eval-harness --run runs/x --tasks sst2 mmlu --limit 50
+  eval-harness  both in lm-eval:     lit-edit eval-harness --run runs/x --tasks sst2 mmlu --limit 50
   stats      compute key statistics ahead of a run
   models     list known models, what is cached, and the configs that ship
   version    print the version

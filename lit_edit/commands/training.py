@@ -309,7 +309,7 @@ class EditCLI(LightningCLI):
         where = _shown(self.run_folder)
         page = "; look at report.html there" if (self.run_folder / "report.html").is_file() else ""
         sys.stdout.write(
-            f'\nEverything is in {where}/. Try:\n  lit-edit ask --run {where} "{self.datamodule.requests[0].text}"\n'
+            f'\nEverything is in {where}/{page}. Try:\n  lit-edit ask --run {where} "{self.datamodule.requests[0].text}"\n'
         )
         if self.model.ledger.layers:  # else the edits are not in the weights
             sys.stdout.write(f"  lit-edit export --run {where} --to my-edited-model\n")
