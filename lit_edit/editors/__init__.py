@@ -9,6 +9,7 @@ from lit_edit.editors.encore import ENCORE
 from lit_edit.editors.ft import FT, FTL, FTM
 from lit_edit.editors.grace import GRACE
 from lit_edit.editors.gradient import GradientEditor
+from lit_edit.editors.ike import IKE
 from lit_edit.editors.interpolate import Interpolate
 from lit_edit.editors.lora_tuning import AdaLoRA, LoRA
 from lit_edit.editors.memit import MEMIT, MEMITSeq
@@ -34,6 +35,7 @@ __all__ = [
     "FTL",
     "FTM",
     "GRACE",
+    "IKE",
     "MEMIT",
     "NSE",
     "PMET",
