@@ -226,8 +226,8 @@ class IKE(MemoryEditor):
         cost="a pass of the sentence encoder; each prompt it concerns is longer by the context (some 500 tokens)",
         state="text and an embedding per edit; every prompt is compared with all of them",
         undo="exact",
-        lacks="sequential editing (the model knows an edit only while it is in the context, and a prompt is answered by "
-        "the nearest edits alone); a model to export",
+        lacks="sequential editing (the model knows an edit only while it is in the context, and a prompt is answered "
+        "by the nearest edits alone); a model to export",
     )
 
     def __init__(
@@ -254,7 +254,7 @@ class IKE(MemoryEditor):
     def set_up(self, status: Status) -> None:
         """Load the encoder and what demonstrations are made of."""
         config = self.ledger.adapter.model.config
-        longest = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 1024))
+        longest = int(getattr(config, "max_position_embeddings", 1024))  # GPT-2 has it under this name, too
         if self.tokens is not None and self.tokens > longest:
             raise ArgumentError(f"tokens={self.tokens}: the model reads {longest} at most")
         self._room = (self.tokens or longest) - ROOM
