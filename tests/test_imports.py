@@ -42,7 +42,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lit_edit.grids",
     ),
     ("lit_edit.loggers", "lit_edit.wandb_logger", "lit_edit.callbacks.*"),
-    ("lit_edit.commands.*",),
+    ("lit_edit.training.*",),
+    ("lit_edit.commands.*", "lit_edit.training.cli"),
     ("lit_edit.cli",),
     ("lit_edit", "lit_edit.__main__"),
 )
