@@ -22,6 +22,7 @@ from lit_edit.editors.rect import RECT
 from lit_edit.editors.rlsedit import RLSEdit
 from lit_edit.editors.rome import ROME, RROME
 from lit_edit.editors.saul import SAUL
+from lit_edit.editors.serac import SERAC
 from lit_edit.editors.simie import SimIE
 from lit_edit.editors.transforms import UpdateTransform
 from lit_edit.editors.ultraedit import UltraEdit
@@ -44,6 +45,7 @@ __all__ = [
     "ROME",
     "RROME",
     "SAUL",
+    "SERAC",
     "AdaLoRA",
     "AlphaEdit",
     "ClosedFormEditor",

@@ -29,7 +29,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -38,12 +38,12 @@ from torch import Tensor
 from lit_edit.data.request import EditRequest, Probe
 from lit_edit.data.sources import load_requests
 from lit_edit.editors.base import EditorInfo, Status
-from lit_edit.editors.lessons import LessonLoss, target_lesson
+from lit_edit.editors.lessons import target_probability
 from lit_edit.editors.memory_editor import Kept, Learnt, MemoryEditor
 from lit_edit.errors import ArgumentError
 from lit_edit.models.encoder import MINILM, Encoder, load_encoder
 from lit_edit.models.memory import Memory, Route
-from lit_edit.tokens import continuation, encode, pad_token
+from lit_edit.tokens import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -296,21 +296,15 @@ class IKE(MemoryEditor):
 
     def learn(self, requests: Sequence[EditRequest], status: Status) -> list[Learnt]:
         """Return each edit's vector, and what the model says of it with and without the context."""
+        probability = partial(target_probability, self.ledger.original(), self.tokenizer)
         learnt = []
         for request, vector in zip(requests, self._encode([request.text for request in requests]), strict=True):
             status(f"looking up demonstrations for {request.subject!r}")
             alone = self._contexts([Fact(request.text, request.subject, request.target_new, vector)])
             route = (alone.routes([request.text]) or [Route()])[0]
             facts = {
-                "target_probability_before": self._probability("", request),
-                "target_probability": self._probability(route.context, request),
+                "target_probability_before": probability(request.text, request.target_new),
+                "target_probability": probability(route.context + request.text, request.target_new),
             }
             learnt.append(Learnt({"vector": vector}, facts))
         return learnt
-
-    @torch.no_grad()
-    def _probability(self, context: str, request: EditRequest) -> float:
-        adapter = self.ledger.original()
-        prompt, target = continuation(self.tokenizer, context + request.text, request.target_new)
-        loss_of = LessonLoss(adapter, [[target_lesson(prompt, target)]], 0, pad_token(self.tokenizer))
-        return float(torch.exp(-loss_of({})[0]))
