@@ -14,7 +14,8 @@ from lit_edit.errors import ArgumentError
 # tests/test_sweep.py and tests/test_compare.py
 SWEEPS = [name for name in shipped_configs() if name.startswith("sweep/") or name == "compare"]
 CLUSTER = [name for name in shipped_configs() if name.startswith("cluster/")]  # tests/test_cluster.py
-RUNS = [name for name in shipped_configs() if name not in SWEEPS + CLUSTER]
+NETWORKS = [name for name in shipped_configs() if name.startswith("train/")]
+RUNS = [name for name in shipped_configs() if name not in SWEEPS + CLUSTER + NETWORKS]
 PIECES = [name for name in RUNS if "/" in name and not name.startswith("experiment/")]
 COMPLETE = [name for name in RUNS if name not in PIECES]
 
@@ -28,7 +29,7 @@ def parsed(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, object]:
 
 def test_the_tree_is_there() -> None:
     folders = {name.partition("/")[0] for name in shipped_configs() if "/" in name}
-    assert folders == {"model", "method", "data", "trainer", "callbacks", "logger", "experiment", "sweep", "cluster"}
+    assert folders == {"model", "method", "data", "trainer", "callbacks", "logger", "experiment", "sweep", "cluster", "train"}
     assert {"quickstart", "counterfact", "zsre"} <= set(COMPLETE)
 
 
@@ -49,10 +50,18 @@ def test_pieces_parse_on_top_of_the_quickstart_and_change_it(name: str, capsys: 
                 assert config[section][key] == value
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_are_configured_by_classes_of_their_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parsed(capsys, "--config", name, "--data.limit=7")
+    assert config["train"] == "network"
+    assert config["model"]["class_path"].startswith("lit_edit.training.")
+    assert config["data"]["init_args"]["limit"] == 7
+
+
 @pytest.mark.parametrize("name", shipped_configs())
 def test_every_config_says_how_to_run_it(name: str) -> None:
     text = (config_root() / f"{name}.yaml").read_text()
-    header = text[: text.index("\n\n")] if name in COMPLETE + CLUSTER else text
+    header = text[: text.index("\n\n")] if name in COMPLETE + CLUSTER + NETWORKS else text
     assert header.startswith("# ")
     assert "--config" in header or "--trainer.logger" in header
 
