@@ -16,8 +16,9 @@ from lit_edit.stream import EditStream
 # tests/test_sweep.py, tests/test_compare.py and tests/test_study_mqd.py
 SWEEPS = [name for name in shipped_configs() if name.startswith(("sweep/", "studies/")) or name == "compare"]
 CLUSTER = [name for name in shipped_configs() if name.startswith("cluster/")]  # tests/test_cluster.py
+NETWORKS = [name for name in shipped_configs() if name.startswith("train/")]
 PUBLISHED = [name for name in shipped_configs() if name.startswith("published/")]
-RUNS = [name for name in shipped_configs() if name not in SWEEPS + CLUSTER + PUBLISHED]
+RUNS = [name for name in shipped_configs() if name not in SWEEPS + CLUSTER + PUBLISHED + NETWORKS]
 PIECES = [name for name in RUNS if "/" in name and not name.startswith("experiment/")]
 COMPLETE = [name for name in RUNS if name not in PIECES]
 
@@ -31,7 +32,7 @@ def parsed(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, object]:
 
 def test_the_tree_is_there() -> None:
     folders = {name.partition("/")[0] for name in shipped_configs() if "/" in name}
-    kinds = "model method published data trainer callbacks logger experiment sweep cluster studies"
+    kinds = "model method published data trainer callbacks logger experiment sweep cluster studies train"
     assert folders == set(kinds.split())
     assert {"quickstart", "counterfact", "zsre"} <= set(COMPLETE)
 
@@ -84,10 +85,18 @@ def test_full_adds_the_protocol_to_the_default_callbacks(capsys: pytest.CaptureF
     assert all(full.index(name) < full.index("RunFolder") for name in added)  # which writes what they measure
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_are_configured_by_classes_of_their_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parsed(capsys, "--config", name, "--data.limit=7")
+    assert config["train"] == "network"
+    assert config["model"]["class_path"].startswith("lit_edit.training.")
+    assert config["data"]["init_args"]["limit"] == 7
+
+
 @pytest.mark.parametrize("name", shipped_configs())
 def test_every_config_says_how_to_run_it(name: str) -> None:
     text = (config_root() / f"{name}.yaml").read_text()
-    header = text[: text.index("\n\n")] if name in COMPLETE + CLUSTER else text
+    header = text[: text.index("\n\n")] if name in COMPLETE + CLUSTER + NETWORKS else text
     assert header.startswith("# ")
     assert "--config" in header or "--trainer.logger" in header
 

@@ -48,7 +48,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lit_edit.loggers", "lit_edit.wandb_logger"),
     ("lit_edit.report", "lit_edit.report.*"),
     ("lit_edit.callbacks.*",),
-    ("lit_edit.commands.*",),
+    ("lit_edit.training.*",),
+    ("lit_edit.commands.*", "lit_edit.training.cli"),
     ("lit_edit.cli",),
     ("lit_edit", "lit_edit.__main__"),
 )

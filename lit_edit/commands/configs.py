@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.resources import as_file, files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,20 @@ def _seeded(args: list[str]) -> list[str]:
             )
             args[index] = str(copy)
     return args
+
+
+def trains_network(args: list[str]) -> bool:
+    """Tell whether arguments of ``fit`` name a config that trains a network: ``train/NAME``, or one with ``train:``.
+
+    Raises:
+        ArgumentError: If a config cannot be read.
+    """
+    words = expand_arguments(args)
+    paths = [Path(path) for option, path in pairwise(words) if option == "--config"]
+    return any(
+        path.parent == config_root() / "train" or re.search(r"(?m)^train\s*:", path.read_text(encoding="utf-8"))
+        for path in paths
+    )
 
 
 SECTIONS = ("model", "data", "trainer")

@@ -124,7 +124,7 @@ def _models(args: list[str]) -> None:
 
     from lit_edit.commands.configs import shipped_configs
     from lit_edit.models.families import SPECS
-    from lit_edit.models.packaged import PACKAGED
+    from lit_edit.models.packaged import ENCODERS, PACKAGED
     from lit_edit.models.presets import PUBLISHED
     from lit_edit.paths import cache_dir
 
@@ -132,7 +132,7 @@ def _models(args: list[str]) -> None:
     table = Table(title="Packaged models", title_justify="left")
     for column in ("name", "what", "licence", "cached"):
         table.add_column(column)
-    for model in PACKAGED.values():
+    for model in (*PACKAGED.values(), *ENCODERS.values()):
         table.add_row(model.name, model.title, model.licence, "yes" if model.is_cached else f"no ({model.size})")
     console.print(table)
     families: dict[str, list[Any]] = {}

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lit_edit.callbacks import ReplicaCheck, ReplicaError, StopOnSignal, StoppedBySignal
 from lit_edit.checkpoints import CheckpointError, load_tree
-from lit_edit.commands.configs import changed_settings, check_settings, expand_arguments, explain
+from lit_edit.commands.configs import changed_settings, check_settings, expand_arguments, explain, trains_network
 from lit_edit.commands.launching import WatchingLauncher
 from lit_edit.commands.processes import (
     Decision,
@@ -75,6 +75,13 @@ def run_training(command: str, args: list[str]) -> None:
     if command == "fit" and not named and not asks:
         args = ["--config", "quickstart", *args]
     _quieten()
+    if trains_network(args):
+        from lit_edit.training.cli import run_network_training
+
+        if command != "fit":
+            raise ArgumentError(f"lit-edit {command} measures an edit stream; a network is trained: lit-edit fit")
+        run_network_training(args)
+        return
 
     class CLI(EditCLI):
         """Builds the parser of the wanted command only: the others take as long and are not looked at."""
@@ -309,7 +316,8 @@ class EditCLI(LightningCLI):
         where = _shown(self.run_folder)
         page = "; look at report.html there" if (self.run_folder / "report.html").is_file() else ""
         sys.stdout.write(
-            f'\nEverything is in {where}/{page}. Try:\n  lit-edit ask --run {where} "{self.datamodule.requests[0].text}"\n'
+            f"\nEverything is in {where}/{page}. Try:\n"
+            f'  lit-edit ask --run {where} "{self.datamodule.requests[0].text}"\n'
         )
         if self.model.ledger.layers:  # else the edits are not in the weights
             sys.stdout.write(f"  lit-edit export --run {where} --to my-edited-model\n")

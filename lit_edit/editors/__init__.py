@@ -9,6 +9,7 @@ from lit_edit.editors.encore import ENCORE
 from lit_edit.editors.ft import FT, FTL, FTM
 from lit_edit.editors.grace import GRACE
 from lit_edit.editors.gradient import GradientEditor
+from lit_edit.editors.ike import IKE
 from lit_edit.editors.interpolate import Interpolate
 from lit_edit.editors.lora_tuning import AdaLoRA, LoRA
 from lit_edit.editors.memit import MEMIT, MEMITSeq
@@ -21,6 +22,7 @@ from lit_edit.editors.rect import RECT
 from lit_edit.editors.rlsedit import RLSEdit
 from lit_edit.editors.rome import ROME, RROME
 from lit_edit.editors.saul import SAUL
+from lit_edit.editors.serac import SERAC
 from lit_edit.editors.simie import SimIE
 from lit_edit.editors.transforms import UpdateTransform
 from lit_edit.editors.ultraedit import UltraEdit
@@ -34,6 +36,7 @@ __all__ = [
     "FTL",
     "FTM",
     "GRACE",
+    "IKE",
     "MEMIT",
     "NSE",
     "PMET",
@@ -42,6 +45,7 @@ __all__ = [
     "ROME",
     "RROME",
     "SAUL",
+    "SERAC",
     "AdaLoRA",
     "AlphaEdit",
     "ClosedFormEditor",

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from lit_edit.models.packed import TokenRows
+from lit_edit.tokens import continuation, pad_token
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from lit_edit.models.adapter import ModelAdapter
     from lit_edit.models.memory import Memory
 
@@ -87,3 +90,11 @@ class LessonLoss:
         nll = torch.nn.functional.cross_entropy(logits, self.words, reduction="none")
         own = self.own.to(nll)
         return own @ nll / own.sum(1)
+
+
+@torch.no_grad()
+def target_probability(adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, text: str, target: str) -> float:
+    """Return the probability of a target after a text, the geometric mean over its tokens; no memory is asked."""
+    prompt, words = continuation(tokenizer, text, target)
+    loss_of = LessonLoss(adapter, [[target_lesson(prompt, words)]], 0, pad_token(tokenizer))
+    return float(torch.exp(-loss_of({})[0]))

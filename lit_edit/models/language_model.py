@@ -103,7 +103,7 @@ class LanguageModel:
         dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
         extra = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
         try:
-            with _quiet_loading():
+            with quiet_loading():
                 tokenizer = AutoTokenizer.from_pretrained(source, **common)
                 if cut is not None:
                     return self._load_in_parts(source, cut, None if dtype == "auto" else dtype), tokenizer
@@ -143,7 +143,7 @@ class LanguageModel:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Hide transformers' bar over the weights: it takes two seconds and says nothing."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()

