@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lit_edit.precision",
         "lit_edit.strategies",
         "lit_edit.stream",
+        "lit_edit.training.*",
         "lit_edit.run_files",
         "lit_edit.runs",
         "lit_edit.api",

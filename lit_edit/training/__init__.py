@@ -1,0 +1,1 @@
+"""Training what some editors need before they can edit: Lightning modules, and the data that they share."""
