@@ -15,11 +15,11 @@ and the edit is :math:`W_\ell - \alpha_\ell \sum_t \tilde\delta_t \tilde u_t^\to
 :math:`U` begins at zero and :math:`s_\ell` at one: a new network, which has seen nothing to normalise by, makes a plain
 gradient step. Once it has seen something it maps normalised factors to factors of that scale, as published.
 
-As published and in the released code: one hidden layer, rank 1920, ReLU on the hidden layer only (equation 3b has one on
-the last layer as well), no edit where an input or a gradient is zero (neither counts for the normaliser). Different: the
-normaliser is each layer's own, where the released code has one for all layers of a shape, and a block of tokens is
-counted at once; only down projections are edited, where the paper edits other matrices of the MLPs as well; entries that
-have never varied become zero.
+As in the released code: one hidden layer, rank 1920, ReLU on the hidden layer only (the paper's equation has one on the
+last layer as well), no edit where an input or a gradient is zero, and no counting of it either. Different: the normaliser
+is each layer's own, where the released code has one for all layers of a shape, and a block of tokens is counted at once;
+only down projections are edited, where the paper edits other matrices of the MLPs as well; entries that have never
+varied become zero.
 """
 
 from __future__ import annotations

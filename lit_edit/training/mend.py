@@ -12,8 +12,8 @@ their own answers, for :math:`x_{loc}`. Published: :math:`c_e` = 0.1, Adam with 
 layers' rates, which begin at 1e-4, gradients clipped at 100, 10 edits per step of Adam, up to 500 000 steps; the
 locality examples are drawn at random from another task.
 
-The gradient does not depend on the network, nor does what lies below the edited layers: both are computed once per record
-and kept. An epoch over known records therefore costs only passes of the few layers on top.
+The gradient does not depend on the network, nor does what lies below the edited layers: both are computed once per
+record and kept. An epoch over known records therefore costs only passes of the few layers on top.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class MENDTraining(LightningModule):
         layers: Whose down projections are edited; the last three by default, as published.
         rank: Of the network's layers; 1920 as published.
         hidden: Its hidden layers; 1 as published.
-        edit_rate: What the layers' rates begin with; 1e-4 as published, for models of 1B to 11B: it goes with the model.
+        edit_rate: What the layers' rates begin with; 1e-4 as published, for larger models: it goes with the model.
         lr: Learning rate of the network.
         rate_lr: Learning rate of the rates.
         weight_decay: Of AdamW, on the network; the rates are not decayed.
