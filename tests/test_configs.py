@@ -14,7 +14,8 @@ from lit_edit.errors import ArgumentError
 # tests/test_sweep.py and tests/test_compare.py
 SWEEPS = [name for name in shipped_configs() if name.startswith("sweep/") or name == "compare"]
 CLUSTER = [name for name in shipped_configs() if name.startswith("cluster/")]  # tests/test_cluster.py
-RUNS = [name for name in shipped_configs() if name not in SWEEPS + CLUSTER]
+TRAIN = [name for name in shipped_configs() if name.startswith("train/")]  # with their editors
+RUNS = [name for name in shipped_configs() if name not in SWEEPS + CLUSTER + TRAIN]
 PIECES = [name for name in RUNS if "/" in name and not name.startswith("experiment/")]
 COMPLETE = [name for name in RUNS if name not in PIECES]
 
@@ -28,7 +29,7 @@ def parsed(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, object]:
 
 def test_the_tree_is_there() -> None:
     folders = {name.partition("/")[0] for name in shipped_configs() if "/" in name}
-    assert folders == {"model", "method", "data", "trainer", "callbacks", "logger", "experiment", "sweep", "cluster"}
+    assert folders == {"model", "method", "data", "trainer", "callbacks", "logger", "experiment", "sweep", "cluster", "train"}
     assert {"quickstart", "counterfact", "zsre"} <= set(COMPLETE)
 
 

@@ -16,14 +16,15 @@ and the edit is :math:`W_\ell - \alpha_\ell \sum_t \tilde\delta_t \tilde u_t^\to
 gradient step. Once it has seen something it maps normalised factors to factors of that scale, as published.
 
 As in the released code: one hidden layer, rank 1920, ReLU on the hidden layer only (the paper's equation has one on the
-last layer as well), no edit where an input or a gradient is zero, and no counting of it either. Different: the normaliser
-is each layer's own, where the released code has one for all layers of a shape, and a block of tokens is counted at once;
-only down projections are edited, where the paper edits other matrices of the MLPs as well; entries that have never
-varied become zero.
+last layer as well), no edit where an input or a gradient is zero, and no counting of it either. Different: each layer
+has a normaliser of its own, where the released code has one for all layers of a shape, and a block of tokens is counted
+at once; only down projections are edited, where the paper edits other matrices of the MLPs as well; entries that have
+never varied become zero.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -250,8 +251,8 @@ class MENDNetwork(nn.Module):
     @property
     def digest(self) -> str:
         """Digits that tell this network from others."""
-        parts = [checksum(value.reshape(-1, 1)) for _, value in sorted(self.state_dict().items())]
-        return checksum(torch.tensor([[int(part[:15], 16), int(part[16:31], 16)] for part in parts]))
+        parts = [f"{name} {checksum(value.reshape(-1, 1))}" for name, value in sorted(self.state_dict().items())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     def save(self, path: Path, notes: Mapping[str, Any] | None = None) -> None:
         """Write the network, with all that is needed to use it, as safetensors.

@@ -325,11 +325,7 @@ class MENDTraining(LightningModule):
         if self.keep == "best" and self.best is not None:
             network.load_state_dict(self.best[1])
         if self.trainer.is_global_zero:
-            path = (
-                Path(self.output).expanduser()
-                if self.output
-                else Path(self.trainer.default_root_dir, "network.safetensors")
-            )
+            path = Path(self.output or Path(self.trainer.default_root_dir, "network.safetensors")).expanduser()
             score = self.best[0][0] if self.keep == "best" and self.best is not None else None
             network.save(path, {"steps": self.trainer.global_step, "records": len(self.prepared), "score": score})
             log.info("the network is in %s; use it with --model.editor.init_args.network %s", path, path)
