@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lit_edit.precision",
         "lit_edit.strategies",
         "lit_edit.stream",
+        "lit_edit.training.*",
         "lit_edit.run_files",
         "lit_edit.answers",
         "lit_edit.runs",

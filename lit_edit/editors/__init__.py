@@ -14,6 +14,7 @@ from lit_edit.editors.interpolate import Interpolate
 from lit_edit.editors.lora_tuning import AdaLoRA, LoRA
 from lit_edit.editors.memit import MEMIT, MEMITSeq
 from lit_edit.editors.memory_editor import MemoryEditor
+from lit_edit.editors.mend import MEND
 from lit_edit.editors.norm_anchor import NormAnchor
 from lit_edit.editors.nse import NSE
 from lit_edit.editors.pmet import PMET
@@ -38,6 +39,7 @@ __all__ = [
     "GRACE",
     "IKE",
     "MEMIT",
+    "MEND",
     "NSE",
     "PMET",
     "PRUNE",

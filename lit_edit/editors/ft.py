@@ -35,7 +35,8 @@ from torch import Tensor
 
 from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import EditorInfo
-from lit_edit.editors.gradient import Deltas, GradientEditor, Learner
+from lit_edit.editors.gradient import GradientEditor, Learner
+from lit_edit.editors.increments import Deltas
 from lit_edit.editors.lessons import Lesson, Loss, target_lesson
 from lit_edit.tokens import continuation
 

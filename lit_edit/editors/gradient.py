@@ -13,31 +13,25 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest, shorten
-from lit_edit.devices import algebra_device, for_algebra
-from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
+from lit_edit.devices import for_algebra
+from lit_edit.editors.base import Proposal, Status, Stopwatch, silent
+from lit_edit.editors.increments import Deltas, IncrementEditor, plus
 from lit_edit.editors.layer_choice import chosen_layers, existing_layers
 from lit_edit.editors.lessons import Lesson, LessonLoss
-from lit_edit.editors.transforms import UpdateTransform, transformed
-from lit_edit.errors import ArgumentError
-from lit_edit.ledger import Change, EditLedger, EditRefusedError, LayerUpdate, LedgerEntry, RecordedFacts
+from lit_edit.editors.transforms import UpdateTransform
+from lit_edit.ledger import Change, EditRefusedError, LedgerEntry, RecordedFacts
 from lit_edit.memory import kept_memory
-from lit_edit.tokens import check_tokenizer, pad_token
+from lit_edit.tokens import pad_token
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from lit_edit.models.adapter import ModelAdapter
-    from lit_edit.stats.second_moment import KeyStatistics
-
-Deltas = dict[int, Tensor]
-"""Updates by layer, each ``(d_out, d_in)``."""
 
 
 class Learner:
@@ -74,7 +68,7 @@ class Learner:
         return {f"increment.{layer}": increment for layer, increment in moved.items()}
 
 
-class GradientEditor(Editor):
+class GradientEditor(IncrementEditor):
     """Fine-tune the MLP down projections of a few layers on one step's edits at a time.
 
     The loss of a step is the mean of the losses of its edits (:class:`LessonLoss`), a new Adam (betas 0.9 and 0.999, no
@@ -110,10 +104,10 @@ class GradientEditor(Editor):
             raise ValueError(f"lr must be positive and finite, got {lr}")
         if not 0 <= loss_threshold < math.inf:
             raise ValueError(f"loss_threshold must not be negative or infinite, got {loss_threshold}")
+        super().__init__(transforms)
         self.layers = chosen_layers(layers)
         self.steps, self.lr, self.loss_threshold = steps, lr, loss_threshold
-        self.transforms, self.keep_increments = tuple(transforms), keep_increments
-        self.sums: Deltas = {}
+        self.keep_increments = keep_increments
 
     # ---- what a method says ------------------------------------------------------------------------------------------
 
@@ -129,10 +123,6 @@ class GradientEditor(Editor):
             "target_loss": after,
         }
 
-    def bounded(self, delta: Tensor) -> Tensor:
-        """Return the update nearest to one ``(d_out, d_in)`` that the method allows."""
-        return delta
-
     def learner(self, start: Deltas) -> Learner:
         """Return what is to be fitted, beginning with the updates ``start``."""
         return Learner(start, self.learning_type, self.ledger.adapter.device)
@@ -141,9 +131,6 @@ class GradientEditor(Editor):
         """Return what a step has added to the updates, from its record."""
         return {n: for_algebra(self._here(record[f"increment.{n}"])) for n in self.ledger.layers}
 
-    def remember(self, record: Mapping[str, Tensor]) -> None:
-        """Take in what the next step needs of the record of this one; an empty one: as in the beginning."""
-
     # ---- before the stream -------------------------------------------------------------------------------------------
 
     def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
@@ -151,34 +138,13 @@ class GradientEditor(Editor):
         key = (adapter.model.config.model_type, adapter.n_layers, adapter.shape(0)[0])
         return existing_layers(adapter, self.layers or self.published.get(key) or (int(0.7 * adapter.n_layers),))
 
-    def prepare(
-        self,
-        ledger: EditLedger,
-        tokenizer: PreTrainedTokenizerBase,
-        statistics: KeyStatistics | Mapping[int, Tensor],
-        status: Status = silent,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Take the ledger; nothing is computed, and no statistics are needed."""
-        check_tokenizer(tokenizer)
-        if ledger.adapter.sharded:
-            raise ArgumentError(
-                f"{type(self).__name__} needs whole layers, and each process holds a part of them: use another "
-                "strategy (trainer.strategy)"
-            )
-        self.ledger, self.tokenizer = ledger, tokenizer
-        self.sums = {}
-        self.remember({})
-
     def settings(self) -> dict[str, Any]:
         """Return all settings that a result depends on."""
         return {
             **super().settings(),
-            "layers": list(self.ledger.layers),
             "steps": self.steps,
             "lr": self.lr,
             "loss_threshold": self.loss_threshold,
-            "transforms": [transform.settings() for transform in self.transforms],
         }
 
     @property
@@ -221,7 +187,7 @@ class GradientEditor(Editor):
         )
         numbers = tuple(number for recorded in replaced for number in recorded.numbers)
         change = Change(removed=numbers, tensors=record if self.keep_increments else {})
-        return self._proposal(_plus(sums, increments, 1), change, entries, record, tuple(requests), watch.seconds)
+        return self._proposal(plus(sums, increments, 1), change, entries, record, tuple(requests), watch.seconds)
 
     def _fit(
         self, requests: Sequence[EditRequest], learner: Learner, status: Status
@@ -265,140 +231,3 @@ class GradientEditor(Editor):
                 f"the fine-tuning of edit {named} diverged at step {step}; nothing of it was written. Use a smaller "
                 f"learning rate (model.editor.init_args.lr, now {self.lr})"
             )
-
-    # ---- what is written ---------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _written(self, sums: Deltas) -> Deltas:
-        """Return what is written for sums of increments: bounded, and transformed."""
-        updates = {}
-        for layer in self.ledger.layers:
-            adapter, base = self.ledger.adapter, self.ledger.base[self.ledger.names[layer]]
-            if layer in sums:
-                delta = self.bounded(sums[layer])
-                if self.transforms:
-                    own = for_algebra(adapter.to_layout(layer, base))  # a transpose is its own inverse
-                    delta = transformed(delta, own, self.transforms)
-            else:
-                delta = for_algebra(base.new_zeros(adapter.shape(layer)))
-            updates[layer] = delta
-        return updates
-
-    def _proposal(
-        self,
-        sums: Deltas,
-        change: Change,
-        entries: tuple[LedgerEntry, ...] = (),
-        record: Mapping[str, Tensor] | None = None,
-        requests: tuple[EditRequest, ...] = (),
-        seconds: Mapping[str, float] | None = None,
-    ) -> Proposal:
-        if not entries and not change.restored and {e.number for e in self.ledger.entries} <= set(change.removed):
-            sums, record = {}, {}  # nothing holds: as in the beginning, to the last bit
-        written = self._written(sums)
-        updates = tuple(LayerUpdate(layer, self.ledger.names[layer], delta) for layer, delta in written.items())
-        return Proposal(requests, updates, entries, (sums, record), seconds or {}, change)
-
-    def accept(self, proposal: Proposal) -> None:
-        """Take in the sums that are now written."""
-        self.sums, record = proposal.pending
-        if record is not None:
-            self.remember(record)
-
-    # ---- taking out, putting back, doing again -----------------------------------------------------------------------
-
-    def replay(self, change: Change, entries: Sequence[LedgerEntry], old: Sequence[RecordedFacts]) -> Proposal | None:
-        """Do again what is on record; see :meth:`Editor.replay`."""
-        if entries and not change.tensors:
-            return None
-        sums = self._added(self.sums, old, 1 if change.restored else -1)
-        if not entries:
-            return self._proposal(sums, change)
-        record = {name: self._here(tensor) for name, tensor in change.tensors.items()}
-        return self._proposal(_plus(sums, self.increments(record), 1), change, tuple(entries), record)
-
-    def retract(self, facts: Sequence[RecordedFacts], reason: str = "", exact: bool = False) -> Proposal:
-        """Subtract what some steps have added; see :meth:`Editor.retract`.
-
-        The later steps stay as they are, though they began where the retracted ones ended.
-
-        Raises:
-            ArgumentError: If ``exact``, or if some of the edits were made in one step with others.
-        """
-        if exact:
-            raise ArgumentError(
-                f"{type(self).__name__} cannot take edits out exactly: each step was trained on the weights that the "
-                "earlier ones left. Leave exact out to subtract what they added, or run the stream again without them"
-            )
-        self._check_whole(facts, "taken out")
-        change = Change("undo", removed=_numbers(facts), reason=reason)
-        return self._proposal(self._added(self.sums, facts, -1), change)
-
-    def reinstate(self, facts: Sequence[RecordedFacts]) -> Proposal:
-        """Add what some steps had added; see :meth:`Editor.reinstate`.
-
-        Raises:
-            ArgumentError: If some of the edits were made in one step with others.
-        """
-        self._check_whole(facts, "put back")
-        return self._proposal(self._added(self.sums, facts, 1), Change("redo", restored=_numbers(facts)))
-
-    def _check_whole(self, facts: Sequence[RecordedFacts], done: str) -> None:
-        if broken := self._broken(facts):
-            raise ArgumentError(
-                f"these edits cannot be {done} alone: one was made {broken}, and what each has changed cannot be told "
-                f"apart. Name all edits of the step"
-            )
-
-    def _broken(self, facts: Sequence[RecordedFacts]) -> str:
-        """Say which edits of a step are missing among some, or nothing."""
-        for recorded in facts:
-            missing = sorted(set(self.ledger.history.beside(recorded.numbers[0])) - set(recorded.numbers))
-            if missing:
-                return f"in one step with edit {', '.join(map(str, missing))}"
-        return ""
-
-    def _added(self, sums: Deltas, facts: Iterable[RecordedFacts], sign: int) -> Deltas:
-        """Return the sums with the increments of some steps added or subtracted."""
-        for recorded in facts:
-            sums = _plus(sums, self.increments({n: self._here(t) for n, t in recorded.tensors.items()}), sign)
-        return sums
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        """Bring a recorded tensor to where the algebra is done."""
-        return tensor.to(algebra_device(self.ledger.adapter.device))
-
-    # ---- state -------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the sums of the increments."""
-        return {"editor": type(self).__name__, "sums": {str(layer): delta for layer, delta in self.sums.items()}}
-
-    def check_state(self, state: Mapping[str, Any], layers: Sequence[int]) -> None:
-        """Raise :class:`ArgumentError` if a saved state is of other layers or another method."""
-        if state.get("editor") != type(self).__name__:
-            raise ArgumentError(
-                f"the checkpoint was made by {state.get('editor', 'another editing method')}, this editor is "
-                f"{type(self).__name__}; use the config that it was made with"
-            )
-        saved = sorted(map(int, state["sums"]))
-        if saved and saved != sorted(layers):
-            raise ArgumentError(
-                f"the checkpoint edits layers {saved}, this editor {sorted(layers)}; use the config that the "
-                "checkpoint was made with"
-            )
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the sums on a prepared editor."""
-        self.check_state(state, self.ledger.layers)
-        self.sums = {int(layer): self._here(delta).clone() for layer, delta in state["sums"].items()}
-
-
-def _plus(sums: Deltas, increments: Deltas, sign: int) -> Deltas:
-    if not sums:
-        return {layer: sign * increment for layer, increment in increments.items()}
-    return {layer: sums[layer].to(increment.device) + sign * increment for layer, increment in increments.items()}
-
-
-def _numbers(facts: Sequence[RecordedFacts]) -> tuple[int, ...]:
-    return tuple(sorted(number for recorded in facts for number in recorded.numbers))

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from lit_edit.data.request import EditRequest
 from lit_edit.devices import for_algebra
 from lit_edit.editors.base import EditorInfo
-from lit_edit.editors.gradient import Deltas, GradientEditor, Learner
+from lit_edit.editors.gradient import GradientEditor, Learner
+from lit_edit.editors.increments import Deltas
 from lit_edit.editors.lessons import Lesson, target_lesson
 from lit_edit.errors import ArgumentError
 from lit_edit.tokens import continuation

@@ -23,7 +23,7 @@ Row = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class TokenGradients:
-    """Inputs and gradients, a row per target token: edit by edit, in the order of the text.
+    """Inputs and gradients, a row per target token (or per token that is read): edit by edit, in the order of the text.
 
     Attributes:
         inputs: By layer, ``(tokens, d_in)``, of the down projection.
@@ -39,7 +39,12 @@ class TokenGradients:
 
 
 def collect_gradients(
-    adapter: ModelAdapter, rows: Sequence[Row], layers: Sequence[int], pad: int, batch_tokens: int = BATCH_TOKENS
+    adapter: ModelAdapter,
+    rows: Sequence[Row],
+    layers: Sequence[int],
+    pad: int,
+    batch_tokens: int = BATCH_TOKENS,
+    everywhere: bool = False,
 ) -> TokenGradients:
     """Run edits forward and backward, each with the mean cross entropy of its target's tokens (teacher forcing).
 
@@ -52,18 +57,20 @@ def collect_gradients(
         layers: Which down projections.
         pad: Any token id.
         batch_tokens: Tokens at a time, at most, or one row.
+        everywhere: Return all tokens that are read, not only those that predict the target's: the gradient of a weight
+            is the sum over all of them.
 
     Returns:
         In float64.
     """
-    counts = [len(target) for _, target in rows]
+    counts = [len(target) + everywhere * (len(prompt) - 1) for prompt, target in rows]
     owner = torch.tensor([edit for edit, count in enumerate(counts) for _ in range(count)], dtype=torch.long)
     places = torch.arange(len(owner)).split(counts)
     inputs: dict[int, Tensor] = {}
     gradients: dict[int, Tensor] = {}
     losses: Tensor | None = None
     for batch in _batches([len(prompt) + len(target) - 1 for prompt, target in rows], batch_tokens):
-        found = _run(adapter, [rows[edit] for edit in batch], layers, pad)
+        found = _run(adapter, [rows[edit] for edit in batch], layers, pad, everywhere)
         at = torch.cat([places[edit] for edit in batch])
         if losses is None:
             losses = for_algebra(found.losses).new_zeros(len(rows))
@@ -82,7 +89,9 @@ def collect_gradients(
     )
 
 
-def _run(adapter: ModelAdapter, rows: Sequence[Row], layers: Sequence[int], pad: int) -> TokenGradients:
+def _run(
+    adapter: ModelAdapter, rows: Sequence[Row], layers: Sequence[int], pad: int, everywhere: bool
+) -> TokenGradients:
     """Run some rows together."""
     ids, mask = pad_right([prompt + target[:-1] for prompt, target in rows], pad, adapter.device)
     owner = torch.tensor([edit for edit, (_, target) in enumerate(rows) for _ in target], device=adapter.device)
@@ -100,11 +109,13 @@ def _run(adapter: ModelAdapter, rows: Sequence[Row], layers: Sequence[int], pad:
         count = torch.bincount(owner, minlength=len(rows))
         losses = nll.new_zeros(len(rows)).index_add(0, owner, nll) / count
         slopes = torch.autograd.grad(losses.sum(), [outputs[layer] for layer in layers])
+    if everywhere:
+        at = mask.nonzero(as_tuple=True)
     shape = (*ids.shape, -1)
     return TokenGradients(
         {layer: inputs[layer].reshape(shape)[at] for layer in layers},
         {layer: slope.reshape(shape)[at] for layer, slope in zip(layers, slopes, strict=True)},
-        owner,
+        at[0],
         losses.detach(),
     )
 

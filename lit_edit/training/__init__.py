@@ -1,1 +1,1 @@
-"""Training of the networks that some editors come with: ``lit-edit fit --config train/NAME``."""
+"""Training what some editors need before they can edit: Lightning modules, and the data that they share."""

@@ -13,7 +13,7 @@ import pytest
 from lit_edit.cli import main
 from lit_edit.commands.configs import shipped_configs
 
-NETWORKS = {"method/serac": "train/serac"}
+NETWORKS = {"method/serac": "train/serac", "method/mend": "train/mend"}
 """Methods that need a network, and how it is trained."""
 METHODS = [name for name in shipped_configs() if name.startswith("method/")]
 
