@@ -7,7 +7,7 @@ per edit: what an edit costs is one pass forward and backward.
 The network has to be trained first, for one model, on edits that are not those of the stream
 (:mod:`lit_edit.training.mend`)::
 
-    lit-edit fit --config train/mend --data.init_args.path counterfact.json
+    lit-edit fit --config train/mend --data.path counterfact.json --run_name mend
 
 By nature it holds for few edits in a row: it is trained on single edits of the original weights, and each edit here
 begins where the earlier ones have left the model. The paper edits several at once by the gradient of their joint loss;
@@ -50,7 +50,7 @@ class MEND(IncrementEditor):
     ones.
 
     Args:
-        network: The trained network, a ``network.safetensors``.
+        network: The run folder of ``lit-edit fit --config train/mend``, or the ``network.safetensors`` in it.
         same_weights: Refuse a network that was trained on other weights than the model's original ones. Without, only
             its kind and size are looked at, for a model that has been fine-tuned or edited since.
         transforms: Applied to what is written. The next step goes on from what is written.
@@ -79,7 +79,7 @@ class MEND(IncrementEditor):
         super().__init__(transforms)
         if not network:
             raise ArgumentError(
-                "MEND needs a trained network (model.editor.init_args.network, a network.safetensors). "
+                "MEND needs a trained network (model.editor.init_args.network, a run folder). "
                 f"Train one for the model with: {HOW_TO_TRAIN}"
             )
         self.path, self.same_weights = Path(network).expanduser(), same_weights

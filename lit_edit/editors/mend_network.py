@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from lit_edit.models.adapter import ModelAdapter
 
 FORMAT = "lit-edit MEND network 1"
-HOW_TO_TRAIN = "lit-edit fit --config train/mend --data.init_args.path counterfact.json"
+HOW_TO_TRAIN = "lit-edit fit --config train/mend --data.path counterfact.json --run_name mend"
 
 
 @dataclass(frozen=True)
@@ -270,9 +270,13 @@ class MENDNetwork(nn.Module):
     def load(cls, path: Path) -> MENDNetwork:
         """Read a network that :meth:`save` has written, on the CPU, frozen.
 
+        Args:
+            path: The file, or the run folder that has it.
+
         Raises:
             ArgumentError: If there is none; says how to train one.
         """
+        path = path / "network.safetensors" if path.is_dir() else path
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}

@@ -18,7 +18,6 @@ record and kept. An epoch over known records therefore costs only passes of the 
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from copy import deepcopy
@@ -42,8 +41,6 @@ from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.packed import TokenRows
 from lit_edit.tokens import continuation, pad_token
 from lit_edit.training.data import RecordBatch
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,6 @@ class MENDTraining(LightningModule):
         paraphrases: Of each record, how many are asked beside the edit prompt, at most.
         neighbors: Of each record, how many of its neighbours are to stay, at most.
         warm_up: The normaliser sees so many records before the first step. It goes on with each record that is new.
-        output: The file to write; by default ``network.safetensors`` in the Trainer's folder.
         keep: Which network is written: the ``best`` on the records held out (harmonic mean of the three success rates,
             then the lower validation loss), or the ``last`` one.
     """
@@ -146,7 +142,6 @@ class MENDTraining(LightningModule):
         paraphrases: int = 2,
         neighbors: int = 3,
         warm_up: int = 20,
-        output: str | None = None,
         keep: Literal["best", "last"] = "best",
     ) -> None:
         super().__init__()
@@ -172,7 +167,7 @@ class MENDTraining(LightningModule):
         self.lr, self.rate_lr, self.weight_decay = lr, rate_lr, weight_decay
         self.edit_weight, self.locality_weight = edit_weight, locality_weight
         self.paraphrases, self.neighbors, self.warm_up = paraphrases, neighbors, warm_up
-        self.output, self.keep = output, keep
+        self.keep = keep
         self.network: MENDNetwork | None = None
         self.after, self.before = EditMetrics(), EditMetrics()
         self.prepared: dict[str, PreparedRecord] = {}
@@ -319,16 +314,13 @@ class MENDTraining(LightningModule):
         if not self.trainer.sanity_checking and (self.best is None or score > self.best[0]):
             self.best = score, deepcopy(self._network.state_dict())
 
-    def on_fit_end(self) -> None:
-        """Write the network."""
-        network = self._network
+    def save_network(self, path: Path) -> None:
+        """Write the network, as it was at its best if that is to be kept."""
+        network, score = self._network, None
         if self.keep == "best" and self.best is not None:
+            score = self.best[0][0]
             network.load_state_dict(self.best[1])
-        if self.trainer.is_global_zero:
-            path = Path(self.output or Path(self.trainer.default_root_dir, "network.safetensors")).expanduser()
-            score = self.best[0][0] if self.keep == "best" and self.best is not None else None
-            network.save(path, {"steps": self.trainer.global_step, "records": len(self.prepared), "score": score})
-            log.info("the network is in %s; use it with --model.editor.init_args.network %s", path, path)
+        network.save(path, {"steps": self.trainer.global_step, "records": len(self.prepared), "score": score})
 
 
 def _number(value: float | None, missing: float = math.nan) -> float:

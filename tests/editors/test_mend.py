@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch import Trainer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -362,6 +360,7 @@ def train(folder: Path, steps: int = 8, **options: Any) -> tuple[MENDTraining, T
         default_root_dir=str(folder),
     )
     trainer.fit(module, RecordsDataModule.from_requests(REQUESTS, validation=2, batch_size=2))
+    module.save_network(folder / "network.safetensors")
     return module, trainer
 
 
@@ -471,25 +470,3 @@ def test_records_for_training_and_those_held_out() -> None:
         RecordsDataModule.from_requests(REQUESTS, validation=6)
     with pytest.raises(ValueError, match="limit must be larger than validation"):
         RecordsDataModule(limit=5, validation=5)
-
-
-@pytest.mark.filterwarnings("ignore:.*LightningCLI's args parameter")
-def test_the_shipped_config_parses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about Lightning's calls
-    file = Path(__file__).parents[2] / "configs" / "train" / "mend.yaml"
-    cli = LightningCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        run=False,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        parser_kwargs={"parser_mode": "omegaconf"},
-        args=["--config", str(file), "--data.init_args.path", "x.json"],
-    )
-    known = yaml.safe_load(file.read_text().replace("${seed_everything}", "0"))
-    assert isinstance(cli.model, MENDTraining)
-    assert isinstance(cli.datamodule, RecordsDataModule)
-    assert list(cli.model.layers) == known["model"]["init_args"]["layers"]
-    assert (cli.datamodule.path, cli.datamodule.skip) == ("x.json", known["data"]["init_args"]["skip"])
