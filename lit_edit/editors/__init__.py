@@ -24,6 +24,7 @@ from lit_edit.editors.saul import SAUL
 from lit_edit.editors.simie import SimIE
 from lit_edit.editors.transforms import UpdateTransform
 from lit_edit.editors.ultraedit import UltraEdit
+from lit_edit.editors.wise import WISE
 from lit_edit.targets.optimize import TargetSettings
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "ROME",
     "RROME",
     "SAUL",
+    "WISE",
     "AdaLoRA",
     "AlphaEdit",
     "ClosedFormEditor",
