@@ -207,6 +207,7 @@ class WISE(MemoryEditor):
         density: Share of the entries of a shard that merging keeps.
         memories: Whether each ``merge_freq`` edits are a memory of their own (``retrieve``), or all are merged into one
             (``merge``).
+        contexts: An edit is taught plain, and behind this many sentences, at most 40, that have nothing to do with it.
         seed: Of the shards' random entries.
     """
 
@@ -241,13 +242,14 @@ class WISE(MemoryEditor):
         merge_freq: int = 1000,
         density: float = 0.53,
         memories: Literal["retrieve", "merge"] = "retrieve",
+        contexts: int = 3,
         seed: int = 0,
     ) -> None:
         if layer is not None and layer < 0:
             raise ValueError(f"layer must not be negative, got {layer}")
         if margins is not None and (len(margins) != 3 or not all(0 <= margin < math.inf for margin in margins)):
             raise ValueError(f"margins must be three finite numbers, none negative, got {list(margins)}")
-        for name, value, least in (("steps", steps, 1), ("save_freq", save_freq, 1)):
+        for name, value, least in (("steps", steps, 1), ("save_freq", save_freq, 1), ("contexts", contexts, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         for name, number in (("lr", lr), ("bound", bound)):
@@ -267,7 +269,7 @@ class WISE(MemoryEditor):
         self.layer, self.margins, self.steps, self.lr = layer, margins, steps, lr
         self.loss_threshold, self.bound, self.ratio, self.act_ratio = loss_threshold, bound, ratio, act_ratio
         self.save_freq, self.merge_freq, self.density = save_freq, merge_freq, density
-        self.memories, self.seed = memories, seed
+        self.memories, self.contexts, self.seed = memories, contexts, seed
 
     # ---- before the stream -------------------------------------------------------------------------------------------
 
@@ -288,13 +290,14 @@ class WISE(MemoryEditor):
     def settings(self) -> dict[str, Any]:
         """Return all settings that a result depends on."""
         names = ("alpha", "beta", "gamma", "steps", "lr", "loss_threshold", "bound", "ratio", "act_ratio")
-        names += ("save_freq", "merge_freq", "density", "memories", "seed")
+        names += ("save_freq", "merge_freq", "density", "memories", "contexts", "seed")
         return {**super().settings(), "layer": self.place, **{name: getattr(self, name) for name in names}}
 
     def set_up(self, status: Status) -> None:
         """Read the keys of text that no edit is about."""
         adapter = self.ledger.original()
-        rows = [encode(self.tokenizer, text) for text in builtin_text("true_sentences.txt").splitlines()]
+        self.texts = builtin_text("true_sentences.txt").splitlines()
+        rows = [encode(self.tokenizer, text) for text in self.texts]
         keys: dict[int, Tensor] = {}
         with torch.no_grad(), adapter.fast_products():
             line = TokenRows(adapter, rows, pad_token(self.tokenizer)).line()
@@ -372,13 +375,13 @@ class WISE(MemoryEditor):
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Return what an edit moves of its shard's entries, the keys of its tokens ``(n, d_in)``, and facts."""
         adapter = self.ledger.original()
-        prompt, target = continuation(self.tokenizer, request.text, request.target_new)
-        lesson = target_lesson(prompt, target)
-        loss_of = LessonLoss(adapter, [[lesson]], self.place, pad_token(self.tokenizer))
+        prompts = [request.text, *(f"{sentence} {request.text}" for sentence in self.texts[: self.contexts])]
+        lessons = [target_lesson(*continuation(self.tokenizer, prompt, request.target_new)) for prompt in prompts]
+        loss_of = LessonLoss(adapter, [lessons], self.place, pad_token(self.tokenizer))
         read: dict[int, Tensor] = {}
         with torch.no_grad():
             loss_of.line.run(loss_of.hidden, self.place, self.place + 1, keys=read)
-            before = float(loss_of({})[0])
+            before = loss_of({})[0].item()
         row = read[self.place].to(self.dtype)
         taught = torch.zeros(len(row), dtype=torch.bool, device=row.device)
         taught[loss_of.where] = True
@@ -390,23 +393,24 @@ class WISE(MemoryEditor):
                 nll = loss_of({}, _Lesson(self.place, delta, keys))[0]
                 own, other = activations(delta, keys), activations(delta, others)
                 loss = nll + margin_loss(own, other, self.alpha, self.beta, self.gamma)
-            if not math.isfinite(float(loss)):
+            value = loss.item()
+            if not math.isfinite(value):
                 raise FloatingPointError(
                     f"the side memory of edit {request.id!r} ({shorten(request.text)!r} -> "
                     f"{shorten(request.target_new)!r}) diverged at step {step}; nothing was kept. Use a smaller lr "
                     f"(now {self.lr})"
                 )
-            status(f"training a side memory on {request.subject!r}: step {step}/{self.steps}, loss {float(loss):.3f}")
-            if step == self.steps or float(loss) < self.loss_threshold:
+            status(f"training a side memory on {request.subject!r}: step {step}/{self.steps}, loss {value:.3f}")
+            if step == self.steps or value < self.loss_threshold:
                 break
             (gradient,) = torch.autograd.grad(loss, [delta])
             delta = masked_step(delta.detach(), gradient, indices, self.lr, self.bound)
         facts = {
             "target_probability_before": math.exp(-before),
-            "target_probability": math.exp(-float(nll)),
-            "target_loss": float(nll),
-            "activation": float(own.min()),
-            "activation_elsewhere": float(other.max()),
+            "target_probability": math.exp(-nll.item()),
+            "target_loss": nll.item(),
+            "activation": own.min().item(),
+            "activation_elsewhere": other.max().item(),
             "steps": float(step),
         }
         return (delta.detach().cpu() - start).flatten()[indices.cpu()], keys.cpu(), facts
