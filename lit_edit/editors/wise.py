@@ -198,7 +198,7 @@ class WISE(MemoryEditor):
             (alpha, beta, gamma); by default published ones. They are lengths: what fits depends on the model.
         steps: Steps of gradient descent for an edit, at most.
         lr: Their length.
-        loss_threshold: Stop as soon as cross entropy and margins together are below this.
+        loss_threshold: Stop as soon as cross entropy is below this, and no other text has activations like the edit's.
         bound: No entry of a side memory is farther from the weight than this.
         ratio: Share of the entries that a shard may move.
         act_ratio: A side memory answers above this part of the smallest activation of its edits.
@@ -234,7 +234,7 @@ class WISE(MemoryEditor):
         margins: Sequence[float] | None = None,
         steps: int = 70,
         lr: float = 1.0,
-        loss_threshold: float = 1e-2,
+        loss_threshold: float = 0.05,
         bound: float = 1.0,
         ratio: float = 0.2,
         act_ratio: float = 0.88,
@@ -401,7 +401,8 @@ class WISE(MemoryEditor):
                     f"(now {self.lr})"
                 )
             status(f"training a side memory on {request.subject!r}: step {step}/{self.steps}, loss {value:.3f}")
-            if step == self.steps or value < self.loss_threshold:
+            known = nll.item() < self.loss_threshold and self.act_ratio * own.min() > other.max()
+            if step == self.steps or known:
                 break
             (gradient,) = torch.autograd.grad(loss, [delta])
             delta = masked_step(delta.detach(), gradient, indices, self.lr, self.bound)
