@@ -352,16 +352,16 @@ class WISE(MemoryEditor):
 
     def learn(self, requests: Sequence[EditRequest], kept: Sequence[Kept], status: Status) -> list[Learnt]:
         """Return what each edit moves, from where the one before it has left its shard, and its keys."""
-        moves: dict[int, list[Tensor]] = {}
+        held: dict[int, list[Mapping[str, Tensor]]] = {}
         for edit in kept:
-            moves.setdefault(self._shard(edit.entry.number), []).append(edit.tensors["move"])
+            held.setdefault(self._shard(edit.entry.number), []).append(edit.tensors)
         learnt = []
         for number, request in enumerate(requests, self.ledger.made + 1):
             shard = self._shard(number)
-            own = moves.setdefault(shard, [])
+            own = held.setdefault(shard, [])
             with self.ledger.adapter.fast_products():
-                move, keys, facts = self._train(request, self._delta(shard, own), self._indices(shard), status)
-            own.append(move)
+                move, keys, facts = self._train(request, shard, own, status)
+            own.append({"move": move, "keys": keys})
             learnt.append((keys, move, facts))
         most = max(len(keys) for keys, _, _ in learnt)
         return [
@@ -371,9 +371,16 @@ class WISE(MemoryEditor):
         ]
 
     def _train(
-        self, request: EditRequest, start: Tensor, indices: Tensor, status: Status
+        self, request: EditRequest, shard: int, held: Sequence[Mapping[str, Tensor]], status: Status
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Return what an edit moves of its shard's entries, the keys of its tokens ``(n, d_in)``, and facts."""
+        """Return what an edit moves of its shard's entries, the keys of its tokens ``(n, d_in)``, and facts.
+
+        Args:
+            request: The edit.
+            shard: Its shard.
+            held: What the edits that hold have left there.
+            status: Receives a line about what is going on.
+        """
         adapter = self.ledger.original()
         prompts = [request.text, *(f"{sentence} {request.text}" for sentence in self.texts[: self.contexts])]
         lessons = [target_lesson(*continuation(self.tokenizer, prompt, request.target_new)) for prompt in prompts]
@@ -386,13 +393,17 @@ class WISE(MemoryEditor):
         taught = torch.zeros(len(row), dtype=torch.bool, device=row.device)
         taught[loss_of.where] = True
         keys, others = row[taught], torch.cat([row[~taught], self.others])
-        delta, indices = start.to(row.device), indices.to(row.device)
+        earlier = torch.cat([keys[:0], *(one["keys"].to(keys) for one in held)])
+        start, indices = self._delta(shard, [one["move"] for one in held]), self._indices(shard)
+        delta, places = start.to(row.device), indices.to(row.device)
         for step in range(self.steps + 1):  # the last one only measures
             with torch.set_grad_enabled(step < self.steps):
                 delta = delta.detach().requires_grad_()
                 nll = loss_of({}, _Lesson(self.place, delta, keys))[0]
                 own, other = activations(delta, keys), activations(delta, others)
                 loss = nll + margin_loss(own, other, self.alpha, self.beta, self.gamma)
+                if len(earlier):
+                    loss = loss + (self.beta - activations(delta, earlier)).relu().mean()
             value = loss.item()
             if not math.isfinite(value):
                 raise FloatingPointError(
@@ -405,7 +416,7 @@ class WISE(MemoryEditor):
             if step == self.steps or known:
                 break
             (gradient,) = torch.autograd.grad(loss, [delta])
-            delta = masked_step(delta.detach(), gradient, indices, self.lr, self.bound)
+            delta = masked_step(delta.detach(), gradient, places, self.lr, self.bound)
         facts = {
             "target_probability_before": math.exp(-before),
             "target_probability": math.exp(-nll.item()),
@@ -414,7 +425,7 @@ class WISE(MemoryEditor):
             "activation_elsewhere": other.max().item(),
             "steps": float(step),
         }
-        return (delta.detach().cpu() - start).flatten()[indices.cpu()], keys.cpu(), facts
+        return (delta.detach().cpu() - start).flatten()[indices], keys.cpu(), facts
 
     # ---- taking out --------------------------------------------------------------------------------------------------
 

@@ -114,6 +114,7 @@ def naive(model: PreTrainedModel, editor: WISE) -> Tensor:
     delta = torch.zeros(adapter.shape(LAYER), dtype=F64)
     inside = torch.zeros(delta.numel(), dtype=torch.bool)
     inside[mask_indices(delta.numel(), editor.ratio, editor.seed, 0)] = True
+    earlier: list[Tensor] = []
     for request in REQUESTS[:2]:
         rows = [continuation(tokenizer, lead + request.text, request.target_new) for lead in ("", f"{sentences[0]} ")]
         for _ in range(editor.steps):
@@ -129,10 +130,13 @@ def naive(model: PreTrainedModel, editor: WISE) -> Tensor:
             a, b = ((torch.cat(keys) @ delta.T).norm(dim=1) for keys in (own, rest))
             alpha, beta, gamma = MARGINS
             margins = (b - alpha).relu().mean() + (beta - a).relu().mean() + (gamma + b - a[:, None]).relu().mean()
+            for keys in earlier:
+                margins = margins + (beta - (keys @ delta.T).norm(dim=1)).relu().mean()
             (gradient,) = torch.autograd.grad(torch.cat(nlls).mean() + margins, [delta])
             moved = (delta.detach() - editor.lr * gradient).clamp(-editor.bound, editor.bound)
             delta = torch.where(inside.view_as(delta), moved, delta.detach())
         moving.clear()
+        earlier.append(torch.cat(own))
     return delta
 
 
