@@ -27,6 +27,7 @@ from lit_edit.editors.serac import SERAC
 from lit_edit.editors.simie import SimIE
 from lit_edit.editors.transforms import UpdateTransform
 from lit_edit.editors.ultraedit import UltraEdit
+from lit_edit.editors.wise import WISE
 from lit_edit.targets.optimize import TargetSettings
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "RROME",
     "SAUL",
     "SERAC",
+    "WISE",
     "AdaLoRA",
     "AlphaEdit",
     "ClosedFormEditor",

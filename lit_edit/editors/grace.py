@@ -195,8 +195,8 @@ class GRACE(MemoryEditor):
             entries = add_entry(entries, Entry(edit.tensors["key"], edit.tensors["value"], self.radius, label))
         return Codebook(self.place, entries)
 
-    def learn(self, requests: Sequence[EditRequest], status: Status) -> list[Learnt]:
-        """Return each edit's key and value."""
+    def learn(self, requests: Sequence[EditRequest], kept: Sequence[Kept], status: Status) -> list[Learnt]:
+        """Return each edit's key and value, which depend on no other edit."""
         with self.ledger.adapter.fast_products():
             return [self._learn(request, status) for request in requests]
 

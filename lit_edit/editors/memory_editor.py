@@ -1,15 +1,15 @@
 """The engine of the editors that keep their edits beside the weights: they write no layer.
 
-What an edit leaves is on record, as numbers of fixed shapes; the memory (:mod:`lit_edit.models.memory`) is made of what
-is on record of the edits that hold, in their order. So an edit that is taken out leaves no trace, a journal is taken up
-without learning anything anew, and a checkpoint holds all that the memory is made of.
+What an edit leaves is on record; the memory (:mod:`lit_edit.models.memory`) is made of what is on record of the edits
+that hold, in their order. So a journal is taken up without learning anything anew, and a checkpoint holds all that the
+memory is made of. An edit that is taken out leaves no trace, unless a later one was learnt on top of it.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +34,7 @@ class Learnt:
     """What an edit leaves.
 
     Attributes:
-        tensors: By name, of the same shapes for every edit.
+        tensors: By name, of the same shapes for every edit of a step.
         facts: Numbers for the ledger.
     """
 
@@ -72,10 +72,16 @@ class MemoryEditor(Editor):
         """Load what is needed once, beside the model and the tokenizer (``self.ledger``, ``self.tokenizer``)."""
 
     @abstractmethod
-    def learn(self, requests: Sequence[EditRequest], status: Status) -> list[Learnt]:
+    def learn(self, requests: Sequence[EditRequest], kept: Sequence[Kept], status: Status) -> list[Learnt]:
         """Return what each of some edits leaves; nothing is changed.
 
-        It must not depend on the edits that hold: then taking one out is exact.
+        Where that depends on the edits that hold, taking one out is not exact: override :attr:`exact_undo` and refuse
+        it in :meth:`retract`.
+
+        Args:
+            requests: The edits of a step; the first has the number ``self.ledger.made + 1``.
+            kept: The edits that hold, in order, without those that are replaced in the step.
+            status: Receives a line about what is going on.
 
         Raises:
             FloatingPointError: If one cannot be learnt.
@@ -89,7 +95,7 @@ class MemoryEditor(Editor):
 
     @property
     def exact_undo(self) -> bool:
-        """Whether an edit that is taken out leaves what a stream without it would have made: always."""
+        """Whether an edit that is taken out leaves what a stream without it would have made."""
         return True
 
     def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
@@ -125,7 +131,8 @@ class MemoryEditor(Editor):
         """Learn some edits; see :meth:`Editor.propose`."""
         watch = Stopwatch()
         with watch("targets"):
-            learnt = self.learn(requests, status)
+            gone = _numbers(replaced)
+            learnt = self.learn(requests, [kept for n, kept in self.kept.items() if n not in gone], status)
         same = self.ledger.adapter.ranks.same
         stacked = {name: torch.stack([one.tensors[name] for one in learnt], -1) for name in learnt[0].tensors}
         tensors = {name: same(tensor).cpu() for name, tensor in stacked.items()}
@@ -133,7 +140,7 @@ class MemoryEditor(Editor):
             LedgerEntry(r.id, r.subject, r.text, r.target_new, dict(one.facts), r.as_dict())
             for r, one in zip(requests, learnt, strict=True)
         )
-        change = Change(removed=_numbers(replaced), tensors=tensors)
+        change = Change(removed=gone, tensors=tensors)
         return Proposal(tuple(requests), (), entries, _columns(tensors, len(entries)), watch.seconds, change)
 
     def accept(self, proposal: Proposal) -> None:
@@ -147,10 +154,11 @@ class MemoryEditor(Editor):
     def _kept_after(self, proposal: Proposal) -> dict[int, Kept]:
         entries = proposal.entries or [self.ledger.history.entry(number) for number in proposal.change.restored]
         added: list[dict[str, Tensor]] = proposal.pending
-        fresh = len(self.ledger.history.made) + 1  # of entries that have no number yet: they are not committed
+        fresh = self.ledger.made + 1  # of entries that have no number yet: they are not committed
+        numbers = [entry.number or fresh + i for i, entry in enumerate(entries)]
         new = {
-            entry.number or fresh + i: Kept(entry, tensors)
-            for i, (entry, tensors) in enumerate(zip(entries, added, strict=True))
+            number: Kept(replace(entry, number=number), tensors)
+            for number, entry, tensors in zip(numbers, entries, added, strict=True)
         }
         gone = set(proposal.change.removed)
         return dict(sorted((n, kept) for n, kept in {**self.kept, **new}.items() if n not in gone))

@@ -95,8 +95,8 @@ def _run(
     """Run some rows together."""
     ids, mask = pad_right([prompt + target[:-1] for prompt, target in rows], pad, adapter.device)
     owner = torch.tensor([edit for edit, (_, target) in enumerate(rows) for _ in target], device=adapter.device)
-    position = [len(prompt) - 1 + i for prompt, target in rows for i in range(len(target))]
-    at = owner, torch.tensor(position, device=adapter.device)
+    predicting = [len(prompt) - 1 + i for prompt, target in rows for i in range(len(target))]
+    at = owner, torch.tensor(predicting, device=adapter.device)
     wanted = torch.tensor([token for _, target in rows for token in target], device=adapter.device)
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
@@ -110,7 +110,8 @@ def _run(
         losses = nll.new_zeros(len(rows)).index_add(0, owner, nll) / count
         slopes = torch.autograd.grad(losses.sum(), [outputs[layer] for layer in layers])
     if everywhere:
-        at = mask.nonzero(as_tuple=True)
+        row, position = mask.nonzero(as_tuple=True)
+        at = row, position
     shape = (*ids.shape, -1)
     return TokenGradients(
         {layer: inputs[layer].reshape(shape)[at] for layer in layers},
