@@ -289,7 +289,17 @@ class WISE(MemoryEditor):
 
     def settings(self) -> dict[str, Any]:
         """Return all settings that a result depends on."""
-        names = ("alpha", "beta", "gamma", "steps", "lr", "loss_threshold", "bound", "ratio", "act_ratio")
+        names: tuple[str, ...] = (
+            "alpha",
+            "beta",
+            "gamma",
+            "steps",
+            "lr",
+            "loss_threshold",
+            "bound",
+            "ratio",
+            "act_ratio",
+        )
         names += ("save_freq", "merge_freq", "density", "memories", "contexts", "seed")
         return {**super().settings(), "layer": self.place, **{name: getattr(self, name) for name in names}}
 
