@@ -294,7 +294,7 @@ class IKE(MemoryEditor):
             self._room,
         )
 
-    def learn(self, requests: Sequence[EditRequest], status: Status) -> list[Learnt]:
+    def learn(self, requests: Sequence[EditRequest], kept: Sequence[Kept], status: Status) -> list[Learnt]:
         """Return each edit's vector, and what the model says of it with and without the context."""
         probability = partial(target_probability, self.ledger.original(), self.tokenizer)
         learnt = []

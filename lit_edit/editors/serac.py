@@ -169,7 +169,7 @@ class SERAC(MemoryEditor):
             self.threshold,
         )
 
-    def learn(self, requests: Sequence[EditRequest], status: Status) -> list[Learnt]:
+    def learn(self, requests: Sequence[EditRequest], kept: Sequence[Kept], status: Status) -> list[Learnt]:
         """Return each edit's vector, and what the two models say of it."""
         base, answers, learnt = self.ledger.original(), self._answers, []
         for request, vector in zip(requests, self._encode([request.text for request in requests]), strict=True):
