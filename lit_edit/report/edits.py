@@ -200,7 +200,11 @@ def _judge(edit: Edit, status: str) -> tuple[str, str]:
     if last.preferred:
         first = ""
         if edit.immediate is not None and edit.final is not None:
-            first = "; it was said right after the edit" if edit.immediate.hit else "; so it was right after the edit"
+            first = (
+                "; it was said right after the edit"
+                if edit.immediate.hit
+                else "; right after the edit it was no better"
+            )
         return "preferred only", (
             f"“{edit.wanted}” is preferred to “{edit.old}” (p {show_p(last.probability)} against "
             f"{show_p(last.other)}), but {told}{first}"
