@@ -193,14 +193,14 @@ def test_answers_of_base_and_edited_model_are_shown_for_every_edit(run: Path) ->
     table = Reader(page_of(run)).text("edits")
     assert "1 The capital of Italy is Vienna not Rome Rome p 0.050 Vienna p 0.90 Vienna p 0.90 holds" in table
     assert "2 The capital of Peru is Vienna not Rome Rome p 0.050 Vienna p 0.90 Rome p 0.050 forgotten" in table
-    assert "3 The capital of Chad is Vienna not Rome Rome p 0.050 Vienna p 0.90 Madrid p 0.40 second choice" in table
+    assert "3 The capital of Chad is Vienna not Rome Rome p 0.050 Vienna p 0.90 Madrid p 0.40 preferred only" in table
 
 
 def test_failures_are_listed_with_their_reason(run: Path) -> None:
     failed = Reader(page_of(run)).text("failed")
     assert "bad one a key is not finite" in failed
     assert "it held right after the edit (p 0.90); now the model says “Rome”: p(Vienna) is 0.050" in failed
-    assert "'Vienna' is preferred to 'Rome' (p 0.40 against 0.20), but the model says “Madrid”" in failed
+    assert "“Vienna” is preferred to “Rome” (p 0.40 against 0.20), but the model says “Madrid”; it was said" in failed
     assert "Italy" not in failed  # it holds
 
 

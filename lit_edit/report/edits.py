@@ -11,14 +11,14 @@ from lit_edit.report.reading import RunRecord
 
 STATES = {  # by name: how it is shown, and whether it is good
     "holds": "good",
-    "second choice": "fair",
+    "preferred only": "fair",
     "forgotten": "bad",
     "never took": "bad",
     "fails": "bad",
     "made": "plain",
     "taken out": "plain",
 }
-FAILED = ("never took", "forgotten", "fails", "second choice", "taken out")
+FAILED = ("never took", "forgotten", "fails", "preferred only", "taken out")
 REACHED = 0.5
 """A target whose probability stays below this was not found, so the solve had nothing to write."""
 
@@ -198,9 +198,16 @@ def _judge(edit: Edit, status: str) -> tuple[str, str]:
         return "holds", ""
     told = f"the model says “{last.text}”" if last.text else "the model says something else"
     if last.preferred:
-        return "second choice", (
-            f"{edit.wanted!r} is preferred to {edit.old!r} (p {show_p(last.probability)} against "
-            f"{show_p(last.other)}), but {told}"
+        first = ""
+        if edit.immediate is not None and edit.final is not None:
+            first = (
+                "; it was said right after the edit"
+                if edit.immediate.hit
+                else "; right after the edit it was no better"
+            )
+        return "preferred only", (
+            f"“{edit.wanted}” is preferred to “{edit.old}” (p {show_p(last.probability)} against "
+            f"{show_p(last.other)}), but {told}{first}"
         )
     now = f"p({edit.wanted}) is {show_p(last.probability)}"
     if last.other is not None:
