@@ -12,8 +12,9 @@ of how a new fact is used,
     Prompt: <the prompt>
 
 Demonstrations show to copy a fact, to update an answer to another wording, and to retain the answer about another
-subject, 1 : 3 : 4, as published. They are those of a set whose prompts are most like the edit's, the most like ones
-last. A fact is found by the prompt: a sentence encoder compares it with the prompts of the edits that hold.
+subject, 1 : 3 : 4, as published; the most like one, which stands last, is a copy. They are those of a set whose prompts
+are most like the edit's. A fact is found by the prompt: a sentence encoder compares it with the prompts of the edits
+that hold.
 
 The published evaluation knows which edit a prompt belongs to and always puts that one before it. Here nobody is told:
 the nearest edit is meant, where it is near enough (``threshold``). Without demonstrations the method is ICE, facts
@@ -48,8 +49,8 @@ from lit_edit.tokens import encode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-KINDS = ("retain", "update", "retain", "update", "copy", "retain", "update", "retain")
-"""Kinds of demonstrations, over and over: one copy to three updates to four retains."""
+KINDS = ("copy", "update", "retain", "update", "retain", "update", "retain", "retain")
+"""Kinds of demonstrations from the most like one on, over and over: one copy to three updates to four retains."""
 
 ROOM = 64
 """Tokens of a model's context that are left for an answer."""

@@ -65,7 +65,7 @@ def test_the_context_is_the_published_one() -> None:
     memory = contexts([fact("Paris is in", "Africa")], [far, near])
     assert put_before(memory, "Where is Paris? In") == (
         "New Fact: The author of Emma was Verne\nPrompt: Emma was written by Verne\n\n"
-        "New Fact: Rome is in Asia\nPrompt: Oslo is in Europe\n\n"
+        "New Fact: Rome is in Asia\nPrompt: Rome is in Asia\n\n"
         "New Fact: Paris is in Africa\nPrompt: "
     )
     assert put_before(contexts([fact("Paris is in", "Africa")]), "x") == "New Fact: Paris is in Africa\nPrompt: "
@@ -112,8 +112,8 @@ def test_demonstrations_are_of_the_published_kinds_and_give_nothing_away() -> No
     shown = [EditRequest.from_dict({"id": str(i), **record}) for i, record in enumerate(SHOWN)]
     memory = contexts([fact("The capital of Peru is", "Kyiv", "peru")], shown)
     assert "Oslo" not in put_before(memory, "Peru's capital is")  # of the same subject
-    assert "Lome" in put_before(memory, "Peru's capital is")
-    assert "Lome" not in put_before(memory, "The capital of Togo is")  # would be the answer
+    assert "Lima" in put_before(memory, "Peru's capital is")
+    assert "Lima" not in put_before(memory, "The capital of Mali is")  # would be the answer
 
 
 def test_what_does_not_fit_is_left_out_the_least_like_first() -> None:
@@ -175,7 +175,7 @@ def plain_nll(model: PreTrainedModel, before: str, text: str) -> torch.Tensor:
 
 QUESTION = (
     "New Fact: The capital of Mali is Lima\nPrompt: Mali's capital is Lima\n\n"
-    "New Fact: The capital of Peru is Oslo\nPrompt: The capital of Chad is Djamena\n\n"
+    "New Fact: The capital of Peru is Oslo\nPrompt: The capital of Peru is Oslo\n\n"
     "New Fact: The capital of Italy is Vienna\nPrompt: "
 )
 
