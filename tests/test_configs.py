@@ -29,7 +29,18 @@ def parsed(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, object]:
 
 def test_the_tree_is_there() -> None:
     folders = {name.partition("/")[0] for name in shipped_configs() if "/" in name}
-    assert folders == {"model", "method", "data", "trainer", "callbacks", "logger", "experiment", "sweep", "cluster", "train"}
+    assert folders == {
+        "model",
+        "method",
+        "data",
+        "trainer",
+        "callbacks",
+        "logger",
+        "experiment",
+        "sweep",
+        "cluster",
+        "train",
+    }
     assert {"quickstart", "counterfact", "zsre"} <= set(COMPLETE)
 
 

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from lit_edit.checksum import checksum
 from lit_edit.errors import ArgumentError
+from lit_edit.paths import write_atomically
 from lit_edit.solvers.functional import FactsError
 from lit_edit.solvers.lifelong import RunningMoments, merge_moments, normalise
 from lit_edit.tensor_files import save_tensors
@@ -262,9 +263,9 @@ class MENDNetwork(nn.Module):
             notes: What else is to stand in it, for people: primitives.
         """
         about = {"origin": asdict(self.origin), "rank": self.rank, "hidden": self.hidden, "notes": dict(notes or {})}
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_tensors(tensors, path, {"format": FORMAT, "network": json.dumps(about)})
+        metadata = {"format": FORMAT, "network": json.dumps(about)}
+        write_atomically(path, lambda target: save_tensors(tensors, target, metadata))
 
     @classmethod
     def load(cls, path: Path) -> MENDNetwork:
