@@ -214,7 +214,8 @@ class MENDNetwork(nn.Module):
 
     def observe(self, layer: int, inputs: Tensor, gradients: Tensor) -> None:
         """Count what a layer has been given in training; arguments as of :meth:`forward`."""
-        self.normalisers[str(layer)].observe(torch.cat([inputs, gradients], 1)[_says_something(inputs, gradients)])
+        normaliser: Any = self.normalisers[str(layer)]
+        normaliser.observe(torch.cat([inputs, gradients], 1)[_says_something(inputs, gradients)])
 
     def forward(self, layer: int, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return the factors of the update: :math:`\tilde u` and :math:`-\alpha_\ell \tilde\delta`.

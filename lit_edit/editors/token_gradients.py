@@ -110,7 +110,8 @@ def _run(
         losses = nll.new_zeros(len(rows)).index_add(0, owner, nll) / count
         slopes = torch.autograd.grad(losses.sum(), [outputs[layer] for layer in layers])
     if everywhere:
-        at = mask.nonzero(as_tuple=True)
+        row, column = mask.nonzero(as_tuple=True)
+        at = row, column
     shape = (*ids.shape, -1)
     return TokenGradients(
         {layer: inputs[layer].reshape(shape)[at] for layer in layers},
