@@ -2,7 +2,7 @@ r"""MEND (Mitchell et al., arXiv 2110.11309): one backward pass, and a trained n
 
 The gradient of the target's cross entropy, on the current weights, is taken apart into the factors of each token; the
 network (:mod:`lit_edit.editors.mend_network`) maps them to those of a better update, which is added. Nothing is fitted
-per edit: what an edit costs is one pass forward and backward.
+per edit: what an edit costs is one pass forward and backward (and one to measure it).
 
 The network has to be trained first, for one model, on edits that are not those of the stream
 (:mod:`lit_edit.training.mend`)::
@@ -29,6 +29,7 @@ from lit_edit.data.request import EditRequest
 from lit_edit.devices import for_algebra
 from lit_edit.editors.base import EditorInfo, Proposal, Status, Stopwatch, silent
 from lit_edit.editors.increments import Deltas, IncrementEditor, plus
+from lit_edit.editors.lessons import LessonLoss, target_lesson
 from lit_edit.editors.mend_network import HOW_TO_TRAIN, MENDNetwork
 from lit_edit.editors.token_gradients import collect_gradients
 from lit_edit.editors.transforms import UpdateTransform
@@ -63,7 +64,7 @@ class MEND(IncrementEditor):
         title="MEND",
         paper="Fast Model Editing at Scale, arXiv 2110.11309",
         kind="hyper-network",
-        cost="one forward and backward pass, after a training of minutes to hours for the model",
+        cost="two forward passes and one backward, after a training of minutes to hours for the model",
         state="the weights; on record the tokens' factors, d_in + d_out numbers per token and layer",
         batch=True,
         undo="approximate",
@@ -142,21 +143,28 @@ class MEND(IncrementEditor):
                 factors = self.network(layer, found.inputs[layer].to(place), found.gradients[layer].to(place))
                 record[f"inputs.{layer}"], record[f"values.{layer}"] = map(adapter.ranks.same, factors)
         increments = self.increments(record)
-        sizes = self._sizes(record, len(requests))
-        entries = tuple(
-            LedgerEntry(
-                r.id,
-                r.subject,
-                r.text,
-                r.target_new,
-                {"target_loss": loss, "target_probability_before": math.exp(-loss), "increment_norm": size},
-                r.as_dict(),
+        sums = plus(sums, increments, 1)
+        with watch("measuring"), torch.no_grad(), adapter.fast_products():
+            lessons = [[target_lesson(*row)] for row in rows]
+            after = LessonLoss(self._model(sums), lessons, self.ledger.layers[0], pad_token(self.tokenizer))({})
+        facts = [
+            {
+                "target_probability_before": math.exp(-before),
+                "target_probability": math.exp(-loss),
+                "target_loss": loss,
+                "increment_norm": size,
+            }
+            for before, loss, size in zip(
+                found.losses.tolist(), after.tolist(), self._sizes(record, len(requests)), strict=True
             )
-            for r, loss, size in zip(requests, found.losses.tolist(), sizes, strict=True)
+        ]
+        entries = tuple(
+            LedgerEntry(r.id, r.subject, r.text, r.target_new, own, r.as_dict())
+            for r, own in zip(requests, facts, strict=True)
         )
         numbers = tuple(number for recorded in replaced for number in recorded.numbers)
         change = Change(removed=numbers, tensors=record)
-        return self._proposal(plus(sums, increments, 1), change, entries, record, tuple(requests), watch.seconds)
+        return self._proposal(sums, change, entries, record, tuple(requests), watch.seconds)
 
     def _model(self, sums: Deltas) -> ModelAdapter:
         """Return the model with other sums than its own."""

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from lit_edit.checksum import checksum
 from lit_edit.errors import ArgumentError
+from lit_edit.paths import write_atomically
 from lit_edit.solvers.functional import FactsError
 from lit_edit.solvers.lifelong import RunningMoments, merge_moments, normalise
 from lit_edit.tensor_files import save_tensors
@@ -213,7 +214,8 @@ class MENDNetwork(nn.Module):
 
     def observe(self, layer: int, inputs: Tensor, gradients: Tensor) -> None:
         """Count what a layer has been given in training; arguments as of :meth:`forward`."""
-        self.normalisers[str(layer)].observe(torch.cat([inputs, gradients], 1)[_says_something(inputs, gradients)])
+        normaliser: Any = self.normalisers[str(layer)]
+        normaliser.observe(torch.cat([inputs, gradients], 1)[_says_something(inputs, gradients)])
 
     def forward(self, layer: int, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return the factors of the update: :math:`\tilde u` and :math:`-\alpha_\ell \tilde\delta`.
@@ -262,9 +264,9 @@ class MENDNetwork(nn.Module):
             notes: What else is to stand in it, for people: primitives.
         """
         about = {"origin": asdict(self.origin), "rank": self.rank, "hidden": self.hidden, "notes": dict(notes or {})}
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_tensors(tensors, path, {"format": FORMAT, "network": json.dumps(about)})
+        metadata = {"format": FORMAT, "network": json.dumps(about)}
+        write_atomically(path, lambda target: save_tensors(tensors, target, metadata))
 
     @classmethod
     def load(cls, path: Path) -> MENDNetwork:

@@ -208,7 +208,8 @@ class MENDTraining(LightningModule):
 
     def on_fit_start(self) -> None:
         """Bring the language model to where the network is."""
-        self.adapter.model.to(self.device)
+        model: nn.Module = self.adapter.model
+        model.to(self.device)
 
     def on_train_start(self) -> None:
         """Let the normaliser see some records before the first step."""

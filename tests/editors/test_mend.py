@@ -283,12 +283,28 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(network: str) -> None:
 def test_the_ledger_tells_of_each_edit(network: str) -> None:
     session = make(start(MEND(network)), REQUESTS[:2], batch=2)
     alone = make(start(MEND(network)), REQUESTS[1:2])
-    (name,) = (session.ledger.names[2],)
     told = session.ledger.entries[1].facts
     assert told["increment_norm"] == pytest.approx(alone.ledger.entries[0].facts["increment_norm"], rel=1e-9)
     deltas = alone.ledger.deltas
     assert told["increment_norm"] ** 2 == pytest.approx(sum(float(d.square().sum()) for d in deltas.values()), rel=1e-9)
-    assert name in deltas
+    assert len(deltas) == 2
+
+
+def test_the_ledger_tells_what_an_edit_has_done_to_its_target(network: str) -> None:
+    session = start(MEND(network))
+    prompt, target = continuation(tiny_tokenizer(), REQUESTS[0].text, REQUESTS[0].target_new)
+
+    def probability() -> float:
+        logits = session.ledger.adapter.model(input_ids=torch.tensor([[*prompt, *target[:-1]]])).logits[0]
+        logp = logits[len(prompt) - 1 :].log_softmax(-1)
+        return float(logp[range(len(target)), list(target)].mean().exp())
+
+    before = probability()
+    make(session, REQUESTS[:1])
+    told = session.ledger.entries[0].facts
+    assert told["target_probability_before"] == pytest.approx(before, rel=1e-9)
+    assert told["target_probability"] == pytest.approx(probability(), rel=1e-9)
+    assert told["target_probability"] != pytest.approx(before, rel=1e-3)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
