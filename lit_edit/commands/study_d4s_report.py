@@ -39,7 +39,8 @@ def write_part(part: str, grid: Grid, folder: Path) -> str:
     text = f"{said}\n\n{as_markdown(rows)}" if rows else f"{said}\n\nNothing has been measured yet.\n"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / f"{part}.md", lambda path: path.write_text(text, encoding="utf-8"))
-    write_atomically(folder / f"{part}.csv", lambda path: path.write_text(as_csv(rows), encoding="utf-8"))
+    if rows:
+        write_atomically(folder / f"{part}.csv", lambda path: path.write_text(as_csv(rows), encoding="utf-8"))
     write_atomically(folder / f"{part}.png", lambda path: figure.savefig(path, format="png", dpi=120))
     return text
 
