@@ -31,9 +31,8 @@ class RunReport(RunEndCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the report of an interrupted stream; nothing is measured for it."""
-        if not (trainer.is_global_zero and isinstance(pl_module, EditStream) and pl_module.model is not None):
-            return
-        if len(pl_module.ledger.history.made):  # else the command line takes the folder away
+        ledger = getattr(pl_module, "ledger", None)  # there is none before the model is loaded whole
+        if trainer.is_global_zero and isinstance(pl_module, EditStream) and ledger is not None and ledger.history.made:
             self._try(trainer, Path(self.folder or trainer.default_root_dir), pl_module)
 
     def _try(self, trainer: Trainer, folder: Path, cut: EditStream | None = None) -> None:
