@@ -177,7 +177,7 @@ class MENDTraining(LightningModule):
         self.after, self.before = EditMetrics(), EditMetrics()
         self.prepared: dict[str, PreparedRecord] = {}
         self.originals: dict[str, EditResult] = {}
-        self.best: tuple[tuple[float, float], dict[str, Tensor]] | None = None
+        self.best: tuple[tuple[float, float], int, dict[str, Tensor]] | None = None  # score, step, network
         self._losses: list[float] = []
 
     # ---- set up ------------------------------------------------------------------------------------------------------
@@ -318,17 +318,17 @@ class MENDTraining(LightningModule):
         )
         score = (_number(after["score"], 0.0), -loss)
         if not self.trainer.sanity_checking and (self.best is None or score > self.best[0]):
-            self.best = score, deepcopy(self._network.state_dict())
+            self.best = score, self.trainer.global_step, deepcopy(self._network.state_dict())
 
     def on_fit_end(self) -> None:
         """Write the network."""
-        network = self._network
+        network, score, step = self._network, None, self.trainer.global_step
         if self.keep == "best" and self.best is not None:
-            network.load_state_dict(self.best[1])
+            (score, _), step, state = self.best
+            network.load_state_dict(state)
         if self.trainer.is_global_zero:
             path = Path(self.output or Path(self.trainer.default_root_dir, "network.safetensors")).expanduser()
-            score = self.best[0][0] if self.keep == "best" and self.best is not None else None
-            network.save(path, {"steps": self.trainer.global_step, "records": len(self.prepared), "score": score})
+            network.save(path, {"step": step, "records": len(self.prepared), "score": score})
             log.info("the network is in %s; use it with --model.editor.init_args.network %s", path, path)
 
 
