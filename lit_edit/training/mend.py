@@ -172,7 +172,7 @@ class MENDTraining(LightningModule):
         self.after, self.before = EditMetrics(), EditMetrics()
         self.prepared: dict[str, PreparedRecord] = {}
         self.originals: dict[str, EditResult] = {}
-        self.best: tuple[tuple[float, float], dict[str, Tensor]] | None = None
+        self.best: tuple[tuple[float, float], int, dict[str, Tensor]] | None = None  # score, step, network
         self._losses: list[float] = []
 
     # ---- set up ------------------------------------------------------------------------------------------------------
@@ -313,15 +313,15 @@ class MENDTraining(LightningModule):
         )
         score = (_number(after["score"], 0.0), -loss)
         if not self.trainer.sanity_checking and (self.best is None or score > self.best[0]):
-            self.best = score, deepcopy(self._network.state_dict())
+            self.best = score, self.trainer.global_step, deepcopy(self._network.state_dict())
 
     def save_network(self, path: Path) -> None:
         """Write the network, as it was at its best if that is to be kept."""
-        network, score = self._network, None
+        network, score, step = self._network, None, self.trainer.global_step
         if self.keep == "best" and self.best is not None:
-            score = self.best[0][0]
-            network.load_state_dict(self.best[1])
-        network.save(path, {"steps": self.trainer.global_step, "records": len(self.prepared), "score": score})
+            (score, _), step, state = self.best
+            network.load_state_dict(state)
+        network.save(path, {"step": step, "records": len(self.prepared), "score": score})
 
 
 def _number(value: float | None, missing: float = math.nan) -> float:

@@ -458,7 +458,7 @@ def test_the_losses_are_those_of_plain_passes() -> None:
 def test_the_best_network_is_kept(tmp_path: Path) -> None:
     module, _ = train(tmp_path, steps=4)
     assert module.best is not None
-    assert equal(dict(MENDNetwork.load(tmp_path / "network.safetensors").state_dict()), module.best[1])
+    assert equal(dict(MENDNetwork.load(tmp_path / "network.safetensors").state_dict()), module.best[-1])
 
 
 @pytest.mark.parametrize(
