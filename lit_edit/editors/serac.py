@@ -15,7 +15,8 @@ minutes are enough. The counterfactual model is a small model of the same vocabu
 update of low rank is trained on it, and it may be the edited model itself, which then is not loaded twice.
 
 By nature SERAC needs training data like the edits to come, and learns nothing from the edits themselves: what one of
-them implies, the counterfactual model says only if it follows from reading it. There is no edited model to export.
+them implies, the counterfactual model says only if it follows from reading it. It is trained to say the new object, and
+what it writes behind that is poor: a small model tends to repeat it. There is no edited model to export.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ class SERAC(MemoryEditor):
         cost="a pass of the sentence encoder (the networks are trained once, before)",
         state="text and an embedding per edit; every prompt is compared with all of them; a counterfactual model",
         undo="exact",
-        lacks="editing without training data (lit-edit fit --config train/serac comes first); a model to export",
+        lacks="editing without training data (lit-edit fit --config train/serac comes first); good text behind the new "
+        "object within the scope (a small model writes it); a model to export",
     )
 
     def __init__(self, network: str | None = None, threshold: float = 0.5, counterfactual: str | None = None) -> None:

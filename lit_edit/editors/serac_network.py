@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lit_edit.errors import ArgumentError
+from lit_edit.paths import write_atomically
 from lit_edit.tensor_files import save_tensors
 
 if TYPE_CHECKING:
@@ -117,9 +118,8 @@ class SeracNetwork(nn.Module):
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         sizes = {"hidden": self.classifier.hidden, "width": self.classifier.width, "rank": self.rank}
         known = {"editor": "SERAC", **sizes, **settings}
-        save_tensors(
-            {**tensors, "seen": torch.tensor(sorted(seen), dtype=torch.int64)}, path, {"serac": json.dumps(known)}
-        )
+        tensors["seen"] = torch.tensor(sorted(seen), dtype=torch.int64)
+        write_atomically(path, lambda target: save_tensors(tensors, target, {"serac": json.dumps(known)}))
 
     @classmethod
     def load(cls, path: Path) -> tuple[SeracNetwork, dict[str, Any], frozenset[int]]:
