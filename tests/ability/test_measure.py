@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lit_edit.ability import measure
 from lit_edit.ability.files import TaskData
 from lit_edit.ability.measure import (
     NEW_TOKENS,
@@ -102,18 +103,10 @@ def test_what_is_said_is_greedy_whatever_the_batch(adapter: ModelAdapter) -> Non
     assert len(set(expected)) > 1
 
 
-def test_nothing_counts_behind_the_end_token() -> None:
+def test_nothing_counts_behind_the_end_token(adapter: ModelAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
     end, yes = TOKENIZER.eos_token_id, TOKENIZER.encode(" Yes")
-
-    class Model:
-        device = torch.device("cpu")
-        ranks = SimpleNamespace(deal=lambda items: [(i, True) for i in items], gather=lambda found: [found])
-
-        def sample(self, ids: torch.Tensor, new: int, **options: Any) -> torch.Tensor:
-            return torch.cat([ids, torch.tensor([[*yes, end, *yes]])], 1)
-
-    model: Any = Model()
-    assert say(model, TOKENIZER, ["Is it"]) == [" Yes"]
+    monkeypatch.setattr(measure, "continue_rows", lambda model, rows, new: [(*yes, end, *yes) for _ in rows])
+    assert say(adapter, TOKENIZER, ["Is it"]) == [" Yes"]
 
 
 LETTERS = TASKS["mmlu"].options
