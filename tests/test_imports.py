@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lit_edit.answers",
         "lit_edit.runs",
         "lit_edit.api",
+        "lit_edit.hard",
         "lit_edit.grids",
     ),
     ("lit_edit.loggers", "lit_edit.wandb_logger"),

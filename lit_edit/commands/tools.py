@@ -11,6 +11,7 @@ from typing import Any
 from lit_edit.commands.arguments import make_parser, positive
 from lit_edit.commands.eval_harness import run_eval_harness
 from lit_edit.commands.history import run_log, run_redo, run_undo
+from lit_edit.commands.mine_hard import run_mine_hard
 from lit_edit.commands.planning import run_plan
 from lit_edit.commands.report import run_report
 from lit_edit.commands.taking import run_apply, run_export
@@ -34,6 +35,7 @@ def run_tool(command: str, args: list[str]) -> None:
         "stats": _stats,
         "models": _models,
         "eval-harness": run_eval_harness,
+        "mine-hard": run_mine_hard,
     }
     tools[command](args)
 
