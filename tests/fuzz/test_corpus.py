@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,19 @@ SECONDS = 30
 LONGEST = 700
 """Letters of an error, paths left aside: nobody reads more."""
 
-each_file = pytest.mark.parametrize("case", FILES, ids=lambda case: case.name)
+SHARE = 3
+"""One case in so many is run every time; the others with ``pytest -m slow``."""
+
+
+def sampled(cases: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrise over all cases, most of them slow."""
+    marks = [() if number % SHARE == 0 else (pytest.mark.slow,) for number in range(len(cases))]
+    return pytest.mark.parametrize(
+        "case", [pytest.param(case, id=case.name, marks=mark) for case, mark in zip(cases, marks, strict=True)]
+    )
+
+
+each_file = sampled(FILES)
 
 
 @contextmanager
@@ -88,7 +101,7 @@ def test_a_broken_file_ends_in_a_data_error_that_names_the_place(case: BrokenFil
     assert len(error.replace(path, "")) < LONGEST
 
 
-@pytest.mark.parametrize("case", [case for case in FILES if case.good is not None], ids=lambda case: case.name)
+@sampled([case for case in FILES if case.good is not None])
 def test_a_broken_record_is_left_out_when_asked_and_no_other(case: BrokenFile, tmp_path: Path) -> None:
     logging.getLogger("lit_edit").setLevel(logging.ERROR)
     path = case.write(tmp_path)
@@ -145,7 +158,7 @@ def test_the_command_line_refuses_broken_files(
     assert len(path) > 200 or (f"{path}:{case.line}: " if case.line else path) in error
 
 
-@pytest.mark.parametrize("case", CONFIGS, ids=lambda case: case.name)
+@sampled(CONFIGS)
 def test_the_command_line_refuses_broken_configs(
     case: BrokenConfig, own_folder: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
