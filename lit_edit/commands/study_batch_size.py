@@ -135,7 +135,10 @@ def with_batches(grid: Grid, edits: int) -> list[Point]:
         grid: The study.
         edits: Of each run.
     """
-    single = {choice.label: _is_one_by_one(grid, choice) for choice in grid.axes[EDITOR]}
+    from lit_edit.commands.catalogue import known_editors
+
+    one_by_one = {editor.name for editor in known_editors() if not editor.about.get("batch", True)}
+    single = {choice.label: _class_of(grid, choice) in one_by_one for choice in grid.axes[EDITOR]}
     kept = []
     for point in grid.points:
         size, is_all = int(point.choices[1].settings[BATCH]), point.labels[BATCH] == ALL
@@ -144,13 +147,10 @@ def with_batches(grid: Grid, edits: int) -> list[Point]:
     return kept
 
 
-def _is_one_by_one(grid: Grid, choice: Choice) -> bool:
-    """Tell from the configs whether an editor makes one edit at a time."""
-    from lit_edit.commands.catalogue import known_editors
-
+def _class_of(grid: Grid, choice: Choice) -> str:
+    """Return the class of an editor, from the configs."""
     name = ""
     for config in (*grid.base, *choice.configs):
         content = yaml.safe_load(Path(find_config(config)).read_text(encoding="utf-8")) or {}
         name = ((content.get("model") or {}).get("editor") or {}).get("class_path", name)
-    single = {editor.name for editor in known_editors() if not editor.about.get("batch", True)}
-    return name.rpartition(".")[2] in single
+    return str(name).rpartition(".")[2]
