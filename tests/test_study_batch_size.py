@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from lit_edit import D4S, MEMIT, EditStream, LanguageModel, TargetSettings
@@ -58,6 +59,7 @@ def test_a_study_from_its_runs_to_its_table(
     study: list[str],
     pretended: Pretended,  # noqa: F811
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pretended.failing["d4s+2"] = lambda log: log.write_text("lit-edit: error: not today\n") and 2
@@ -76,7 +78,8 @@ def test_a_study_from_its_runs_to_its_table(
     assert text in capsys.readouterr().out
     assert (folder / "batch_size.png").stat().st_size > 5000
 
-    # again: what is done is kept
+    # again: what is done is kept; the same figure is not drawn once more here
+    monkeypatch.setattr("lit_edit.commands.study_batch_size_report.draw_batches", lambda rows: Figure((1, 1)))
     pretended.failing.clear()
     pretended.commands.clear()
     assert main([*study, "--only", "d4s"]) == 0

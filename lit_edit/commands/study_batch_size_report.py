@@ -31,6 +31,7 @@ PANELS = {
     "seconds per edit": "Seconds per edit",
 }
 """By column of the table: the heading of its panel."""
+SHARES = tuple(PANELS)[:5]
 _CHANGES = ("perplexity change", "largest growth of mean |W|")
 
 Row = dict[str, Any]
@@ -98,19 +99,20 @@ def draw_batches(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
         if place > 4:
             axis.set_xlabel("edits in a step")
-        _draw_panel(axis, lines_of(rows, column))
+        _draw_panel(axis, lines_of(rows, column), is_share=column in SHARES)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 
 
-def _draw_panel(axis: Axes, lines: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+def _draw_panel(axis: Axes, lines: Mapping[str, Sequence[tuple[int, float]]], is_share: bool) -> None:
     for number, (editor, line) in enumerate(lines.items()):
         seen = [(size, value) for size, value in line if math.isfinite(value)]
         look: Any = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
         # The first lie below and are broader: what coincides stays visible.
-        look |= {"markersize": 8 - 0.7 * min(number, 6), "linewidth": 3.4 - 0.35 * min(number, 6)}
+        share = number / max(1, len(lines) - 1)
+        look |= {"markersize": 11 - 5 * share, "linewidth": 4.5 - 3 * share, "markeredgecolor": "white"}
         axis.plot(*zip(*seen, strict=True) if seen else ((), ()), label=editor, gid=editor, **look)
     sizes = sorted({size for line in lines.values() for size, _ in line})
     values = [value for line in lines.values() for _, value in line if math.isfinite(value)]
@@ -120,5 +122,9 @@ def _draw_panel(axis: Axes, lines: Mapping[str, Sequence[tuple[int, float]]]) ->
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.minorticks_off()
-    if 0 < min(values) * LOGARITHMIC < max(values):
+    if is_share:  # differences of some hundredths are no mountains
+        low, high = min(values), max(values)
+        room = max(0.01, (0.2 - (high - low)) / 2)
+        axis.set_ylim(max(-0.02, low - room), min(1.02, high + room))
+    elif 0 < min(values) * LOGARITHMIC < max(values):
         axis.set_yscale("log")
