@@ -8,6 +8,10 @@ from lit_edit.commands.parts import choose_part
 
 STUDIES = MappingProxyType(
     {
+        "batch-size": (
+            "lit_edit.commands.study_batch_size:run_batch_size",
+            "the same edits in steps of 1, 4, 16, 64, 256 and all at once",
+        ),
         "d4s": (
             "lit_edit.commands.study_d4s:run_d4s",
             "the D4S paper's questions: decline, norms, ability, settings",
