@@ -41,7 +41,7 @@ def test_fit_commands_parse(command: str, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as stop:
         main([*shlex.split(command)[1:], "--print_config"])
     assert stop.value.code == 0
-    assert "class_path: lit_edit.editors" in capsys.readouterr().out
+    assert "class_path: lit_edit." in capsys.readouterr().out  # of an editor, or of what trains its network
 
 
 def test_ci_calls_the_test_command_of_the_readme() -> None:
