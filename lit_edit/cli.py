@@ -33,6 +33,7 @@ commands:
   undo       take edits out again:     lit-edit undo --run runs/x --edit 17 (or --last 3, --subject Italy)
   redo       put them back:            lit-edit redo --run runs/x --edit 17
   trace      where facts are recalled: lit-edit trace --data known_facts.json --model smollm2-135m
+  choose-layers  for a new model:    lit-edit choose-layers --model smollm2-135m --data counterfact.json
   report     a run as a web page:      lit-edit report --run runs/x (--runs runs/a runs/b compares)
   plan       memory and time of a fit: lit-edit plan --config quickstart --devices 2 --tflops 400
   eval-harness  both in lm-eval:     lit-edit eval-harness --run runs/x --tasks sst2 mmlu --limit 50
@@ -45,7 +46,10 @@ lit-edit COMMAND --help explains each. A run leaves everything in runs/<name>/; 
 """
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test")
-TOOLS = ("ask", "export", "apply", "log", "undo", "redo", "report", "plan", "trace", "stats", "models", "eval-harness")
+TOOLS = (
+    "ask", "export", "apply", "log", "undo", "redo", "report", "plan", "trace", "stats", "models", "eval-harness",
+    "choose-layers",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

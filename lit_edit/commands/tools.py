@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_edit.commands.arguments import make_parser, positive
+from lit_edit.commands.choose_layers import run_choose_layers
 from lit_edit.commands.eval_harness import run_eval_harness
 from lit_edit.commands.history import run_log, run_redo, run_undo
 from lit_edit.commands.planning import run_plan
@@ -34,6 +35,7 @@ def run_tool(command: str, args: list[str]) -> None:
         "stats": _stats,
         "models": _models,
         "eval-harness": run_eval_harness,
+        "choose-layers": run_choose_layers,
     }
     tools[command](args)
 
