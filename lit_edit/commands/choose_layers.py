@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -249,10 +249,17 @@ def _settings(
         "stride": plan.stride,
         "seed": options.seed,
         "default": list(plan.default),
-        "editor": json.dumps(editor, sort_keys=True),  # as text: settings may be infinite
-        "statistics": json.dumps(method.statistics, sort_keys=True),
         "window": method.window,
+        **_flat("editor", editor),
+        **_flat("statistics", {**method.statistics, "cache": None}),
     }
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """Return settings by their full names, as text: they may be infinite, which JSON is not."""
+    if isinstance(value, Mapping) and value:
+        return {k: v for key, part in value.items() for k, v in _flat(f"{name}.{key}", part).items()}
+    return {name: repr(value)}
 
 
 def _report(found: Found, plan: Plan, trials: Sequence[Trial], out: Path) -> None:

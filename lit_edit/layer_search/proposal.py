@@ -26,7 +26,7 @@ def place_of_layers(editor: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if "layers" in arguments:
         found: Mapping[str, Any] = arguments
         return found
-    base = arguments.get("base")
+    base: Any = arguments.get("base")
     return place_of_layers(base) if hasattr(base, "get") else None
 
 

@@ -89,7 +89,8 @@ def search_layers(plan: Plan, measure: Measure, tell: Tell = lambda what, number
             trials.append(measure(stage, layers, edits))
         return sorted(trials, key=lambda trial: trial.rank, reverse=True)
 
-    candidates, best = coarse_layers(plan.depth, plan.stride), []
+    candidates = coarse_layers(plan.depth, plan.stride)
+    best: list[Trial] = []
     rounds = rounds_of(plan.stride, plan.edits)
     for number, turn in enumerate(rounds, 1):
         if best:
