@@ -23,7 +23,7 @@ from lit_edit.editors.rome import ROME
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.layer_search.bench import Bench
 from lit_edit.layer_search.candidates import check_widths, coarse_layers, groups_around, rounds_of, with_neighbours
-from lit_edit.layer_search.folder import SearchFolder
+from lit_edit.layer_search.folder import ResultsFolder
 from lit_edit.layer_search.key_statistics import StatisticsOfAll
 from lit_edit.layer_search.sample import draw_samples
 from lit_edit.layer_search.search import Found, Plan, search_layers
@@ -230,16 +230,16 @@ def test_key_statistics_of_all_layers_are_counted_once(tmp_path: Path, monkeypat
 
 
 def test_the_folder_goes_on(tmp_path: Path) -> None:
-    folder = SearchFolder(tmp_path)
+    folder = ResultsFolder(tmp_path, Trial.from_dict)
     assert folder.open({"seed": 0}) == []
     trials = [Trial("single", (1,), 3, 0.5, perplexity=float("inf")), Trial("held out", (1, 2), 7, error="it diverges")]
     for trial in trials:
-        folder.append(trial)
+        folder.append(trial.as_dict())
     with folder.results.open("ab") as file:
         file.write(b'{"stage": "gro')
     kept = [replace(trials[0], perplexity=None), trials[1]]
-    assert SearchFolder(tmp_path).open({"seed": 0}) == kept
-    assert SearchFolder(tmp_path).open({"seed": 0}) == kept  # the torn line is gone
+    assert ResultsFolder(tmp_path, Trial.from_dict).open({"seed": 0}) == kept
+    assert ResultsFolder(tmp_path, Trial.from_dict).open({"seed": 0}) == kept  # the torn line is gone
     with pytest.raises(ArgumentError, match=r"other settings \(seed was 0, is 1\)"):
         folder.open({"seed": 1})
     with folder.results.open("a") as file:

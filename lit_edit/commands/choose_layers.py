@@ -118,6 +118,18 @@ class Method:
             )
         self.stream = self.parser.make()["model"]
 
+    def settings(self) -> dict[str, str]:
+        """Return all settings that results depend on, but for the layers."""
+        import copy
+
+        from lit_edit.layer_search.proposal import place_of_layers
+
+        editor = copy.deepcopy(self.editor)
+        place: Any = place_of_layers(editor)
+        place.pop("layers")
+        statistics = {name: value for name, value in self.statistics.items() if name not in ("cache", "force")}
+        return {"window": str(self.window), **_flat("editor", editor), **_flat("statistics", statistics)}
+
     def make(self, layers: Sequence[int] | None) -> Editor:
         """Make an editor; ``None``: of the layers that it takes by itself.
 
@@ -143,10 +155,11 @@ def _search(
     from lit_edit.layer_search.bench import Bench
     from lit_edit.layer_search.candidates import automatic_stride, check_widths
     from lit_edit.layer_search.figures import draw_search
-    from lit_edit.layer_search.folder import SearchFolder
+    from lit_edit.layer_search.folder import ResultsFolder
     from lit_edit.layer_search.key_statistics import StatisticsOfAll
     from lit_edit.layer_search.proposal import proposal_text
     from lit_edit.layer_search.search import Plan, search_layers
+    from lit_edit.layer_search.trial import Trial
     from lit_edit.models import ModelAdapter
     from lit_edit.paths import write_atomically
 
@@ -174,7 +187,7 @@ def _search(
             options.held_out,
             bench.default_layers(),
         )
-        folder = SearchFolder(out)
+        folder = ResultsFolder(out, Trial.from_dict)
         trials = folder.open(_settings(options, method, bench, plan, sample + held_out))
         kept = {trial.key: trial for trial in trials}
         found = search_layers(plan, _measurer(bench, folder, kept, sample, held_out), partial(_show, bar))
@@ -220,7 +233,7 @@ def _measurer(
         if key not in kept:
             requests = held_out if stage == "held out" else sample
             kept[key] = bench.measure(stage, layers, requests[:edits])
-            folder.append(kept[key])
+            folder.append(kept[key].as_dict())
         return replace(kept[key], stage=stage)
 
     return measure
@@ -230,14 +243,8 @@ def _settings(
     options: argparse.Namespace, method: Method, bench: Bench, plan: Plan, requests: Sequence[EditRequest]
 ) -> dict[str, Any]:
     """Return all that decides about the numbers, as JSON can hold it."""
-    import copy
     import json
 
-    from lit_edit.layer_search.proposal import place_of_layers
-
-    editor = copy.deepcopy(method.editor)
-    place: Any = place_of_layers(editor)
-    place.pop("layers")
     data = json.dumps([request.as_dict() for request in requests], sort_keys=True)
     return {
         "model": options.model,
@@ -249,13 +256,11 @@ def _settings(
         "stride": plan.stride,
         "seed": options.seed,
         "default": list(plan.default),
-        "window": method.window,
-        **_flat("editor", editor),
-        **_flat("statistics", {**method.statistics, "cache": None}),
+        **method.settings(),
     }
 
 
-def _flat(name: str, value: Any) -> dict[str, Any]:
+def _flat(name: str, value: Any) -> dict[str, str]:
     """Return settings by their full names, as text: they may be infinite, which JSON is not."""
     if isinstance(value, Mapping) and value:
         return {k: v for key, part in value.items() for k, v in _flat(f"{name}.{key}", part).items()}
