@@ -46,6 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lit_edit.api",
         "lit_edit.hard",
         "lit_edit.grids",
+        "lit_edit.layer_search.*",
     ),
     ("lit_edit.loggers", "lit_edit.wandb_logger"),
     ("lit_edit.report", "lit_edit.report.*"),

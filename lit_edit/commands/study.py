@@ -17,6 +17,7 @@ STUDIES = MappingProxyType(
             "the D4S paper's questions: decline, norms, ability, settings",
         ),
         "mqd": ("lit_edit.commands.study_mqd:run_mqd", "what the kind of question does to sequential editing"),
+        "tracing": ("lit_edit.commands.study_tracing:run_tracing", "whether causal tracing says where to edit"),
     }
 )
 """By name: the function that takes the arguments behind it, and what the help says."""

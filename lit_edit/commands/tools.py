@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_edit.commands.arguments import make_parser, positive
+from lit_edit.commands.choose_layers import run_choose_layers
 from lit_edit.commands.eval_harness import run_eval_harness
 from lit_edit.commands.history import run_log, run_redo, run_undo
 from lit_edit.commands.mine_hard import run_mine_hard
@@ -36,6 +37,7 @@ def run_tool(command: str, args: list[str]) -> None:
         "models": _models,
         "eval-harness": run_eval_harness,
         "mine-hard": run_mine_hard,
+        "choose-layers": run_choose_layers,
     }
     tools[command](args)
 

@@ -1,0 +1,134 @@
+"""Which layers and groups of layers are tried. Numbers in, numbers out: no model, no files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lit_edit.errors import ArgumentError
+
+Layers = tuple[int, ...]
+"""A candidate: the layers that are edited together, ascending."""
+
+ROUNDS = 3
+"""Of single layers, at least: so the first is over a quarter of the edits."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round of the search over single layers.
+
+    Attributes:
+        step: Distance of the neighbours that are tried beside the best layers of the round before; 0: none are.
+        edits: How many edits each candidate makes.
+    """
+
+    step: int
+    edits: int
+
+
+def automatic_stride(depth: int) -> int:
+    """Return the distance of the first grid's layers: about eight of them over the depth.
+
+    Example:
+        >>> [automatic_stride(depth) for depth in (4, 12, 30, 48)]
+        [1, 2, 4, 6]
+    """
+    return max(1, round(depth / 8))
+
+
+def rounds_of(stride: int, edits: int) -> list[Round]:
+    """Return the rounds over single layers: the grid gets finer by halves, and the edits twice as many.
+
+    Example:
+        >>> [(r.step, r.edits) for r in rounds_of(4, 12)]
+        [(4, 3), (2, 6), (1, 12)]
+        >>> [(r.step, r.edits) for r in rounds_of(1, 12)]
+        [(1, 3), (0, 6), (0, 12)]
+    """
+    steps = [stride]
+    while steps[-1] > 1:
+        steps.append(steps[-1] // 2)
+    steps += [0] * (ROUNDS - len(steps))
+    fewest = min(2, edits)
+    return [
+        Round(step, max(fewest, math.ceil(edits / 2 ** (len(steps) - 1 - number)))) for number, step in enumerate(steps)
+    ]
+
+
+def survivors_of(count: int) -> int:
+    """Return how many of so many candidates go on to the next round: a quarter, and two at least."""
+    return max(2, count // 4)
+
+
+def coarse_layers(depth: int, stride: int) -> list[Layers]:
+    """Return the first grid of single layers.
+
+    Raises:
+        ArgumentError: If the model has no second layer at this stride.
+
+    Example:
+        >>> coarse_layers(10, 4)
+        [(0,), (4,), (8,)]
+    """
+    if not 1 <= stride < max(2, depth):
+        raise ArgumentError(f"--stride must be from 1 to {depth - 1} (the model has {depth} layers), got {stride}")
+    return [(layer,) for layer in range(0, depth, stride)]
+
+
+def with_neighbours(best: Iterable[Layers], step: int, depth: int) -> list[Layers]:
+    """Return single layers, and those ``step`` below and above that the model has, each once.
+
+    Example:
+        >>> with_neighbours([(4,), (0,)], 2, 6)
+        [(4,), (2,), (0,)]
+    """
+    found = [(layer + shift,) for (layer,) in best for shift in (0, -step, step) if 0 <= layer + shift < depth]
+    return list(dict.fromkeys(found))
+
+
+def groups_around(best: Iterable[Layers], widths: Sequence[int], depth: int) -> list[Layers]:
+    """Return groups of consecutive layers that end at, lie around, and begin at the best single layers.
+
+    Args:
+        best: Single layers.
+        widths: Layers in a group; groups of one are left out, they have been tried.
+        depth: Layers of the model.
+
+    Example:
+        >>> groups_around([(3,)], [1, 3], depth=5)
+        [(1, 2, 3), (2, 3, 4)]
+    """
+    found = []
+    for (layer,) in best:
+        for width in sorted(set(widths) - {1}):
+            for first in (layer - width + 1, layer - width // 2, layer):
+                if first >= 0 and first + width <= depth:
+                    found.append(tuple(range(first, first + width)))
+    return list(dict.fromkeys(found))
+
+
+def check_widths(widths: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Return the widths, ascending and each once.
+
+    Raises:
+        ArgumentError: If the model has not so many layers.
+    """
+    if not widths or min(widths) < 1 or max(widths) > depth:
+        raise ArgumentError(
+            f"--widths must be from 1 to {depth}, the layers of the model, got {' '.join(map(str, widths)) or 'none'}"
+        )
+    return tuple(sorted(set(widths)))
+
+
+def shown(layers: Sequence[int]) -> str:
+    """Return layers for people.
+
+    Example:
+        >>> shown((6, 7, 8)), shown((4,)), shown((1, 3))
+        ('6-8', '4', '1, 3')
+    """
+    if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ", ".join(map(str, layers))
