@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from lit_edit.stats.second_moment import KeyStatistics, weights_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,9 @@ def edit(
             ``refuse``.
 
     Returns:
-        The same model, edited, and what was done.
+        The same model, edited, and what was done. Editors that keep their edits beside the weights (GRACE, WISE, IKE,
+        SERAC) leave the model as it was: ``with outcome.ledger.adapter.patched(): model(...)`` computes with the edits
+        of the first two.
 
     Raises:
         DataError: If a request is broken; names its number. On any error the model is as it was.
@@ -129,4 +134,9 @@ def edit(
     except BaseException:  # nobody would hold the ledger that could take the first edits back
         ledger.restore_base()
         raise
+    if adapter.memory is not None:
+        log.warning(
+            "%s keeps its edits beside the weights: the model itself is as it was (see outcome.ledger.adapter.patched)",
+            type(editor).__name__,
+        )
     return model, Outcome(ledger, summarise(before.values(), before), summarise(after, before), session)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import torch
 from torch import Tensor
 
-from lit_edit.export import ExportError, check_export_file, read_tensors
+from lit_edit.export import ExportError, check_export_file, check_written, read_tensors
 from lit_edit.ledger import EditLedger, EditRefusedError, LayerUpdate, LedgerEntry
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.language_model import DType, LanguageModel
@@ -70,6 +70,7 @@ def export_delta(ledger: EditLedger, path: Path, base_hash: str, base: LanguageM
     Raises:
         ExportError: If the file exists or cannot be made, or nothing was edited.
     """
+    check_written(ledger)
     path = path.expanduser()
     check_export_file(path)
     check_edited(ledger)

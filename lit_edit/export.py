@@ -48,6 +48,7 @@ def export_model(
     Raises:
         ExportError: If the folder holds files, or is one.
     """
+    check_written(ledger)
 
     def fill(ready: Path) -> None:
         with system_errors(ready):
@@ -56,6 +57,16 @@ def export_model(
         (ready / "README.md").write_text(model_card(ledger.entries, base_name, ledger.layer_norms()), encoding="utf-8")
 
     return write_folder(folder, fill)
+
+
+def check_written(ledger: EditLedger) -> None:
+    """Raise :class:`ExportError` if the edits are kept beside the weights: there is no edited model to take away."""
+    if ledger.adapter.memory is not None:
+        raise ExportError(
+            "these edits are kept beside the weights, in the memory of the run: there is no edited model, delta or "
+            "adapter to export. Ask the run with lit-edit ask; in Python see 'Editors that keep their edits beside the "
+            "weights' in docs/editors.md"
+        )
 
 
 def write_folder(folder: Path, fill: Callable[[Path], object]) -> Path:
@@ -128,8 +139,8 @@ tags: [knowledge-editing, lit-edit]
 
 # {escape(base_name)}, edited
 
-This is {escape(base_name)} with {len(entries)} facts changed by lit-edit: closed-form updates of MLP down
-projections (D4S, [arXiv 2410.23843](https://arxiv.org/abs/2410.23843), and relatives). The statements below are what
+This is {escape(base_name)} with {len(entries)} facts changed by lit-edit: updates of
+MLP down projections. The statements below are what
 the model was **made to say**; they need not be true.
 
 {edits_table(entries)}

@@ -323,6 +323,7 @@ class EditLedger:
         for layer in self.layers:
             write_(self.adapter.own_weight(layer), self.base[self.names[layer]])
         self.deltas.clear()
+        self.adapter.memory = None
         self.history, self.position = EditHistory(), 0
         if self.journal.path is None:
             self.journal = Journal()

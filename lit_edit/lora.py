@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lit_edit.data.request import EditRequest
 from lit_edit.deltas import check_edited
 from lit_edit.errors import ArgumentError
-from lit_edit.export import edits_table, escape, write_folder
+from lit_edit.export import check_written, edits_table, escape, write_folder
 from lit_edit.ledger import EditLedger, LedgerEntry
 from lit_edit.metrics.evaluation import Summary, evaluate_edits, summarise
 from lit_edit.models.language_model import LanguageModel
@@ -119,6 +119,7 @@ def export_lora(ledger: EditLedger, folder: Path, base: LanguageModel, rank: int
         ExportError: If the folder holds files or is one, or nothing was edited.
         ArgumentError: If ``rank`` is below 1.
     """
+    check_written(ledger)
     check_edited(ledger)
     names = [name for name in ledger.names.values() if name in ledger.deltas]  # in the order of the layers
     parts = factorise({name: ledger.deltas[name] for name in names}, rank)

@@ -75,6 +75,7 @@ class OpenRun:
         self.ledger.journal, self.ledger.history = journal, EditHistory.of(journal.records)
         self.editor.resolve_layers(self.ledger.adapter)
         self.editor.prepare(self.ledger, self.tokenizer, {})
+        EditSession(self.ledger, self.editor, self.language_model.name, self.base_hash).check()
         self.editor.recall()
 
 

@@ -104,6 +104,11 @@ class EditSession:
                 }
             )
 
+    def check(self) -> None:
+        """Raise :class:`ArgumentError` if the journal was begun with other weights or settings than those at hand."""
+        if (begun := self._begun()) is not None:
+            self._check(begun)
+
     def _begun(self) -> Record | None:
         begun = [record for record in self.ledger.journal.records if record["kind"] == "begin"]
         return begun[-1] if begun else None

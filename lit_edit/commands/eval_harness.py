@@ -80,7 +80,13 @@ def run_eval_harness(args: list[str]) -> None:
         measured["base"] = measure("base")
     if both or options.edited:
         run.apply()
-        measured["edited"] = measure("edited")
+        if adapter.memory is not None and adapter.memory.routes([""]) is not None:
+            raise ArgumentError(
+                f"{type(run.editor).__name__} answers prompts along routes of its own, which lm-eval does not know: "
+                "the callback lit_edit.callbacks.Ability measures tasks with them"
+            )
+        with adapter.patched():  # an editor may keep its edits beside the weights
+            measured["edited"] = measure("edited")
     rows = result_rows(measured)
     settings = {"tasks": options.tasks, "limit": options.limit, "shots": options.shots, "edits": len(run.entries)}
     path = options.run.expanduser() / "eval_harness.json"

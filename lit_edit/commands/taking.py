@@ -47,7 +47,6 @@ def run_export(args: list[str]) -> None:
     if options.rank is not None and options.kind != "lora":
         parser.error("--rank belongs to --as lora")
 
-    from lit_edit.errors import ArgumentError
     from lit_edit.export import check_export_file, check_export_folder
     from lit_edit.runs import open_run
 
@@ -55,12 +54,6 @@ def run_export(args: list[str]) -> None:
     if options.run.expanduser().is_dir():  # before a model is loaded; and no folder is made for a run that is not there
         (check_export_file if options.kind == "delta" else check_export_folder)(target)
     run = open_run(options.run)
-    if run.editor is not None:
-        raise ArgumentError(
-            f"{type(run.editor).__name__} keeps its edits beside the weights, in the memory that {options.run} holds: "
-            "there is no edited model, delta or adapter to export. Ask it with lit-edit ask; in Python see "
-            "'Editors that keep their edits beside the weights' in docs/editors.md"
-        )
     run.apply()
     {"model": _write_model, "delta": _write_delta, "lora": _write_lora}[options.kind](run, target, options)
 

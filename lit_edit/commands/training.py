@@ -191,6 +191,7 @@ class EditCLI(LightningCLI):
             trainer.callbacks = [trainer.callbacks]
         if trainer.enable_progress_bar is False:
             trainer.callbacks = [c for c in trainer.callbacks or [] if not c.class_path.endswith("ProgressBar")]
+        _make_absolute((config.model.editor or {}).get("init_args"))
         folder = self._run_folder(config)  # found by settings as they are kept
         self.run_folder = folder
         if self.subcommand == "fit" and leads():
@@ -438,6 +439,14 @@ def check_checkpoint(path: Path) -> None:
         raise ArgumentError(f"--ckpt_path {error}") from None
     if not isinstance(saved, dict) or "lit_edit" not in saved:
         raise ArgumentError(f"--ckpt_path {path}: not a checkpoint of lit-edit")
+
+
+def _make_absolute(editor: Any) -> None:
+    """Name the files that an editor's settings name in full: undo and ask may be called from another folder."""
+    for name in ("network", "demonstration_path"):
+        value = None if editor is None else editor.get(name)
+        if isinstance(value, str) and os.path.exists(os.path.expanduser(value)):
+            editor[name] = str(Path(value).expanduser().resolve())
 
 
 def _point_logger(class_path: str, init_args: Any, folder: Path) -> None:

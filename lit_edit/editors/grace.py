@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest, shorten
+from lit_edit.devices import for_algebra
 from lit_edit.editors.base import EditorInfo, Status
 from lit_edit.editors.lessons import LessonLoss, target_lesson
 from lit_edit.editors.memory_editor import Kept, Learnt, MemoryEditor
@@ -108,14 +109,17 @@ class Codebook(Memory):
         return {self.layer: self._look_up} if self.entries else {}
 
     def _look_up(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        keys, radii = self.keys.to(inputs.device), self.radii.to(inputs.device)
-        asked = inputs.detach().reshape(-1, inputs.shape[-1]).to(keys)
-        # Of entries at equal distance the newest is meant.
-        nearest = len(keys) - 1 - torch.cdist(asked, keys.flip(0)).argmin(1)
-        # Not what cdist says, which has round-off like the keys' length: an edit's own key is at distance zero.
-        distance = torch.linalg.vector_norm(asked - keys[nearest], dim=1)
+        # In float64: what cdist computes by products has round-off like the keys' length.
+        asked = for_algebra(inputs.detach().reshape(-1, inputs.shape[-1]))
+        distances = torch.cdist(asked, for_algebra(self.keys).to(asked.device))
         # A key is recomputed in passes of other shapes: that much is no distance.
-        hit = distance <= radii[nearest] + 1e-4 * torch.linalg.vector_norm(asked, dim=1)
+        same = 1e-4 * torch.linalg.vector_norm(asked, dim=1)
+        # Of entries at equal distance the newest is meant.
+        near = distances <= distances.min(1, keepdim=True).values + same[:, None]
+        nearest = torch.where(near, torch.arange(near.shape[1], device=near.device), -1).max(1).values
+        distance = distances.gather(1, nearest[:, None])[:, 0]
+        nearest, distance, same = (found.to(inputs.device) for found in (nearest, distance, same))
+        hit = distance <= self.radii.to(inputs.device)[nearest] + same
         values = self.values.to(inputs.device, outputs.dtype)[nearest]
         return torch.where(hit[:, None], values, outputs.reshape(len(asked), -1)).reshape(outputs.shape)
 

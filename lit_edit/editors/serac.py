@@ -34,7 +34,14 @@ from lit_edit.data.request import EditRequest, shorten
 from lit_edit.editors.base import EditorInfo, Status
 from lit_edit.editors.lessons import target_probability
 from lit_edit.editors.memory_editor import Kept, Learnt, MemoryEditor
-from lit_edit.editors.serac_network import HOW_TO_TRAIN, ScopeClassifier, SeracNetwork, record_number, stated
+from lit_edit.editors.serac_network import (
+    HOW_TO_TRAIN,
+    ScopeClassifier,
+    SeracNetwork,
+    fingerprint,
+    record_number,
+    stated,
+)
 from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.encoder import Encoder, load_encoder
@@ -138,7 +145,7 @@ class SERAC(MemoryEditor):
         """Return the model that the update was trained on: the one at hand, if it is that one."""
         base = self.ledger.original()
         layer = max(self._trained.layers)
-        here = layer < base.n_layers and checksum(base.weight(layer)) == known["checksum"]
+        here = layer < base.n_layers and fingerprint(base.weight(layer)) == known["checksum"]
         if here and self.counterfactual is None:
             return base
         name = self.counterfactual or known["language_model"]
@@ -151,7 +158,7 @@ class SERAC(MemoryEditor):
             )
         small = ModelAdapter(model.to(base.device))  # type: ignore[arg-type]
         small.ranks = base.ranks
-        if checksum(small.weight(layer)) != known["checksum"]:
+        if fingerprint(small.weight(layer)) != known["checksum"]:
             log.warning("the counterfactual model %s is not the one that network %s was trained on", name, self.network)
         return small
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lit_edit.checksum import checksum
 from lit_edit.errors import ArgumentError
 from lit_edit.paths import write_atomically
 from lit_edit.tensor_files import save_tensors
@@ -40,6 +41,11 @@ def stated(edit: str, target: str) -> str:
 def record_number(text: str) -> int:
     """Return a number that stands for a training record in the list of those a network has seen."""
     return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big", signed=True)
+
+
+def fingerprint(weight: Tensor) -> str:
+    """Return digits for a weight that are the same in whatever type it was loaded."""
+    return checksum(weight.detach().to(torch.bfloat16).float())
 
 
 class ScopeClassifier(nn.Module):

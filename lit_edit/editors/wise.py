@@ -335,7 +335,10 @@ class WISE(MemoryEditor):
             parts = [self._delta(shard, [edit.tensors["move"] for edit in shards[shard]]) for shard in members]
             deltas.append(parts[0] if len(parts) == 1 else ties_merge(parts, self.density))
             keys = torch.cat([edit.tensors["keys"] for shard in members for edit in shards[shard]])
-            thresholds.append(self.act_ratio * activations(deltas[-1], keys.to(deltas[-1])).min())
+            smallest = activations(deltas[-1], keys.to(deltas[-1])).min()
+            # An edit that merging has all but wiped out must not open the memory to every token: those of other text
+            # have been trained to stay below alpha.
+            thresholds.append((self.act_ratio * smallest).clamp(min=self.alpha))
         if not deltas:
             return SideMemories(self.place, torch.zeros(0), torch.zeros(0))
         return SideMemories(self.place, torch.stack(deltas).to(adapter.device), torch.stack(thresholds))

@@ -188,7 +188,7 @@ class ModelAdapter:
         if not 0 <= layer < self.n_layers:
             raise ArgumentError(
                 f"layer {layer} does not exist: this model has layers 0 to {self.n_layers - 1}; "
-                "choose others with --model.editor.init_args.layers"
+                "choose others (the editor's setting layers, or layer)"
             )
 
     def weight_name(self, layer: int) -> str:

@@ -17,7 +17,7 @@ import sys
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -88,6 +88,13 @@ class NetworkCLI(LightningCLI):
         parser.add_argument("--run_name", type=str | None, default=None, help="Name of the run; by default the time.")
         parser.add_argument("--runs_dir", type=str, default="runs", help="Folder in which run folders are made.")
         parser.add_argument(
+            "--resume",
+            type=Literal["never", "auto"],
+            default="never",
+            help="auto: go on where an earlier run of this name was cut; begin where there is none; do nothing where "
+            "it has come to its end.",
+        )
+        parser.add_argument(
             "--overwrite", type=bool, default=False, help="Delete an earlier run of the same name instead of refusing."
         )
 
@@ -108,6 +115,13 @@ class NetworkCLI(LightningCLI):
             raise ArgumentError(f"--run_name {name!r} must be a plain folder name (letters, digits, and . _ + = @ -)")
         self.run_folder = Path(config.runs_dir).expanduser().resolve() / name
         config.trainer.default_root_dir = str(self.run_folder)
+        if config.resume == "auto" and not config.get("ckpt_path"):
+            if (self.run_folder / NETWORK).is_file():
+                sys.stdout.write(f"{self.run_folder} has come to its end already: see {NETWORK} there\n")
+                raise SystemExit(0)
+            last = self.run_folder / "checkpoints" / "last.ckpt"
+            if last.is_file():
+                config.ckpt_path = str(last)
         loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
         for logger in loggers:
             if hasattr(logger, "class_path"):
@@ -134,7 +148,7 @@ class NetworkCLI(LightningCLI):
         config, folder = self.config["fit"], self.run_folder
         left = [path for path in folder.iterdir() if path.name != ".lock"] if folder.is_dir() else []
         if left and not config.get("ckpt_path"):
-            if not config.overwrite:
+            if not config.overwrite and config.resume != "auto":
                 raise ArgumentError(
                     f"the run folder {folder} exists; choose another --run_name, or delete it with --overwrite true"
                 )

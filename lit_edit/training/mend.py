@@ -20,11 +20,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -123,8 +122,6 @@ class MENDTraining(LightningModule):
         paraphrases: Of each record, how many are asked beside the edit prompt, at most.
         neighbors: Of each record, how many of its neighbours are to stay, at most.
         warm_up: The normaliser sees so many records before the first step. It goes on with each record that is new.
-        keep: Which network is written: the ``best`` on the records held out (harmonic mean of the three success rates,
-            then the lower validation loss), or the ``last`` one.
     """
 
     def __init__(
@@ -142,7 +139,6 @@ class MENDTraining(LightningModule):
         paraphrases: int = 2,
         neighbors: int = 3,
         warm_up: int = 20,
-        keep: Literal["best", "last"] = "best",
     ) -> None:
         super().__init__()
         for name, value in (("lr", lr), ("rate_lr", rate_lr), ("edit_rate", edit_rate)):
@@ -160,19 +156,16 @@ class MENDTraining(LightningModule):
                 raise ValueError(f"{name} must not be negative or infinite, got {value}")
         if layers is not None and (len(layers) == 0 or list(layers) != sorted(set(layers)) or min(layers) < 0):
             raise ValueError(f"layers must be ascending, different and not negative, got {list(layers)}")
-        if keep not in ("best", "last"):
-            raise ValueError(f"keep must be 'best' or 'last', got {keep!r}")
         self.language_model, self.layers = language_model, None if layers is None else tuple(layers)
         self.rank, self.hidden, self.edit_rate = rank, hidden, edit_rate
         self.lr, self.rate_lr, self.weight_decay = lr, rate_lr, weight_decay
         self.edit_weight, self.locality_weight = edit_weight, locality_weight
         self.paraphrases, self.neighbors, self.warm_up = paraphrases, neighbors, warm_up
-        self.keep = keep
         self.network: MENDNetwork | None = None
         self.after, self.before = EditMetrics(), EditMetrics()
         self.prepared: dict[str, PreparedRecord] = {}
         self.originals: dict[str, EditResult] = {}
-        self.best: tuple[tuple[float, float], int, dict[str, Tensor]] | None = None  # score, step, network
+        self.counted: set[str] = set()  # by the normaliser
         self._losses: list[float] = []
 
     # ---- set up ------------------------------------------------------------------------------------------------------
@@ -225,7 +218,8 @@ class MENDTraining(LightningModule):
             # Validation runs in inference mode, whose tensors could not be used in training.
             with torch.inference_mode(False), torch.enable_grad():
                 self.prepared[request.id] = self._prepare(request)
-            if observe:
+            if observe and request.id not in self.counted:
+                self.counted.add(request.id)
                 found = self.prepared[request.id]
                 for layer in self._network.layers:
                     self._network.observe(layer, found.inputs[layer], found.gradients[layer])
@@ -292,7 +286,7 @@ class MENDTraining(LightningModule):
             self.before.update(before)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the measurements, and remember the best network so far."""
+        """Log the measurements."""
         if not self._losses:
             return
         after, before = self.after.compute(), self.before.compute()
@@ -311,17 +305,20 @@ class MENDTraining(LightningModule):
             },
             sync_dist=True,
         )
-        score = (_number(after["score"], 0.0), -loss)
-        if not self.trainer.sanity_checking and (self.best is None or score > self.best[0]):
-            self.best = score, self.trainer.global_step, deepcopy(self._network.state_dict())
 
     def save_network(self, path: Path) -> None:
-        """Write the network, as it was at its best if that is to be kept."""
-        network, score, step = self._network, None, self.trainer.global_step
-        if self.keep == "best" and self.best is not None:
-            (score, _), step, state = self.best
-            network.load_state_dict(state)
-        network.save(path, {"step": step, "records": len(self.prepared), "score": score})
+        """Write the network."""
+        self._network.save(path, {"records": len(self.counted)})
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which records the normaliser has counted: it is to count each once."""
+        checkpoint["counted"] = sorted(self.counted)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting where an earlier process has ended."""
+        self.counted = set(checkpoint["counted"])
 
 
 def _number(value: float | None, missing: float = math.nan) -> float:

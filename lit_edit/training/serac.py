@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.classification import BinaryAccuracy
 
-from lit_edit.checksum import checksum
 from lit_edit.editors.lessons import LessonLoss, target_lesson
-from lit_edit.editors.serac_network import SeracNetwork, record_number, stated
+from lit_edit.editors.serac_network import SeracNetwork, fingerprint, record_number, stated
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.encoder import MINILM, Encoder, load_encoder
 from lit_edit.models.language_model import LanguageModel
@@ -77,7 +76,10 @@ class SeracTraining(LightningModule):
             return
         model, self.tokenizer = self.language_model.load()
         # Neither is a part of this module: their weights belong in no checkpoint.
-        self._models: tuple[ModelAdapter, Encoder] = (ModelAdapter(model), self.load_encoder())
+        self._models: tuple[ModelAdapter, Encoder] = (
+            ModelAdapter(model, self.language_model.arch),
+            self.load_encoder(),
+        )
         adapter = self._models[0]
         depth = adapter.n_layers
         layers = range(depth - max(1, depth // 4), depth) if self.layers is None else sorted(set(self.layers))
@@ -155,6 +157,6 @@ class SeracTraining(LightningModule):
         settings = {
             "language_model": self.language_model.name,
             "encoder": self.encoder,
-            "checksum": checksum(adapter.own_weight(self.network.layers[-1]).detach()),
+            "checksum": fingerprint(adapter.own_weight(self.network.layers[-1]).detach()),
         }
         self.network.save(path, settings, self.seen)

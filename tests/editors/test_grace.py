@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lit_edit.cli import main
 from lit_edit.editors.grace import GRACE, Codebook, Entry, add_entry
 from lit_edit.errors import ArgumentError
+from lit_edit.export import ExportError, export_model
 from lit_edit.generation import continue_greedily
 from lit_edit.metrics.evaluation import evaluate_edits
 from lit_edit.metrics.scoring import score_continuations, text_nlls
@@ -76,6 +77,15 @@ def test_the_nearest_entry_answers_within_its_radius() -> None:
     assert not Codebook(1).patches()
 
 
+def test_of_two_entries_that_round_off_alone_tells_apart_the_newest_answers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(40, 512, generator=generator)
+    keys[39] = keys[7] * (1 + 1e-6)
+    book = Codebook(1, [Entry(key, torch.full((1,), float(n)), 0.5, str(n)) for n, key in enumerate(keys)])
+    said = book.patches()[1](keys, torch.full((40, 1), -1.0))[:, 0].tolist()
+    assert said == [float(n) if n != 7 else 39.0 for n in range(40)]
+
+
 # ---- the model with its memory ---------------------------------------------------------------------------------------
 
 
@@ -134,6 +144,21 @@ def test_the_model_itself_is_left_alone_but_inside_patched() -> None:
     untouched = ModelAdapter(tiny_model("llama", F64))
     found, wanted = (score_continuations(a, tiny_tokenizer(), pairs) for a in (session.ledger.original(), untouched))
     assert found[0].nll == wanted[0].nll
+
+
+def test_what_takes_everything_back_takes_the_memory_back() -> None:
+    session = make(begin(), REQUESTS[:2])
+    before = probabilities(begin())
+    assert probabilities(session) != before
+    session.ledger.restore_base()
+    assert probabilities(session) == before
+
+
+def test_there_is_no_edited_model_to_export(tmp_path: Path) -> None:
+    session = make(begin(), REQUESTS[:1])
+    with pytest.raises(ExportError, match="kept beside the weights"):
+        export_model(session.ledger.adapter.model, tiny_tokenizer(), session.ledger, tmp_path / "out", "tiny")
+    assert not (tmp_path / "out").exists()
 
 
 def test_generation_uses_the_memory() -> None:
@@ -318,9 +343,14 @@ def test_a_run_from_beginning_to_end(
     assert main(["ask", "--run", "runs/x", prompt]) == 0
     cells = [line.split("│")[2:4] for line in capsys.readouterr().out.splitlines() if prompt[:8] in line]
     assert cells[0][0].strip() != cells[0][1].strip()
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("radius: 0.05", "radius: 5.0"))
+    assert main(["ask", "--run", "runs/x", prompt]) == 2
+    assert "radius 0.05, now 5.0" in capsys.readouterr().err
+    (run / "config.yaml").write_text(config)
     assert main(["undo", "--run", "runs/x", "--last", "1"]) == 0
     assert json.loads((run / "summary.json").read_text())["edits"] == 2
     capsys.readouterr()
     assert main(["export", "--run", "runs/x"]) == 2
-    assert "GRACE keeps its edits beside the weights" in capsys.readouterr().err
+    assert "kept beside the weights" in capsys.readouterr().err
     assert not (run / "edited").exists()

@@ -381,7 +381,7 @@ def train(folder: Path, steps: int = 8, **options: Any) -> tuple[MENDTraining, T
 
 
 def test_training_lowers_the_loss_and_leaves_a_network_to_edit_with(tmp_path: Path) -> None:
-    module, trainer = train(tmp_path, keep="last", edit_weight=1.0)
+    module, trainer = train(tmp_path, edit_weight=1.0)
     assert equal(
         dict(module.adapter.model.named_parameters()), dict(tiny_model("gpt2", F32).named_parameters())
     )  # the language model is as it was
@@ -455,10 +455,16 @@ def test_the_losses_are_those_of_plain_passes() -> None:
     assert float(loss.detach()) == pytest.approx(0.3 * float(edit.detach()) + 2 * float(locality.detach()), rel=1e-12)
 
 
-def test_the_best_network_is_kept(tmp_path: Path) -> None:
-    module, _ = train(tmp_path, steps=4)
-    assert module.best is not None
-    assert equal(dict(MENDNetwork.load(tmp_path / "network.safetensors").state_dict()), module.best[-1])
+def test_a_training_that_goes_on_counts_no_record_twice(tmp_path: Path) -> None:
+    module, _ = train(tmp_path, steps=2)
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    counts = {name: int(normaliser.count) for name, normaliser in module.network.normalisers.items()}
+    module.on_load_checkpoint(checkpoint)
+    module.prepared.clear()  # as in a new process
+    for request in REQUESTS[:4]:
+        module._known(request)
+    assert {name: int(normaliser.count) for name, normaliser in module.network.normalisers.items()} == counts
 
 
 @pytest.mark.parametrize(
@@ -467,7 +473,6 @@ def test_the_best_network_is_kept(tmp_path: Path) -> None:
         ({"lr": 0.0}, "lr must be positive"),
         ({"layers": [2, 1]}, "layers must be ascending"),
         ({"edit_weight": -1.0}, "edit_weight must not be negative"),
-        ({"keep": "first"}, "keep must be"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
