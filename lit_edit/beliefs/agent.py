@@ -2,9 +2,9 @@ r"""The ideal reader of the belief testbed (arXiv 2406.19354): Dirichlet-categor
 
 There is one table per subject and relation, one per relation, and one per relation and upstream object, each with a
 prior of mass 1 spread evenly over the relation's objects. What a sentence counts for, as published: an object that is
-said, or called true, 1; for one that is called false, 1 is spread evenly over all others; each claim of a true "or" 2/3
-and of a false "and" 1/3, which are the probabilities that it holds. What the reader believes of a fact whose subject has
-the upstream relation is
+said, or called true, 1; for one that is called false, 1 is spread evenly over all others; each claim of a true "or"
+2/3 and of a false "and" 1/3, which are the probabilities that it holds. What the reader believes of a fact whose
+subject has the upstream relation is
 
 .. math:: p(o \mid s, r) = \sum_{o_u} p(o \mid r, o_u)\, p(o_u \mid s, r_u),
 
@@ -22,7 +22,6 @@ relation and of the upstream object are shared with other subjects; for them the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 
 import numpy as np
 
@@ -204,4 +203,6 @@ class Agent:
 
     def copy(self) -> Agent:
         """Return an agent of the same beliefs, which can be edited by itself."""
-        return deepcopy(self)
+        found = Agent(self.objects, self.upstream)  # tables are replaced, never changed in place
+        found.own, found.pooled, found.given, found.edits = map(dict, (self.own, self.pooled, self.given, self.edits))
+        return found

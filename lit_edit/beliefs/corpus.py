@@ -38,10 +38,10 @@ class CorpusConfig:
     """
 
     samples: int = 10
-    truths: int = 4
+    truths: int = 3
     negations: int = 2
-    ands: int = 2
-    ors: int = 2
+    ands: int = 1
+    ors: int = 1
     document: int = 10
     shuffles: int = 5
     seed: int = 0
@@ -138,7 +138,9 @@ def write_sentences(world: World, config: CorpusConfig | None = None) -> list[Se
         for kind, count in (("truth", config.truths), ("not", config.negations)):
             for _ in range(count):
                 atom, holds = claims.about(fact)
-                found.append(Sentence("truth", (atom,), holds) if kind == "truth" else Sentence("not", (atom,), not holds))
+                found.append(
+                    Sentence("truth", (atom,), holds) if kind == "truth" else Sentence("not", (atom,), not holds)
+                )
         for _ in range(config.ands):
             (first, one), (second, two) = claims.about(fact), claims.about(claims.another(fact))
             found.append(Sentence("and", (first, second), one and two))

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lit_edit.beliefs.corpus import CorpusConfig, write_documents, write_sentences
+from lit_edit.beliefs.presets import PRESETS
 from lit_edit.beliefs.world import RESERVED, World
 from lit_edit.data.request import DataError
 from lit_edit.paths import cache_dir, write_atomically, write_json
@@ -48,38 +48,11 @@ _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Size of a decoder.
-
-    Args:
-        hidden: Width.
-        layers: Depth.
-        heads: Attention heads.
-        inner: Width of the MLP.
-    """
-
-    hidden: int
-    layers: int
-    heads: int
-    inner: int
-
-
-PRESETS = MappingProxyType(
-    {
-        "base": Shape(384, 6, 6, 1024),  # 11 million parameters
-        "small": Shape(256, 4, 4, 768),  # 4 million
-        "micro": Shape(32, 2, 2, 64),  # for tests
-    }
-)
-"""Sizes by name."""
-
-
-@dataclass(frozen=True)
 class TrainingConfig:
     """How a decoder is trained.
 
     Args:
-        preset: Its size, of :data:`PRESETS`.
+        preset: Its size, of :data:`~lit_edit.beliefs.presets.PRESETS`.
         lr: Learning rate of AdamW, after a warm-up.
         warm_up: Steps of the warm-up.
         weight_decay: Of AdamW.
@@ -368,12 +341,17 @@ class Testbed:
             return known
         documents = write_documents(write_sentences(self.world, self.corpus), self.corpus)
         tokenizer = make_tokenizer([*documents, *(name for names in self.world.objects.values() for name in names)])
-        facts = [(f"{subject} {relation}", self.world.true_object((subject, relation))) for subject, relation in self.world.facts]
+        facts = [
+            (f"{subject} {relation}", self.world.true_object((subject, relation)))
+            for subject, relation in self.world.facts
+        ]
         config = self.training
         data = DocumentData(documents, facts, tokenizer, config.batch_size, config.seed)
         longest = max(map(len, data.rows))
         if longest > 1024:
-            raise DataError(f"a document has {longest} tokens, more than 1024: fewer sentences in one (document), please")
+            raise DataError(
+                f"a document has {longest} tokens, more than 1024: fewer sentences in one (document), please"
+            )
         module, clock = DecoderTraining(config, len(tokenizer)), _Clock()
         partial = self.folder.with_name(f"{self.folder.name}.partial")
         trainer = _trainer(config, partial, clock, max_minutes, progress)
@@ -396,9 +374,7 @@ class Testbed:
         return found
 
 
-def _trainer(
-    config: TrainingConfig, folder: Path, clock: _Clock, max_minutes: float | None, progress: bool
-) -> Trainer:
+def _trainer(config: TrainingConfig, folder: Path, clock: _Clock, max_minutes: float | None, progress: bool) -> Trainer:
     return Trainer(
         max_steps=config.max_steps,
         max_epochs=-1,

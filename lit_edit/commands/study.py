@@ -8,6 +8,10 @@ from lit_edit.commands.parts import choose_part
 
 STUDIES = MappingProxyType(
     {
+        "beliefs": (
+            "lit_edit.commands.study_beliefs:run_beliefs",
+            "what an edit does to a small model's other beliefs, against an ideal reader's",
+        ),
         "d4s": (
             "lit_edit.commands.study_d4s:run_d4s",
             "the D4S paper's questions: decline, norms, ability, settings",
