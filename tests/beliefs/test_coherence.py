@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from lit_edit.beliefs.agent import Agent
@@ -122,6 +124,5 @@ def test_a_models_probabilities_are_of_all_tokens_together() -> None:
     adapter = ModelAdapter(tiny_model())
     beliefs = ModelBeliefs(adapter, tokenizer)
     pieces = [score_continuations(adapter, tokenizer, [pair])[0].nll for pair in (("a b", "c"), ("a b c", "d"))]
-    import math
 
     assert beliefs.probability("a b", "c d") == pytest.approx(math.exp(-sum(pieces)), rel=1e-5)

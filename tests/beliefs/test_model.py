@@ -103,7 +103,7 @@ def test_a_training_that_was_cut_goes_on(testbed: Testbed, own_cache: Path) -> N
 
 def test_settings_are_checked() -> None:
     for settings, said in (
-        ({"preset": "huge"}, "preset must be one of base, small, micro"),
+        ({"preset": "huge"}, "preset must be one of base, small, tiny, micro"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"target": 1.5}, "target must be above 0"),
         ({"settle": 0}, "settle must be at least 1"),
