@@ -204,5 +204,6 @@ class Agent:
     def copy(self) -> Agent:
         """Return an agent of the same beliefs, which can be edited by itself."""
         found = Agent(self.objects, self.upstream)  # tables are replaced, never changed in place
-        found.own, found.pooled, found.given, found.edits = map(dict, (self.own, self.pooled, self.given, self.edits))
+        found.own, found.pooled = dict(self.own), dict(self.pooled)
+        found.given, found.edits = dict(self.given), dict(self.edits)
         return found

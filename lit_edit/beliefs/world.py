@@ -324,11 +324,11 @@ def world_of_triples(
     for subject, own in chosen.items():
         # Pairs are one deep, so an upstream object is never itself recomputed.
         for relation, value in own.items():
-            above = own.get(upstream.get(relation, ""))
+            given = own.get(upstream.get(relation, ""))
             made[subject, relation] = (
-                _two_points(draw, value, objects[relation]) if above is None else sharpen(counts[relation, above])
+                _two_points(draw, value, objects[relation]) if given is None else sharpen(counts[relation, given])
             )
-    return World(objects, upstream, {fact: made[fact] for fact in made})
+    return World(objects, upstream, made)
 
 
 def pair_relations(subjects: Sequence[Mapping[str, str]]) -> dict[str, str]:

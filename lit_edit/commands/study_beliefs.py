@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lit_edit.beliefs.coherence import Case
     from lit_edit.beliefs.model import Testbed, Trained
     from lit_edit.beliefs.world import World
+    from lit_edit.commands.parsing import FitParser
     from lit_edit.editors.base import Editor
     from lit_edit.models import ModelAdapter
 
@@ -206,7 +207,7 @@ class CaseFile:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path, self.rows = path, {}
+        self.path = path
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         lines = list(_whole_lines(text))
         now = json.loads(json.dumps(settings))
@@ -252,6 +253,7 @@ def _measure_all(
     layers: Sequence[int] | None,
 ) -> None:
     from lit_edit.beliefs.coherence import ModelBeliefs, measure_case, revised
+    from lit_edit.commands.parsing import FitParser
     from lit_edit.models import ModelAdapter
     from lit_edit.models.language_model import LanguageModel
 
@@ -264,8 +266,9 @@ def _measure_all(
             before.add(number, measure_case(beliefs, case, agent, agent))
         if number not in unedited.rows:
             unedited.add(number, measure_case(beliefs, case, agent, revised(agent, case)))
+    parser = FitParser()
     for label, method in methods.items():
-        editor = make_editor(method, trained.folder, adapter.n_layers, layers)
+        editor = make_editor(method, trained.folder, adapter.n_layers, layers, parser)
         bench = Bench(editor, adapter, tokenizer, trained.folder)
         file = CaseFile(folder / f"{label}.jsonl", editor.settings())
         left = [number for number in range(len(cases)) if number not in file.rows]
@@ -277,7 +280,9 @@ def _measure_all(
         sys.stdout.flush()
 
 
-def make_editor(method: str, folder: Path, n_layers: int, layers: Sequence[int] | None) -> Editor:
+def make_editor(
+    method: str, folder: Path, n_layers: int, layers: Sequence[int] | None, parser: FitParser | None = None
+) -> Editor:
     """Return the editor of a config, on the testbed's layers and with its sentences before prompts.
 
     Args:
@@ -285,11 +290,12 @@ def make_editor(method: str, folder: Path, n_layers: int, layers: Sequence[int] 
         folder: The trained model.
         n_layers: Its depth.
         layers: To edit; by default those at the config's relative depth.
+        parser: To use again: building one takes longer than parsing.
     """
     from lit_edit.commands.parsing import FitParser
     from lit_edit.targets.contexts import check_templates
 
-    parser = FitParser()
+    parser = parser or FitParser()
     args = ["--config", "quickstart", "--config", method, f"--model.language_model.name={folder}"]
     chosen = parser.parse(args)["model"]["editor"]["init_args"].get("layers")
     if layers is not None:

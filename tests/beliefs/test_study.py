@@ -64,6 +64,7 @@ def test_a_study_from_its_world_to_its_table(
     assert json.loads(kept[0])["settings"]["layers"] == [0]  # 6 of 30 layers is 0 of 2
     path.write_text("\n".join(kept[:2]) + "\n" + kept[2][:20])
     study[study.index("--edits") + 1] = "3"
+    study.remove("tuned.yaml")
     assert main(study) == 0
     assert "from the cache" in capsys.readouterr().out
     assert path.read_text().splitlines()[:3] == kept  # the same numbers
@@ -72,9 +73,6 @@ def test_a_study_from_its_world_to_its_table(
 
     assert main([*study, "--probes", "1"]) == 2
     assert "was begun with other settings (probes)" in capsys.readouterr().err
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"model": {"editor": FT}}))
-    assert main(study) == 2
-    assert "own.jsonl was begun with other settings of the editor" in capsys.readouterr().err
 
 
 def test_an_edit_is_taken_back(study: list[str], tmp_path: Path) -> None:
