@@ -208,7 +208,8 @@ class DecoderTraining(LightningModule):
             num_key_value_heads=shape.heads,
             intermediate_size=shape.inner,
             max_position_embeddings=1024,
-            tie_word_embeddings=True,
+            # Tied rows of subjects share what makes a subject likely, and are hard to tell apart on the way in.
+            tie_word_embeddings=False,
             pad_token_id=_PAD,
             bos_token_id=_BOS,
             eos_token_id=_EOS,
