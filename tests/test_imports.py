@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lit_edit.targets.*", "lit_edit.solvers.*"),
     ("lit_edit.stats.*", "lit_edit.tracing.*"),
     ("lit_edit.ledger", "lit_edit.metrics.*", "lit_edit.generation", "lit_edit.workload", "lit_edit.speed"),
-    ("lit_edit.ability.*",),
+    ("lit_edit.ability.*", "lit_edit.beliefs.*"),
     ("lit_edit.editors.*",),
     ("lit_edit.conflicts", "lit_edit.session", "lit_edit.planning"),
     ("lit_edit.data.datamodule", "lit_edit.export", "lit_edit.deltas", "lit_edit.lora", "lit_edit.checkpoints"),

@@ -12,6 +12,10 @@ STUDIES = MappingProxyType(
             "lit_edit.commands.study_batch_size:run_batch_size",
             "the same edits in steps of 1, 4, 16, 64, 256 and all at once",
         ),
+        "beliefs": (
+            "lit_edit.commands.study_beliefs:run_beliefs",
+            "an edit and a small model's other beliefs (in the making: its model is not trained well yet)",
+        ),
         "d4s": (
             "lit_edit.commands.study_d4s:run_d4s",
             "the D4S paper's questions: decline, norms, ability, settings",

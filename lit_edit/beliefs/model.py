@@ -1,0 +1,423 @@
+"""The small decoder of the belief testbed: its tokenizer, its training, and where it is kept.
+
+A trained model is a Hugging Face folder (safetensors) in the cache, named by the hash of all that it depends on. The
+folder also holds ``corpus.txt``, the text it was trained on, from which editors take their key statistics, and
+``beliefs.json``: the settings and what the training came to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lit_edit.beliefs.corpus import CorpusConfig, write_documents, write_sentences
+from lit_edit.beliefs.presets import PRESETS
+from lit_edit.beliefs.world import RESERVED, World
+from lit_edit.data.request import DataError
+from lit_edit.paths import cache_dir, write_atomically, write_json
+from lit_edit.tokens import continuation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1  # of what a trained model depends on; a change makes new ones
+RECORD = "beliefs.json"
+CORPUS = "corpus.txt"
+_PAD, _BOS, _EOS, _UNKNOWN = range(4)
+_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a decoder is trained.
+
+    Args:
+        preset: Its size, of :data:`~lit_edit.beliefs.presets.PRESETS`.
+        lr: Learning rate of AdamW, after a warm-up.
+        warm_up: Steps of the warm-up.
+        weight_decay: Of AdamW.
+        batch_size: Documents per step.
+        max_steps: Stop here at the latest.
+        check_every: Steps between two measurements of accuracy.
+        target: Stop at this accuracy: share of facts whose true object the model says.
+        settle: Measurements in a row that must reach the target. At the first, probabilities are still rough.
+        seed: Of weights and order.
+    """
+
+    preset: str = "base"
+    lr: float = 1e-3
+    warm_up: int = 100
+    weight_decay: float = 0.01
+    batch_size: int = 32
+    max_steps: int = 3000
+    check_every: int = 100
+    target: float = 0.95
+    settle: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        for name in ("batch_size", "max_steps", "check_every", "settle"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        if not 0 < self.target <= 1:
+            raise ValueError(f"target must be above 0 and at most 1, got {self.target}")
+        if self.warm_up < 0 or self.weight_decay < 0:
+            raise ValueError("warm_up and weight_decay must not be negative")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model.
+
+    Attributes:
+        folder: Its Hugging Face folder.
+        accuracy: Share of all facts whose true object it says.
+        steps: Of training.
+        seconds: That the training took; those of a process that was cut included up to its last measurement.
+        cached: Whether it was there already.
+    """
+
+    folder: Path
+    accuracy: float
+    steps: int
+    seconds: float
+    cached: bool = False
+
+
+# ---- tokens -------------------------------------------------------------------------------------------------------
+
+
+def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with a token for each word and each run of punctuation of some texts.
+
+    Example:
+        >>> tokenizer = make_tokenizer(["Ada plays chess ."])
+        >>> tokenizer.convert_ids_to_tokens(tokenizer("Ada plays chess")["input_ids"])
+        ['<s>', 'Ada', 'plays', 'chess']
+    """
+    splitter = pre_tokenizers.Whitespace()
+    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(text)}
+    words |= {word for name in RESERVED for word, _ in splitter.pre_tokenize_str(name)}
+    vocabulary = {word: number for number, word in enumerate((*_SPECIAL, *sorted(words - set(_SPECIAL))))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_SPECIAL[_UNKNOWN]))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{_SPECIAL[_BOS]} $A", special_tokens=[(_SPECIAL[_BOS], _BOS)]
+    )
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), _SPECIAL, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+# ---- training -----------------------------------------------------------------------------------------------------
+
+
+class DocumentData(LightningDataModule):
+    """Documents to train on, and the facts that accuracy is measured on: a closed world has no others.
+
+    Args:
+        documents: The texts.
+        facts: ``(prompt, object)`` of every fact.
+        tokenizer: Of both.
+        batch_size: Documents per step.
+        seed: Of their order.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[str],
+        facts: Sequence[tuple[str, str]],
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.rows = [[*row, _EOS] for row in tokenizer(list(documents))["input_ids"]]
+        self.asked = [continuation(tokenizer, prompt, answer) for prompt, answer in facts]
+        self.batch_size, self.seed = batch_size, seed
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return documents, shuffled: ``(batch, time)`` ids padded on the right."""
+        order = torch.Generator().manual_seed(self.seed)
+        return DataLoader(self.rows, self.batch_size, shuffle=True, generator=order, collate_fn=padded)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return facts: ids of prompt and object, and ``(batch,)`` lengths of the prompts."""
+        return DataLoader(self.asked, 512, collate_fn=_asked)  # type: ignore[arg-type]
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Return rows of ids as ``(batch, time)``, padded on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[_PAD] * (longest - len(row))] for row in rows])
+
+
+def _asked(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Tensor, Tensor]:
+    return padded([[*prompt, *answer] for prompt, answer in rows]), torch.tensor([len(prompt) for prompt, _ in rows])
+
+
+class DecoderTraining(LightningModule):
+    """Trains a decoder on text; validation is exact match of objects, all their tokens being the first choice.
+
+    Args:
+        config: How.
+        vocabulary: Number of tokens.
+    """
+
+    def __init__(self, config: TrainingConfig, vocabulary: int) -> None:
+        super().__init__()
+        self.config, self.vocabulary = config, vocabulary
+        self.model: LlamaForCausalLM | None = None
+        self.hits: list[Tensor] = []
+        self.in_a_row = 0
+        self.accuracy = 0.0
+
+    def configure_model(self) -> None:
+        """Make the decoder, of the seed's weights."""
+        if self.model is not None:
+            return
+        shape = PRESETS[self.config.preset]
+        settings = LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=shape.hidden,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.heads,
+            intermediate_size=shape.inner,
+            max_position_embeddings=1024,
+            # Tied rows of subjects share what makes a subject likely, and are hard to tell apart on the way in.
+            tie_word_embeddings=False,
+            pad_token_id=_PAD,
+            bos_token_id=_BOS,
+            eos_token_id=_EOS,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            self.model = LlamaForCausalLM(settings)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Return ``(batch, time, vocabulary)``. Padding is on the right: no token that counts sees it."""
+        assert self.model is not None  # noqa: S101 - for the type checker: Lightning has made it
+        found: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return found
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        """Return the mean cross entropy of all tokens but the first."""
+        logits = self.logits(batch[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=_PAD)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget earlier measurements."""
+        self.hits = []
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        """See which objects the model says."""
+        ids, starts = batch
+        choice, labels = self.logits(ids[:, :-1]).argmax(-1), ids[:, 1:]
+        place = torch.arange(labels.shape[1], device=ids.device)
+        asked = (place >= starts[:, None] - 1) & (labels != _PAD)
+        self.hits.append(((choice == labels) | ~asked).all(1))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracy, and how far it is to the end."""
+        self.accuracy = float(torch.cat(self.hits).float().mean())
+        self.in_a_row = self.in_a_row + 1 if self.accuracy >= self.config.target else 0
+        self.log("val/accuracy", self.accuracy, prog_bar=True)
+        self.log("val/in_a_row", float(self.in_a_row))
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW with a linear warm-up."""
+        optimizer = torch.optim.AdamW(self.parameters(), self.config.lr, weight_decay=self.config.weight_decay)
+        warm_up = max(self.config.warm_up, 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warm_up))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the end depends on."""
+        checkpoint["in_a_row"] = self.in_a_row
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up again."""
+        self.in_a_row = int(checkpoint["in_a_row"])
+
+
+class _Clock(Callback):
+    """Counts the seconds of a training over all its processes."""
+
+    def __init__(self) -> None:
+        self.before, self.start = 0.0, perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + perf_counter() - self.start
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before, self.start = float(state_dict["seconds"]), perf_counter()
+
+
+@dataclass(frozen=True)
+class Testbed:
+    """A world, its text, and the decoder that reads it.
+
+    Args:
+        world: The world.
+        corpus: How much text there is.
+        training: How the decoder is trained.
+    """
+
+    world: World
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    __test__ = False  # not one of pytest's classes
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that a trained model depends on, the world by the hash of its content."""
+        facts = [[*fact, dict(distribution)] for fact, distribution in self.world.facts.items()]
+        objects = {relation: list(names) for relation, names in self.world.objects.items()}
+        content = json.dumps([facts, objects, dict(self.world.upstream)], ensure_ascii=False)
+        return {
+            "format": _FORMAT,
+            "world": hashlib.sha256(content.encode()).hexdigest()[:16],
+            "corpus": asdict(self.corpus),
+            "training": asdict(self.training) | {"shape": asdict(PRESETS[self.training.preset])},
+        }
+
+    @property
+    def folder(self) -> Path:
+        """Where the trained model is kept."""
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+        return cache_dir() / "beliefs" / digest
+
+    def trained(self) -> Trained | None:
+        """Return the trained model if it is there."""
+        try:
+            record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+            return Trained(self.folder, record["accuracy"], record["steps"], record["seconds"], cached=True)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def train(self, max_minutes: float | None = None, progress: bool = False) -> Trained:
+        """Return the trained model, from the cache or after a training, which goes on where an earlier one was cut.
+
+        Args:
+            max_minutes: Stop after so many minutes of this process. The model is then kept only if it has reached the
+                target or its last step; else the next call goes on.
+            progress: Show a progress bar.
+
+        Raises:
+            DataError: If the text has words that the tokenizer cannot tell from its own.
+            TimeoutError: If the minutes are over before the training is.
+        """
+        if (known := self.trained()) is not None:
+            return known
+        documents = write_documents(write_sentences(self.world, self.corpus), self.corpus)
+        tokenizer = make_tokenizer([*documents, *(name for names in self.world.objects.values() for name in names)])
+        facts = [
+            (f"{subject} {relation}", self.world.true_object((subject, relation)))
+            for subject, relation in self.world.facts
+        ]
+        config = self.training
+        data = DocumentData(documents, facts, tokenizer, config.batch_size, config.seed)
+        longest = max(map(len, data.rows))
+        if longest > 1024:
+            raise DataError(
+                f"a document has {longest} tokens, more than 1024: fewer sentences in one (document), please"
+            )
+        module, clock = DecoderTraining(config, len(tokenizer)), _Clock()
+        partial = self.folder.with_name(f"{self.folder.name}.partial")
+        trainer = _trainer(config, partial, clock, max_minutes, progress)
+        last = partial / "last.ckpt"
+        trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
+        done = module.in_a_row >= config.settle or trainer.global_step >= config.max_steps
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        if not done:
+            raise TimeoutError(
+                f"the training is at step {trainer.global_step} with an accuracy of {module.accuracy:.3f} after "
+                f"{clock.seconds / 60:.1f} minutes; given again, the command goes on"
+            )
+        if module.accuracy < config.target:
+            log.warning("the model says only %.1f %% of the facts after its last step", 100 * module.accuracy)
+        found = Trained(self.folder, module.accuracy, trainer.global_step, clock.seconds)
+        assert module.model is not None  # noqa: S101 - for the type checker
+        _keep(found, self.settings, module.model, tokenizer, documents[: -(-len(documents) // self.corpus.shuffles)])
+        shutil.rmtree(partial, ignore_errors=True)
+        return found
+
+
+def _trainer(config: TrainingConfig, folder: Path, clock: _Clock, max_minutes: float | None, progress: bool) -> Trainer:
+    return Trainer(
+        max_steps=config.max_steps,
+        max_epochs=-1,
+        max_time=None if max_minutes is None else timedelta(minutes=max_minutes),
+        val_check_interval=config.check_every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_model_summary=False,
+        enable_progress_bar=progress,
+        default_root_dir=str(folder),
+        callbacks=[
+            clock,
+            EarlyStopping("val/in_a_row", mode="max", patience=10**9, stopping_threshold=config.settle - 0.5),
+            ModelCheckpoint(
+                folder, monitor=None, save_last=True, save_top_k=0, save_on_train_epoch_end=False,
+                enable_version_counter=False,
+            ),
+        ],
+    )  # fmt: skip
+
+
+def _keep(
+    found: Trained,
+    settings: Mapping[str, Any],
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+) -> None:
+    """Put a whole folder in place in one step."""
+    found.folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=found.folder.parent, prefix=f".{found.folder.name}."))
+    try:
+        model.cpu().eval().save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        write_atomically(made / CORPUS, lambda path: path.write_text("\n".join(documents) + "\n", encoding="utf-8"))
+        result = {"accuracy": found.accuracy, "steps": found.steps, "seconds": found.seconds}
+        write_json(made / RECORD, {**result, "parameters": model.num_parameters(), "settings": dict(settings)})
+        shutil.rmtree(found.folder, ignore_errors=True)  # a damaged one, or one without its record
+        made.replace(found.folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
