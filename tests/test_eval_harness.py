@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -55,7 +56,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run whose edits set a number from 0 to 1."""
     model = SimpleNamespace(weight=0)
     opened = SimpleNamespace(
-        ledger=SimpleNamespace(adapter=SimpleNamespace(model=model)),
+        ledger=SimpleNamespace(adapter=SimpleNamespace(model=model, memory=None, patched=nullcontext)),
         tokenizer="tokenizer",
         entries=[1, 2, 3],
         apply=lambda: setattr(model, "weight", 1),

@@ -107,7 +107,7 @@ def test_errors_are_one_line(pretended: Pretended, tmp_path: Path, capsys: pytes
     grid = {"base": ["counterfact"], "grid": {"kind": {"direct": {"data.limit": 1}}}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(grid))
     for words, said in (
-        ([], "lit-edit study: name a study: mqd"),
+        ([], "lit-edit study: name a study: "),
         (["mqdd"], "there is no study 'mqdd'; did you mean mqd?"),
         (["mqd", "--edits", "1000"], "--edits must be from 1 to 96"),
         (["mqd", "--gather"], "nothing of this study is done yet"),

@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from importlib.resources import as_file, files
 from itertools import pairwise
 from pathlib import Path
@@ -43,9 +44,10 @@ def find_config(name: str) -> str:
     shipped = config_root() / f"{name.removesuffix('.yaml')}.yaml"
     if os.path.isfile(shipped) and config_root() in shipped.resolve().parents:
         return str(shipped)
+    near = get_close_matches(name, shipped_configs(), 3, 0.5)
+    meant = f" Did you mean {', '.join(near)}?" if near else ""
     raise ArgumentError(
-        f"--config {shorten(name)}: no such file, and no config of that name ships. "
-        f"Shipped: {', '.join(shipped_configs())}"
+        f"--config {shorten(name)}: no such file, and no config of that name ships (lit-edit models lists them).{meant}"
     )
 
 

@@ -114,7 +114,7 @@ def load_vectorizer(folder: Path) -> TfidfVectorizer:
     place = folder / "tfidf_vocab.json"
     try:
         vocabulary = json.loads(read_text(place))
-        idf = np.load(folder / "idf.npy", allow_pickle=False)
+        idf = np.array(np.lib.format.open_memmap(folder / "idf.npy", mode="r"))  # numbers alone can be mapped
     except (ValueError, OSError) as error:
         raise DataError(f"{folder}: expected idf.npy and tfidf_vocab.json: {error}") from None
     if not isinstance(vocabulary, dict) or sorted(vocabulary.values()) != list(range(len(vocabulary))):

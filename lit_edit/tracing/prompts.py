@@ -53,8 +53,8 @@ def tokenize_fact(tokenizer: PreTrainedTokenizerBase, fact: KnownFact) -> Tokeni
     Example:
         >>> from lit_edit.testing import tiny_tokenizer
         >>> made = tokenize_fact(tiny_tokenizer(), KnownFact("0", "The capital of Italy is", "Italy", "Rome", 15))
-        >>> made.tokens[slice(*made.subject)]
-        (' Italy',)
+        >>> "".join(made.tokens[slice(*made.subject)])
+        ' Italy'
     """
     lead = len(leading_tokens(tokenizer))
     ids = encode(tokenizer, fact.prompt)

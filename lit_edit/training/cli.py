@@ -19,12 +19,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
+from lit_edit.checkpoints import AtomicCheckpointIO, load_tree
 from lit_edit.commands.configs import expand_arguments, explain
 from lit_edit.commands.training import SaveRunConfig
 from lit_edit.errors import ArgumentError, UserError
@@ -162,6 +162,7 @@ class NetworkCLI(LightningCLI):
         if not config.get("ckpt_path"):
             for path in left:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()  # no pickle
         config.overwrite = False  # not for whoever starts again from the run's config.yaml
 
     def after_fit(self) -> None:
@@ -171,9 +172,7 @@ class NetworkCLI(LightningCLI):
             return
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if best:
-            state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
-            network = self.model
-            network.load_state_dict(state)
+            self.model.load_state_dict(load_tree(best)["state_dict"])
         path = self.run_folder / NETWORK
         self.model.save_network(path)
         cwd = Path.cwd()

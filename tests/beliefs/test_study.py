@@ -39,6 +39,7 @@ def study(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> l
     ]
 
 
+@pytest.mark.slow
 def test_a_study_from_its_world_to_its_table(
     study: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

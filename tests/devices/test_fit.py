@@ -57,7 +57,9 @@ def _compare(found: Any, wanted: Any, name: str = "") -> None:
         assert found == pytest.approx(wanted, rel=1e-4, abs=1e-7), name
 
 
-@pytest.mark.parametrize(("strategy", "devices"), [("ddp", 2), ("fsdp2", 2), ("ddp", 4)])
+@pytest.mark.parametrize(
+    ("strategy", "devices"), [("ddp", 2), ("fsdp2", 2), pytest.param("ddp", 4, marks=pytest.mark.slow)]
+)
 def test_many_ranks_make_the_same_edits(strategy: str, devices: int, fit: Fit, single: Path, place: Path) -> None:
     name = f"{strategy}{devices}"
     export = ["--trainer.callbacks+=rank_helpers.Export", f"--trainer.callbacks.folder={place / f'exported-{name}'}"]
@@ -70,7 +72,7 @@ def test_many_ranks_make_the_same_edits(strategy: str, devices: int, fit: Fit, s
     assert len(list((place / "runs" / name / "wandb").glob("offline-run-*"))) == 1
 
 
-@pytest.mark.parametrize("name", ["ddp2", "fsdp2"])
+@pytest.mark.parametrize("name", ["ddp2", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_what_ranks_have_exported_is_what_their_run_exports(
     name: str, place: Path, environment: Mapping[str, str]
 ) -> None:
@@ -103,6 +105,7 @@ def test_a_run_goes_on_on_any_number_of_processes(fit: Fit, single: Path, place:
     assert_same_run(place / "runs" / "changing", single)
 
 
+@pytest.mark.slow
 def test_a_run_in_parts_goes_on_with_whole_models(fit: Fit, single: Path, place: Path) -> None:
     run = ["--run_name=parts", "--resume=auto"]
     dies(fit(*several("fsdp2"), *run, *at(3, 1, signal.SIGKILL)))

@@ -27,6 +27,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process its peak memory")
 def test_the_planned_memory_is_what_a_run_takes(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
