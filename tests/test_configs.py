@@ -156,7 +156,7 @@ def test_a_file_goes_before_a_shipped_name(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_unknown_configs_are_named_with_what_there_is() -> None:
-    with pytest.raises(ArgumentError, match=r"--config nonsense: no such file.*quickstart"):
+    with pytest.raises(ArgumentError, match=r"--config nonsense: no such file.*lit-edit models lists them"):
         expand_arguments(["--config", "nonsense"])
 
 

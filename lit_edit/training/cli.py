@@ -172,7 +172,8 @@ class NetworkCLI(LightningCLI):
             return
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if best:
-            self.model.load_state_dict(load_tree(best)["state_dict"])
+            network = self.model  # what is trained, no language model
+            network.load_state_dict(load_tree(best)["state_dict"])
         path = self.run_folder / NETWORK
         self.model.save_network(path)
         cwd = Path.cwd()

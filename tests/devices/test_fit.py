@@ -72,7 +72,8 @@ def test_many_ranks_make_the_same_edits(strategy: str, devices: int, fit: Fit, s
     assert len(list((place / "runs" / name / "wandb").glob("offline-run-*"))) == 1
 
 
-@pytest.mark.parametrize("name", ["ddp2", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp2", "fsdp2"])
 def test_what_ranks_have_exported_is_what_their_run_exports(
     name: str, place: Path, environment: Mapping[str, str]
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_run_in_parts_goes_on_with_whole_models(fit: Fit, single: Path, place:
     assert_same_run(place / "runs" / "parts", single)
 
 
+@pytest.mark.slow
 def test_torchrun(fit: Fit, single: Path, place: Path) -> None:
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     run = ["--run_name=torchrun", "--resume=auto", *several("ddp")]

@@ -28,11 +28,13 @@ def test_a_busy_leader_is_ended_with_the_name_of_the_rank() -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_a_leader_that_ends_by_itself_is_left_alone() -> None:
     done = lead(status=3, grace=30, busy=1)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
+@pytest.mark.slow
 def test_ranks_that_have_ended_well_are_no_reason() -> None:
     done = lead(status=0, grace=0, busy=1)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")

@@ -110,6 +110,7 @@ def test_a_damaged_kept_model_is_fetched_anew(
         assert torch.equal(value, again.get_parameter(name))
 
 
+@pytest.mark.slow
 def test_a_target_rate_of_a_hundred_is_harm_and_the_guard_names_the_edit(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
