@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 BUSY = """
 import subprocess, sys, time
 from lit_edit.commands.launching import watch
