@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.data.request import EditRequest
 from lit_edit.devices import for_algebra
-from lit_edit.errors import ArgumentError, UserError
+from lit_edit.errors import ArgumentError
 from lit_edit.ledger import EditRefusedError
 from lit_edit.metrics.evaluation import measure_perplexity
 from lit_edit.metrics.scoring import score_continuations
-from lit_edit.paths import sync_folder, without_nan, write_json
+from lit_edit.paths import without_nan
 from lit_edit.session import EditSession
 from lit_edit.solvers.functional import FactsError
 
@@ -176,72 +173,3 @@ def as_records(rows: Sequence[SingleEdit], requests: Mapping[str, EditRequest]) 
         }
         for row in rows
     ]
-
-
-class HardFolder:
-    """Keeps the edits that were tried, so that a search that was cut goes on.
-
-    ``records.jsonl`` holds one edit per line; ``settings.json`` what they depend on.
-
-    Args:
-        path: The folder.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.records = path / "records.jsonl"
-
-    def open(self, settings: Mapping[str, Any]) -> dict[str, SingleEdit]:
-        """Begin here, or go on; return what has been tried, by id.
-
-        Args:
-            settings: Primitives; all that decides about the numbers.
-
-        Raises:
-            ArgumentError: If the folder was begun with other settings.
-            UserError: If its files are damaged.
-        """
-        wanted = without_nan(json.loads(json.dumps(settings)))
-        file = self.path / "settings.json"
-        if not file.exists():
-            if self.records.exists():
-                raise UserError(f"{self.path} holds records but no settings.json; choose another --out")
-            write_json(file, wanted)
-            return {}
-        try:
-            there = json.loads(file.read_text(encoding="utf-8"))
-            other = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{file} is damaged ({error}); choose another --out") from None
-        if other:
-            raise ArgumentError(
-                f"{self.path} was begun with another {', '.join(other)} (see its settings.json): give the same again, "
-                "or choose another --out"
-            )
-        return {row.id: row for row in self._read()}
-
-    def _read(self) -> Iterator[SingleEdit]:
-        """Read the records; half a line at the end, as a crash leaves it, is cut off."""
-        if not self.records.exists():
-            return
-        raw = self.records.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):
-            os.truncate(self.records, len(whole))
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                yield SingleEdit.from_dict(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{self.records}:{number}: damaged ({type(error).__name__}: {error}); take the line out, and its "
-                    "edit is tried again"
-                ) from None
-
-    def append(self, row: SingleEdit) -> None:
-        """Keep an edit; it is on disk when this returns."""
-        line = json.dumps(row.as_dict(), ensure_ascii=False, allow_nan=False) + "\n"
-        with self.records.open("ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(self.path)

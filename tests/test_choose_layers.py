@@ -23,13 +23,13 @@ from lit_edit.editors.rome import ROME
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.layer_search.bench import Bench
 from lit_edit.layer_search.candidates import check_widths, coarse_layers, groups_around, rounds_of, with_neighbours
-from lit_edit.layer_search.folder import ResultsFolder
 from lit_edit.layer_search.key_statistics import StatisticsOfAll
 from lit_edit.layer_search.sample import draw_samples
 from lit_edit.layer_search.search import Found, Plan, search_layers
 from lit_edit.layer_search.trial import Stage, Trial
 from lit_edit.metrics.evaluation import evaluate_edits, measure_perplexity, summarise
 from lit_edit.models import ModelAdapter
+from lit_edit.results import ResultsFolder
 from lit_edit.stats import second_moment
 from lit_edit.stats.second_moment import KeyStatistics
 from lit_edit.targets.optimize import TargetSettings

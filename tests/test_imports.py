@@ -16,6 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "lit_edit.errors",
         "lit_edit.paths",
+        "lit_edit.results",
         "lit_edit.versions",
         "lit_edit.buckets",
         "lit_edit.interrupts",

@@ -16,9 +16,10 @@ from lit_edit.data.request import EditRequest
 from lit_edit.data.sources import load_requests
 from lit_edit.editors import D4S, GRACE, ROME
 from lit_edit.errors import ArgumentError, UserError
-from lit_edit.hard import HardFolder, Miner, SingleEdit, as_records, choose_hard
+from lit_edit.hard import Miner, SingleEdit, as_records, choose_hard
 from lit_edit.ledger import EditRefusedError
 from lit_edit.metrics.evaluation import evaluate_edits, measure_perplexity
+from lit_edit.results import ResultsFolder
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 from tests.streams import FixedStatistics
 
@@ -104,26 +105,30 @@ def test_hard_edits_are_the_worst_and_can_be_read_again(tmp_path: Path) -> None:
 
 
 def test_a_folder_goes_on_after_a_crash(tmp_path: Path) -> None:
-    folder = HardFolder(tmp_path)
+    def hard_folder() -> ResultsFolder[SingleEdit]:
+        return ResultsFolder(tmp_path, SingleEdit.from_dict, "search", "records.jsonl")
+
+    folder = hard_folder()
     settings = {"editor": {"clamp": math.inf}, "data": "a"}
-    assert folder.open(settings) == {}
+    assert folder.open(settings) == []
     rows = [
         SingleEdit("a", math.inf, {"mean": math.inf, "median": 2.0, "corpus": 3.0}, 0.5, 0.25, True, 0.125),
         SingleEdit("b", refused="no"),
     ]
     for row in rows:
-        folder.append(row)
-    with folder.records.open("ab") as file:
+        folder.append(row.as_dict())
+    with folder.results.open("ab") as file:
         file.write(b'{"id": "c", "rat')
-    found = HardFolder(tmp_path).open(settings)
+    found = {row.id: row for row in hard_folder().open(settings)}
     assert list(found) == ["a", "b"]
     assert found["a"] == rows[0]
     assert math.isnan(found["b"].growth)
-    folder.append(SingleEdit("c", 1.0, dict.fromkeys(("mean", "median", "corpus"), 1.0), 1.0, 1.0, True, 0.0))
-    assert list(folder.open(settings)) == ["a", "b", "c"]
-    with pytest.raises(ArgumentError, match="begun with another data"):
+    last = SingleEdit("c", 1.0, dict.fromkeys(("mean", "median", "corpus"), 1.0), 1.0, 1.0, True, 0.0)
+    folder.append(last.as_dict())
+    assert [row.id for row in folder.open(settings)] == ["a", "b", "c"]
+    with pytest.raises(ArgumentError, match=r"other settings \(data was 'a', is 'b'\)"):
         folder.open({**settings, "data": "b"})
-    with folder.records.open("ab") as file:
+    with folder.results.open("ab") as file:
         file.write(b"{}\n")
     with pytest.raises(UserError, match=r"records\.jsonl:4: damaged"):
         folder.open(settings)
@@ -184,7 +189,7 @@ def test_a_search_from_the_command_line(
 
     # another editor does not go on here
     assert main([*command, "--method", "method/r_rome"]) == 2
-    assert "was begun with another editor" in capsys.readouterr().err
+    assert "with other settings (editor" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -155,13 +155,13 @@ def _search(
     from lit_edit.layer_search.bench import Bench
     from lit_edit.layer_search.candidates import automatic_stride, check_widths
     from lit_edit.layer_search.figures import draw_search
-    from lit_edit.layer_search.folder import ResultsFolder
     from lit_edit.layer_search.key_statistics import StatisticsOfAll
     from lit_edit.layer_search.proposal import proposal_text
     from lit_edit.layer_search.search import Plan, search_layers
     from lit_edit.layer_search.trial import Trial
     from lit_edit.models import ModelAdapter
     from lit_edit.paths import write_atomically
+    from lit_edit.results import ResultsFolder
 
     model, tokenizer = method.stream.language_model.load()
     adapter = ModelAdapter(model)

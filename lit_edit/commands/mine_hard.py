@@ -33,7 +33,8 @@ def run_mine_hard(args: list[str]) -> None:
         raise ArgumentError(f"--data {options.data}: no such file")
 
     from lit_edit.commands.parsing import FitParser
-    from lit_edit.hard import HardFolder, Miner, as_records, choose_hard
+    from lit_edit.hard import Miner, SingleEdit, as_records, choose_hard
+    from lit_edit.results import ResultsFolder
     from lit_edit.run_files import RunLockedError, run_lock
 
     parser = FitParser()
@@ -45,8 +46,9 @@ def run_mine_hard(args: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     try:
         with run_lock(out):
-            folder = HardFolder(out)
-            done = folder.open(_essence(settings, data.perplexity_texts, options.bos))
+            folder = ResultsFolder(out, SingleEdit.from_dict, "search", "records.jsonl")
+            tried = folder.open(_essence(settings, data.perplexity_texts, options.bos))
+            done = {edit.id: edit for edit in tried}
             # Keeps what the editor draws at random before the first edit, and the kernels: the same in each process.
             stream.journal = str(out / "journal")
             session = stream.open()
@@ -143,7 +145,7 @@ def _mine(miner: Miner, requests: Sequence[EditRequest], done: dict[str, SingleE
             row = done.get(request.id)
             if row is None:
                 row = miner.try_edit(request)
-                folder.append(row)
+                folder.append(row.as_dict())
                 worst = worst if row.refused else max(worst, row.ratio)
                 bar.set_postfix_str(f"worst {worst:.4g} times")
                 bar.update()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from lit_edit.commands.arguments import make_parser, positive
 from lit_edit.commands.configs import find_config
 from lit_edit.errors import ArgumentError
-from lit_edit.paths import without_nan, write_json
+from lit_edit.paths import write_json
+from lit_edit.results import append_line, read_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -208,37 +208,23 @@ class CaseFile:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        lines = list(_whole_lines(text))
-        now = json.loads(json.dumps(settings))
-        if lines and lines[0].get("settings") != now:
+        self.settings = json.loads(json.dumps(settings))
+        lines = list(read_lines(path, dict))
+        if lines and lines[0].get("settings") != self.settings:
             raise ArgumentError(
                 f"{path} was begun with other settings of the editor: give the study another --name, or delete the file"
             )
         self.rows: dict[int, dict[str, Any]] = {line["case"]: line for line in lines[1:]}
         self.begun = bool(lines)
-        self.settings = now
-        if text and not text.endswith("\n"):  # cut while it was written
-            whole = text[: text.rfind("\n") + 1]
-            path.write_text(whole, encoding="utf-8")
-            self.begun = bool(whole)
 
     def add(self, case: int, row: Mapping[str, Any]) -> None:
         """Put a case on file."""
-        lines = [] if self.begun else [{"settings": self.settings}]
-        self.rows[case] = {"case": case, **row}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            for line in (*lines, self.rows[case]):
-                file.write(json.dumps(without_nan(line), allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.begun = True
-
-
-def _whole_lines(text: str) -> Iterator[dict[str, Any]]:
-    for line in text[: text.rfind("\n") + 1].splitlines():
-        yield json.loads(line)
+        if not self.begun:
+            append_line(self.path, {"settings": self.settings})
+            self.begun = True
+        self.rows[case] = {"case": case, **row}
+        append_line(self.path, self.rows[case])
 
 
 # ---- edits --------------------------------------------------------------------------------------------------------

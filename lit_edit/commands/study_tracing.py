@@ -116,10 +116,10 @@ def _edit(
 
     from lit_edit.commands.choose_layers import Method
     from lit_edit.layer_search.candidates import automatic_stride
-    from lit_edit.layer_search.folder import ResultsFolder
     from lit_edit.layer_search.key_statistics import StatisticsOfAll
     from lit_edit.layer_search.localization import LayerEdit, edit_alone, probability, requests_of
     from lit_edit.models import ModelAdapter
+    from lit_edit.results import ResultsFolder
     from lit_edit.stats.second_moment import weights_hash
     from lit_edit.tracing.study import weights_digest
     from lit_edit.tracing.summary import fraction_restored

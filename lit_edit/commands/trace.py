@@ -98,7 +98,7 @@ def run_trace(args: list[str]) -> None:
             tokenized = _tokenize(file, facts, tokenizer)
             tracer = Tracer(adapter, tokenizer, tokenized, settings, options.precision == "fastest")
             folder = TraceFolder(out)
-            finished = folder.open(
+            earlier = folder.open(
                 as_settings(
                     settings,
                     model=options.model,
@@ -107,6 +107,7 @@ def run_trace(args: list[str]) -> None:
                     products="bfloat16" if tracer.rounds else str(adapter.dtype).removeprefix("torch."),
                 )
             )
+            finished = {trace.id: trace for trace in earlier}
             chosen = _choose(adapter, tokenizer, tokenized, options.limit)
             traces = _trace(tracer, chosen, finished, folder)
             averages = average_effects(traces)
@@ -168,7 +169,7 @@ def _trace(
     traces: list[FactTrace] = []
     done = sum(fact.fact.id in finished for fact in chosen)
     with tqdm(total=len(chosen), initial=done, desc="tracing", unit="fact") as bar:
-        for trace in tracer.trace_all(chosen, finished, folder.append):
+        for trace in tracer.trace_all(chosen, finished, lambda new: folder.append(new.as_dict())):
             traces.append(trace)
             bar.update(trace.id not in finished)
     return traces

@@ -190,6 +190,14 @@ class Editor(ABC):
         """
         raise ArgumentError(f"{type(self).__name__} cannot put edits back")
 
+    def check_whole(self, adapter: ModelAdapter) -> None:
+        """Raise :class:`ArgumentError` if each process holds a part of each layer, for methods that need whole ones."""
+        if adapter.sharded:
+            raise ArgumentError(
+                f"{type(self).__name__} needs whole layers, and each process holds a part of them: use another "
+                "strategy (trainer.strategy)"
+            )
+
     def deviation(self, proposal: Proposal) -> float:
         """Estimate how far a retraction is from a stream without the edits, relative to the updates of later edits."""
         return 0.0

@@ -71,11 +71,7 @@ class IncrementEditor(Editor):
     ) -> None:
         """Take the ledger; nothing is computed, and no statistics are needed."""
         check_tokenizer(tokenizer)
-        if ledger.adapter.sharded:
-            raise ArgumentError(
-                f"{type(self).__name__} needs whole layers, and each process holds a part of them: use another "
-                "strategy (trainer.strategy)"
-            )
+        self.check_whole(ledger.adapter)
         self.ledger, self.tokenizer = ledger, tokenizer
         self.sums = {}
         self.remember({})

@@ -112,11 +112,7 @@ class MemoryEditor(Editor):
     ) -> None:
         """Put the memory, empty, beside the ledger's model; no statistics are needed."""
         check_tokenizer(tokenizer)
-        if ledger.adapter.sharded:
-            raise ArgumentError(
-                f"{type(self).__name__} needs whole layers, and each process holds a part of them: use another "
-                "strategy (trainer.strategy)"
-            )
+        self.check_whole(ledger.adapter)
         self.ledger, self.tokenizer = ledger, tokenizer
         self.set_up(status)
         self._hold({})

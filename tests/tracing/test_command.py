@@ -109,7 +109,7 @@ def test_refused(trace: Callable[..., int], capsys: pytest.CaptureFixture[str], 
     assert "facts.jsonl:1: damaged (KeyError: 'restored')" in capsys.readouterr().err
     Path("out/settings.json").unlink()
     assert trace("--limit", "1") == 2
-    assert "holds facts but no settings.json" in capsys.readouterr().err
+    assert "holds results but no settings.json" in capsys.readouterr().err
 
 
 def test_nothing_to_trace(trace: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
