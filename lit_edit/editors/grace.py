@@ -102,6 +102,7 @@ class Codebook(Memory):
         if entries:
             self.keys = torch.stack([entry.key for entry in entries])
             self.values = torch.stack([entry.value for entry in entries])
+            self._exact = for_algebra(self.keys)
             self.radii = torch.tensor([entry.radius for entry in entries])
 
     def patches(self) -> Mapping[int, Patch]:
@@ -111,7 +112,7 @@ class Codebook(Memory):
     def _look_up(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         # In float64: what cdist computes by products has round-off like the keys' length.
         asked = for_algebra(inputs.detach().reshape(-1, inputs.shape[-1]))
-        distances = torch.cdist(asked, for_algebra(self.keys).to(asked.device))
+        distances = torch.cdist(asked, self._exact.to(asked.device))
         # A key is recomputed in passes of other shapes: that much is no distance.
         same = 1e-4 * torch.linalg.vector_norm(asked, dim=1)
         # Of entries at equal distance the newest is meant.
@@ -177,6 +178,7 @@ class GRACE(MemoryEditor):
             raise ValueError(f"start must be warm or cold, got {start!r}")
         self.layer, self.radius, self.steps, self.lr = layer, radius, steps, lr
         self.loss_threshold, self.start, self.seed = loss_threshold, start, seed
+        self._made: tuple[tuple[Kept, ...], list[Entry]] = ((), [])  # the last codebook, and of what
 
     def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
         """Return no layers to write; check the one behind which the codebook stands."""
@@ -193,10 +195,13 @@ class GRACE(MemoryEditor):
 
     def memory_of(self, kept: Sequence[Kept]) -> Codebook:
         """Return the codebook of some edits, made one after another."""
-        entries: list[Entry] = []
-        for edit in kept:
+        begun, entries = self._made
+        if len(begun) > len(kept) or any(a is not b for a, b in zip(begun, kept, strict=False)):
+            begun, entries = (), []
+        for edit in kept[len(begun) :]:  # a stream goes on from what it has: all anew each time would be quadratic
             label = edit.entry.target_new.strip()
             entries = add_entry(entries, Entry(edit.tensors["key"], edit.tensors["value"], self.radius, label))
+        self._made = (tuple(kept), entries)
         return Codebook(self.place, entries)
 
     def learn(self, requests: Sequence[EditRequest], kept: Sequence[Kept], status: Status) -> list[Learnt]:
