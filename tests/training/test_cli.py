@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
+from lit_edit.checkpoints import load_tree
 from lit_edit.cli import main
 from lit_edit.commands.configs import trains_network
 
@@ -122,3 +123,21 @@ def test_streams_are_no_networks(tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("trainer:\n  max_epochs: 1\ndata:\n  train: 1\n")
     assert not trains_network([f"--config={other}"])  # a setting of that name elsewhere says nothing
+
+
+def test_a_training_that_was_cut_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "line.yaml"
+    path.write_text(CONFIG.replace("mode: min}", "mode: min, save_last: true}"))
+    assert fit(str(path), tmp_path, "--trainer.max_epochs", "1") == 0
+    folder = tmp_path / "runs" / "line"
+    (folder / "network.safetensors").unlink()  # as if it had been killed behind its first epoch
+    assert load_tree(folder / "checkpoints" / "last.ckpt")["global_step"] == 4  # no pickle
+    assert fit(str(path), tmp_path, "--resume", "auto") == 0
+    with safe_open(folder / "network.safetensors", "pt") as file:
+        assert file.get_tensor("slope").item() == pytest.approx(2 - 2 * 0.2**12, abs=1e-6)
+    assert load_tree(folder / "checkpoints" / "last.ckpt")["global_step"] == 12
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        fit(str(path), tmp_path, "--resume", "auto")
+    assert stop.value.code == 0
+    assert "has come to its end already" in capsys.readouterr().out
