@@ -367,8 +367,7 @@ class EditCLI(LightningCLI):
         if name is None:
             stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
             name = stamp if self.subcommand == "fit" else f"{stamp}_{self.subcommand}"
-        if not re.fullmatch(r"[\w.+=@-]+", name) or name.strip(".") == "":
-            raise ArgumentError(f"--run_name {name!r} must be a plain folder name (letters, digits, and . _ + = @ -)")
+        check_run_name(name)
         return runs / name
 
     def _enter(self, folder: Path) -> None:
@@ -422,6 +421,12 @@ class EditCLI(LightningCLI):
         """Take a new run's folder away if the run has failed before its first edit: nothing is in it to go on with."""
         if isinstance(error, Exception) and not getattr(self.model, "edits_made", 0):
             shutil.rmtree(self.run_folder, ignore_errors=True)
+
+
+def check_run_name(name: str) -> None:
+    """Raise :class:`ArgumentError` unless a run's name can be that of a folder beside others."""
+    if not re.fullmatch(r"[\w.+=@-]+", name) or name.strip(".") == "":
+        raise ArgumentError(f"--run_name {name!r} must be a plain folder name (letters, digits, and . _ + = @ -)")
 
 
 def _shown(folder: Path) -> str:

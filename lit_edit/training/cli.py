@@ -11,7 +11,6 @@ The module says what that file holds: it has a method ``save_network(path: Path)
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 import sys
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lit_edit.checkpoints import AtomicCheckpointIO, load_tree
 from lit_edit.commands.configs import expand_arguments, explain
-from lit_edit.commands.training import SaveRunConfig
+from lit_edit.commands.training import SaveRunConfig, check_run_name
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.run_files import run_lock
 
@@ -111,8 +110,7 @@ class NetworkCLI(LightningCLI):
         """Point everything that writes at the run folder."""
         config = self.config["fit"]
         name = config.run_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        if not re.fullmatch(r"[\w.+=@-]+", name) or name.strip(".") == "":
-            raise ArgumentError(f"--run_name {name!r} must be a plain folder name (letters, digits, and . _ + = @ -)")
+        check_run_name(name)
         self.run_folder = Path(config.runs_dir).expanduser().resolve() / name
         config.trainer.default_root_dir = str(self.run_folder)
         if config.resume == "auto" and not config.get("ckpt_path"):

@@ -30,6 +30,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lit_edit.data.request import EditRequest
+from lit_edit.editors.layer_choice import chosen_layers
 from lit_edit.editors.lessons import Lesson, target_lesson
 from lit_edit.editors.mend_network import MENDNetwork, NetworkOrigin
 from lit_edit.editors.token_gradients import collect_gradients
@@ -154,9 +155,7 @@ class MENDTraining(LightningModule):
         ):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must not be negative or infinite, got {value}")
-        if layers is not None and (len(layers) == 0 or list(layers) != sorted(set(layers)) or min(layers) < 0):
-            raise ValueError(f"layers must be ascending, different and not negative, got {list(layers)}")
-        self.language_model, self.layers = language_model, None if layers is None else tuple(layers)
+        self.language_model, self.layers = language_model, chosen_layers(layers)
         self.rank, self.hidden, self.edit_rate = rank, hidden, edit_rate
         self.lr, self.rate_lr, self.weight_decay = lr, rate_lr, weight_decay
         self.edit_weight, self.locality_weight = edit_weight, locality_weight
