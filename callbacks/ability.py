@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from time import perf_counter
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lit_edit.ability.files import TaskData, load_task
 from lit_edit.ability.measure import Record, compare_records, measure_tasks
@@ -17,12 +16,12 @@ from lit_edit.models.adapter import ModelAdapter
 from lit_edit.precision import passes_of
 from lit_edit.stream import EditStream
 
-from .base import as_stream, check_every, is_due
+from .base import CourseCallback, check_every
 
 log = logging.getLogger(__name__)
 
 
-class Ability(Callback):
+class Ability(CourseCallback):
     """Measures few-shot tasks on the unedited model, after every ``every`` edits, and at the end.
 
     Logs ``ability/<task>/accuracy``, ``f1`` and ``mcc`` (the likeliest option), the same with ``generated_`` in front
@@ -47,7 +46,7 @@ class Ability(Callback):
         every: int = 0,
         generation: bool = True,
     ) -> None:
-        self.every = check_every(every, "Ability: every", 0)
+        super().__init__(check_every(every, "Ability: every", 0))
         self.shots = check_every(shots, "Ability: shots", 0)
         self.limit = check_every(limit, "Ability: limit", 0)
         if shots > RESERVED:
@@ -57,57 +56,34 @@ class Ability(Callback):
         except ValueError as error:
             raise ValueError(f"Ability: {error}") from None
         self.folder, self.generation = folder, generation
-        self.history: list[dict[str, Any]] = []
         self._data: list[TaskData] = []
-        self._seen = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the tasks before the model is loaded: what is wrong with a file is said at once."""
         if stage == "fit":
             self._data = [load_task(task, self.folder) for task in self.tasks]
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring back what an earlier process has measured, also where nothing is left to train."""
-        self._publish(as_stream(pl_module, self))
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the unedited model, unless an earlier process has."""
-        stream = as_stream(pl_module, self)
-        self._seen = stream.edits_made
-        if not self.history:
-            self._measure(stream, stream.ledger.original(), 0)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Measure when it is time."""
-        stream = as_stream(pl_module, self)
-        now = stream.edits_made
-        due = bool(self.every) and is_due(self._seen, now, self.every)
-        if now > self._seen and (due or stream.is_at_end):
-            self._measure(stream, stream.adapter, now)
-        self._seen = now
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the end of a stream that was not run to its last edit."""
-        stream = as_stream(pl_module, self)
-        if self.history[-1]["edits"] != stream.edits_made:
-            self._measure(stream, stream.adapter, stream.edits_made)
-
-    def _measure(self, stream: EditStream, adapter: ModelAdapter, edits: int) -> None:
-        start = perf_counter()
+    def measure(self, stream: EditStream, adapter: ModelAdapter) -> dict[str, Any]:
+        """Return the records of all tasks."""
         with torch.no_grad(), passes_of(stream.trainer):
             records = measure_tasks(
                 adapter, stream.tokenizer, self._data, self.shots, self.limit or None, self.generation, stream.status
             )
-        self.history.append({"edits": edits, "tasks": records})
-        stream.log_at_edit({**ability_metrics(records), "time/ability": perf_counter() - start})
-        self._publish(stream)
-        if stream.ranks.leads:
-            found = ", ".join(f"{name} {record['likelihood']['accuracy']:.2f}" for name, record in records.items())
-            log.info("general ability after %d edits: %s", edits, found)
+        return {"tasks": records}
 
-    def _publish(self, stream: EditStream) -> None:
-        if self.history:
-            stream.extra["ability"] = summarise_ability(self.history)
+    def publish(self, stream: EditStream) -> None:
+        """Put first and last measurement, the change, and the points between into the summary."""
+        stream.extra["ability"] = summarise_ability(self.history)
+
+    def report(self, stream: EditStream, seconds: float) -> None:
+        """Log all numbers without their intervals, and say the accuracies."""
+        last = self.history[-1]
+        stream.log_at_edit({**ability_metrics(last["tasks"]), "time/ability": seconds})
+        if stream.ranks.leads:
+            found = ", ".join(
+                f"{name} {record['likelihood']['accuracy']:.2f}" for name, record in last["tasks"].items()
+            )
+            log.info("general ability after %d edits: %s", last["edits"], found)
 
     def _settings(self) -> dict[str, Any]:
         names = [task.name for task in self.tasks]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lit_edit.models.adapter import ModelAdapter
 from lit_edit.stream import EditStream
 
 
@@ -62,3 +65,120 @@ class RunEndCallback(Callback):
     @abstractmethod
     def write(self, trainer: Trainer, stream: EditStream, folder: Path) -> None:
         """Write; called on the first rank alone."""
+
+
+class StagedCallback(Callback):
+    """Measures before the first edit, after every ``every`` edits, and at the end; subclasses say what.
+
+    The end is measured once for the edits that hold there: again if some were taken out since, and also where a run was
+    resumed at its end and nothing was left to train.
+
+    Args:
+        every: Edits between two measurements; 0 measures before the first edit and at the end only.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._seen = 0
+        self._ended: tuple[int, ...] | None = None  # the edits that held when the end was measured
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the unedited model, unless that was done."""
+        stream = as_stream(pl_module, self)
+        self._seen = stream.edits_made
+        self.begin(stream)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Measure when it is time; the end has its own measurement."""
+        stream = as_stream(pl_module, self)
+        now = stream.edits_made
+        if self.every and is_due(self._seen, now, self.every) and not stream.is_at_end:
+            self.go_on(stream)
+        self._seen = now
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the end."""
+        self._finish(as_stream(pl_module, self))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the end of a stream that was resumed there: nothing was trained."""
+        self._finish(as_stream(pl_module, self))
+
+    def _finish(self, stream: EditStream) -> None:
+        stream.finish()  # brings a stream that was resumed at its end up to its journal
+        held = held_edits(stream)
+        if self._ended != held:
+            self.begin(stream)
+            self.end(stream)
+            self._ended = held
+
+    @abstractmethod
+    def begin(self, stream: EditStream) -> None:
+        """Measure the unedited model, unless that was done."""
+
+    @abstractmethod
+    def go_on(self, stream: EditStream) -> None:
+        """Measure the model as it is, between two edits."""
+
+    @abstractmethod
+    def end(self, stream: EditStream) -> None:
+        """Measure the model as it is at the end."""
+
+
+class CourseCallback(StagedCallback):
+    """Measures one and the same thing all along a stream; subclasses say what in :meth:`measure`.
+
+    Attributes:
+        history: What was measured, with the number of ``edits`` made until then; it is kept in checkpoints.
+    """
+
+    def __init__(self, every: int) -> None:
+        super().__init__(every)
+        self.history: list[dict[str, Any]] = []
+        self._held: tuple[int, ...] | None = None  # the edits that held at the last measurement
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hand on what an earlier process has measured, also where nothing is left to train."""
+        if self.history:
+            self.publish(as_stream(pl_module, self))
+
+    def begin(self, stream: EditStream) -> None:
+        """Measure the unedited model, unless that was done."""
+        if not self.history:
+            self._add(stream, stream.ledger.original(), 0)
+
+    def go_on(self, stream: EditStream) -> None:
+        """Measure the model as it is."""
+        self._add(stream, stream.adapter, stream.edits_made)
+        self._held = held_edits(stream)
+
+    def end(self, stream: EditStream) -> None:
+        """Measure the end, unless the last measurement was of the same edits."""
+        if self._held != held_edits(stream):
+            self.go_on(stream)
+
+    def _add(self, stream: EditStream, adapter: ModelAdapter, edits: int) -> None:
+        start = perf_counter()
+        point = {"edits": edits, **self.measure(stream, adapter)}
+        if edits and self.history[-1]["edits"] == edits:  # edits were taken out since, or it was resumed here
+            del self.history[-1]
+        self.history.append(point)
+        self.publish(stream)
+        self.report(stream, perf_counter() - start)
+
+    @abstractmethod
+    def measure(self, stream: EditStream, adapter: ModelAdapter) -> dict[str, Any]:
+        """Return a measurement of a model: the unedited one or the stream's own, as it is."""
+
+    @abstractmethod
+    def publish(self, stream: EditStream) -> None:
+        """Put the history into the stream's summary."""
+
+    @abstractmethod
+    def report(self, stream: EditStream, seconds: float) -> None:
+        """Log the last measurement, and what it took."""
+
+
+def held_edits(stream: EditStream) -> tuple[int, ...]:
+    """Return the numbers of the edits that hold."""
+    return tuple(entry.number for entry in stream.ledger.entries)

@@ -123,7 +123,8 @@ def _draw_forgetting(stream: EditStream) -> Figure:
             if entry.id in results
         ]
         if series:
-            axis.scatter(*zip(*series, strict=True), s=12, color=colour, label=label, alpha=0.8)
+            ages, probabilities = zip(*series, strict=True)
+            axis.scatter(ages, probabilities, s=12, color=colour, label=label, alpha=0.8)
     axis.set(
         xlabel="age: edits made since",
         ylabel="probability of the new object",

@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lit_edit.data.files import expand
 from lit_edit.data.request import EditRequest
@@ -31,12 +31,12 @@ from lit_edit.models.adapter import ModelAdapter
 from lit_edit.paths import write_atomically
 from lit_edit.stream import EditStream
 
-from .base import as_stream, check_every, is_due
+from .base import StagedCallback, check_every
 
 log = logging.getLogger(__name__)
 
 
-class ProtocolMetrics(Callback):
+class ProtocolMetrics(StagedCallback):
     """Measures what takes longer than scoring: generated texts and answers, portability, and forgetting by age.
 
     Fluency, consistency, generated answers, portability and locality by kind are measured over a fixed sample of the
@@ -93,7 +93,8 @@ class ProtocolMetrics(Callback):
             raise ValueError(f"ProtocolMetrics: ends must be a number of edits or a share below 1, got {ends}")
         if published is not None and published not in PUBLISHED:
             raise ValueError(f"ProtocolMetrics: published must be one of {', '.join(PUBLISHED)}, got {published!r}")
-        self.every, self.sample, self.seed = every, sample, seed
+        super().__init__(every)
+        self.sample, self.seed = sample, seed
         self.writing = {"top_k": top_k, "length": length, "max_prompts": prompts or None, "batch_rows": batch_rows}
         self.references, self.term_weights = references, term_weights
         self.ends, self.bins, self.published, self.folder = ends, bins, published, folder
@@ -102,8 +103,6 @@ class ProtocolMetrics(Callback):
         self._filed: dict[tuple[str, str], list[str]] = {}
         self._chosen: list[EditRequest] = []
         self._vectorizer: Any = None
-        self._seen = 0
-        self._held: tuple[int, ...] | None = None  # the edits that held when the end was measured
 
     # ---- the stream ---------------------------------------------------------------------------------------------
 
@@ -114,32 +113,8 @@ class ProtocolMetrics(Callback):
         if self.term_weights is not None:
             self._vectorizer = load_vectorizer(expand(self.term_weights))
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the unedited model, unless that was done."""
-        stream = as_stream(pl_module, self)
-        self._seen = stream.edits_made
-        self._begin(stream)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Measure when it is time."""
-        stream = as_stream(pl_module, self)
-        now = stream.edits_made
-        if self.every and is_due(self._seen, now, self.every) and not stream.is_at_end:
-            start = perf_counter()
-            summary, _ = self._measure(stream, stream.adapter, self._holding(stream))
-            self.history.append({"edits": now, "summary": summary})
-            stream.log_at_edit({**flatten(summary, "protocol"), "time/protocol": perf_counter() - start})
-        self._seen = now
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the end."""
-        self._finish(trainer, as_stream(pl_module, self))
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the end of a stream that was resumed there: nothing was trained."""
-        self._finish(trainer, as_stream(pl_module, self))
-
-    def _begin(self, stream: EditStream) -> None:
+    def begin(self, stream: EditStream) -> None:
+        """Measure the unedited model on what of the sample was not."""
         if not self._chosen:
             self._choose(stream)
         if missing := [request for request in self._chosen if request.id not in self._base]:
@@ -148,13 +123,15 @@ class ProtocolMetrics(Callback):
             if len(missing) == len(self._chosen):
                 stream.log_at_edit(flatten(summary, "base"))
 
-    def _finish(self, trainer: Trainer, stream: EditStream) -> None:
-        stream.finish()
-        held = tuple(entry.number for entry in stream.ledger.entries)
-        if self._held == held:
-            return
-        self._begin(stream)
-        self._held = held
+    def go_on(self, stream: EditStream) -> None:
+        """Measure the edits of the sample that hold."""
+        start = perf_counter()
+        summary, _ = self._measure(stream, stream.adapter, self._holding(stream))
+        self.history.append({"edits": stream.edits_made, "summary": summary})
+        stream.log_at_edit({**flatten(summary, "protocol"), "time/protocol": perf_counter() - start})
+
+    def end(self, stream: EditStream) -> None:
+        """Measure the edits of the sample that hold, and the age curves of all."""
         requests = self._holding(stream)
         summary, results = self._measure(stream, stream.adapter, requests)
         curves = self._ages(stream)
@@ -169,8 +146,8 @@ class ProtocolMetrics(Callback):
                 stage: as_published(stream.summary()[stage], self.published) for stage in ("base", "final")
             }
         stream.log_at_edit(flatten(summary, "final"))
-        if trainer.is_global_zero:
-            self._write(Path(self.folder or trainer.default_root_dir), requests, results)
+        if stream.ranks.leads:
+            self._write(Path(self.folder or stream.trainer.default_root_dir), requests, results)
 
     # ---- measuring ----------------------------------------------------------------------------------------------
 

@@ -61,15 +61,16 @@ def check_replicas(stream: EditStream) -> None:
     """
     if not stream.ranks.together:
         return
-    ledger, found = stream.ledger, []
+    ledger = stream.ledger
+    found: list[tuple[str, bool]] = []
     for layer, name in ledger.names.items():
         own, delta = ledger.adapter.own_weight(layer), ledger.deltas.get(name)
         weight = ledger.base[name] if delta is None else ledger.edited_weight(layer, delta)
         if isinstance(own, DTensor):
             whole = torch.equal(own.to_local(), part_of(own, weight))
-            found.append([checksum(weight), whole])
+            found.append((checksum(weight), whole))
         else:
-            found.append([checksum(own.detach()), True])
+            found.append((checksum(own.detach()), True))
     everyone = stream.ranks.gather(found)
     for rank, theirs in enumerate(everyone):
         for (digest, whole), (wanted, _), (layer, name) in zip(theirs, everyone[0], ledger.names.items(), strict=True):

@@ -54,9 +54,9 @@ class StopOnSignal(Callback):
     def _listen(self, trainer: Trainer) -> None:
         self._listens = True
         environment = trainer.strategy.cluster_environment if hasattr(trainer.strategy, "cluster_environment") else None
-        slurm = isinstance(environment, SLURMEnvironment)
-        self._requeues = self.requeue and slurm and environment.auto_requeue
-        self._signals = [signal.SIGTERM, (environment.requeue_signal if slurm else None) or signal.SIGUSR1]
+        slurm = environment if isinstance(environment, SLURMEnvironment) else None
+        self._requeues = self.requeue and slurm is not None and slurm.auto_requeue
+        self._signals = [signal.SIGTERM, (slurm.requeue_signal if slurm else None) or signal.SIGUSR1]
         if threading.current_thread() is threading.main_thread():
             for number in self._signals:
                 before = signal.signal(number, self._ask)

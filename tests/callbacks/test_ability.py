@@ -80,6 +80,22 @@ def test_by_default_before_and_at_the_end_alone(tmp_path: Path, folder: Path) ->
     assert "generation" not in callback.history[0]["tasks"]["cola"]
 
 
+class TakesOut(Callback):
+    """Takes an edit out when the stream has come to its end."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.session.undo([1], "a test", origin="guard")
+
+
+def test_the_end_is_measured_without_edits_that_were_taken_out(tmp_path: Path, folder: Path) -> None:
+    callback = ability(folder, every=1)
+    stream = fit(tmp_path, [callback, TakesOut()], 2)
+    assert len(stream.ledger) == 1
+    assert [point["edits"] for point in callback.history] == [0, 1, 2]
+    data = [load_task(TASKS[name], folder) for name in ("cola", "sst2")]
+    assert callback.history[-1]["tasks"] == measure_tasks(stream.adapter, tiny_tokenizer(), data, 0, 4)
+
+
 class StopAfter(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if pl_module.edits_made == 3:
