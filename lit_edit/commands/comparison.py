@@ -118,7 +118,8 @@ def write_comparison(grid: Grid, folder: Path, measure: str = "success") -> list
     write_atomically(folder / "compare.md", lambda path: path.write_text(text, encoding="utf-8"))
     write_atomically(folder / "compare.csv", lambda path: path.write_text(as_csv(rows), encoding="utf-8"))
     write_json(folder / "compare.json", {"comparison": grid.name, "settings": grid.settings, "editors": rows})
-    figure = draw_comparison(courses, measure, title=grid.name)
+    begun = [course for course in courses if course.state != "not run"]  # the table says what was not
+    figure = draw_comparison(begun or courses, measure, title=grid.name)
     write_atomically(folder / "compare.png", lambda path: figure.savefig(path, format="png", dpi=140))
     return rows
 
@@ -147,7 +148,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "h")
 STYLES: tuple[Any, ...] = ("-", (0, (7, 1.5, 1.5, 1.5)), (0, (1.5, 1)))  # after so many colours come again
 BASE: Any = {"color": "0.45", "linestyle": (0, (4, 3)), "linewidth": 1.1, "zorder": 1}
-LOGARITHMIC = 20
+LOGARITHMIC = 4
 """Where the largest value is more times the smallest, curves near the latter would lie on each other otherwise."""
 LEAST_SPAN = {"perplexity": 0.05, "mean |W|": 0.005}
 """How much of its values an axis shows at least: smaller differences are to look small."""
@@ -264,7 +265,8 @@ def _scale(axis: Axes, quantity: str, values: Sequence[float]) -> None:
 
         axis.set_yscale("log")
         axis.set_ylim(low / 1.5, high * 1.8)
-        axis.yaxis.set_major_locator(LogLocator(numticks=8))
+        subs = (1.0, 2.0, 5.0) if high / low < 1e3 else (1.0,)  # a decade or two have few powers of ten
+        axis.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_title(f"{axis.get_title(loc='left')}, logarithmic", fontsize=11, loc="left")
