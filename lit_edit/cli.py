@@ -37,6 +37,7 @@ commands:
   choose-layers  for a new model:    lit-edit choose-layers --model smollm2-135m --data counterfact.json
   report     a run as a web page:      lit-edit report --run runs/x (--runs runs/a runs/b compares)
   plan       memory and time of a fit: lit-edit plan --config quickstart --devices 2 --tflops 400
+  ability    tasks beside the edits: lit-edit ability --run runs/x --tasks sst2 mmlu --at 0 100 300
   eval-harness  both in lm-eval:     lit-edit eval-harness --run runs/x --tasks sst2 mmlu --limit 50
   stats      compute key statistics ahead of a run
   models     list known models, what is cached, and the configs that ship
@@ -59,6 +60,7 @@ TOOLS = (
     "trace",
     "stats",
     "models",
+    "ability",
     "eval-harness",
     "choose-layers",
     "mine-hard",

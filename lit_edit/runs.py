@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,6 +246,46 @@ def open_for_change(folder: Path) -> Iterator[ChangingRun]:
         stream.ledger.align()
         session = stream.open(newest_checkpoint(folder))
         yield ChangingRun(folder, stream, session)
+
+
+@contextmanager
+def open_as_of(folder: Path, edits: int) -> Iterator[ChangingRun]:
+    """Open a run as it was after so many edits, in a folder that is gone afterwards; the run itself is not touched.
+
+    The edits are replayed from the journal, without fitting anything. Where one step made several, all of them are.
+
+    Args:
+        folder: The run's.
+        edits: How many were made, whether they hold still or not.
+
+    Raises:
+        RunError: If the run cannot be opened or has not made so many.
+    """
+    folder = _check_folder(folder).resolve()
+    count = records_until(read_history(folder), Journal(journal_path(folder), writable=False).records, edits)
+    with tempfile.TemporaryDirectory(prefix="lit-edit-") as made:
+        shutil.copy(folder / "config.yaml", made)
+        path = journal_path(Path(made))
+        path.parent.mkdir(parents=True)
+        Journal(journal_path(folder), writable=False).copy_to(Journal(path), count)
+        with open_for_change(Path(made)) as run:
+            yield run
+
+
+def records_until(history: EditHistory, records: Sequence[Mapping[str, Any]], edits: int) -> int:
+    """Return how many records of a journal lead to its first so many edits, with what came of them before the next one.
+
+    Raises:
+        RunError: If there are not so many.
+    """
+    if edits > len(history.made):
+        raise RunError(f"the run has made {len(history.made)} edits, not {edits}")
+    made = 0
+    for index, record in enumerate(records):
+        if made >= edits and record.get("entries"):
+            return index
+        made += len(record.get("entries", ()))
+    return sum(record["kind"] != "end" for record in records)
 
 
 def _stream_of(folder: Path) -> EditStream:

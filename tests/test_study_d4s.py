@@ -6,15 +6,17 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from lit_edit.cli import main
+from lit_edit.commands.ability import Asked
 from lit_edit.commands.comparison import Course
 from lit_edit.commands.configs import find_config
-from lit_edit.commands.study_d4s import PARTS, with_tasks, with_text
+from lit_edit.commands.study_d4s import PARTS, measure_ability, with_text
 from lit_edit.commands.study_d4s_report import correlations, curve_table, growth_and_accuracy, read_points, write_part
 from lit_edit.grids import Grid, read_grid
 
@@ -93,11 +95,30 @@ def test_d_shows_the_tasks_along_the_stream(tmp_path: Path) -> None:
         },
         {"edits": 100, "ability/sst2/accuracy": 0.75, "ability/mmlu/accuracy": 0.25},
     ]
-    fill(tmp_path / "memit", 100, {}, ability={"points": points})
+    fill(tmp_path / "memit", 100, {})
+    (tmp_path / "memit" / "ability").mkdir()
+    (tmp_path / "memit" / "ability" / "ability.json").write_text(json.dumps({"points": points}))
     assert read_points(tmp_path / "memit")[0] == {"sst2": 0.5, "mmlu": 0.25}
     said = squeezed(write_part("d", grid_of("d"), tmp_path))
     assert "| mean | memit | 0.375 | 0.500 |" in said
     assert "| sst2 | d4s | – | – |" in said
+    fill(tmp_path / "run", 100, {}, ability={"points": points[:1]})  # measured along the run, as in part c
+    assert read_points(tmp_path / "run") == {0: {"sst2": 0.5, "mmlu": 0.25}}
+
+
+def test_d_measures_the_runs_of_a_every_hundred_edits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, seen = grid_of("d"), []
+    of_a = {point.name: grid_of("a").arguments(point.choices) for point in grid_of("a").points}
+    assert grid.name == grid_of("a").name  # so what part a has run is not run again
+    assert [point.name for point in grid.points] == ["d4s", "memit"]
+    assert all(grid.arguments(point.choices) == of_a[point.name] for point in grid.points)
+    fill(tmp_path / "d4s", 250, {})
+    monkeypatch.setattr("lit_edit.runs.read_history", lambda run: SimpleNamespace(made=[None] * 250))
+    monkeypatch.setattr("lit_edit.commands.study_d4s.measure_run", lambda *args: seen.append(args))
+    measure_ability(grid, tmp_path, tmp_path)
+    run = tmp_path / "d4s"
+    tasks = ("sst2", "mrpc", "cola", "rte", "nli", "mmlu")
+    assert seen == [(run, [0, 100, 200, 250], Asked(tasks, tmp_path), run / "ability")]  # memit has not come to its end
 
 
 def test_e_has_a_line_per_variant_and_one_more_for_a_text(tmp_path: Path) -> None:
@@ -111,14 +132,6 @@ def test_e_has_a_line_per_variant_and_one_more_for_a_text(tmp_path: Path) -> Non
 
 def test_nothing_done_yet_is_said(tmp_path: Path) -> None:
     assert "Nothing has been measured yet" in write_part("b", grid_of("b"), tmp_path)
-
-
-def test_tasks_come_from_a_folder(tmp_path: Path) -> None:
-    grid = with_tasks(grid_of("d"), tmp_path, tmp_path)
-    assert grid.base == ("counterfact", str(tmp_path / "ability.yaml"))
-    callbacks = yaml.safe_load((tmp_path / "ability.yaml").read_text())["trainer"]["callbacks"]
-    [own] = [c for c in callbacks if c["class_path"].endswith(".Ability")]
-    assert own["init_args"]["folder"] == str(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +158,10 @@ def test_a_dry_run_lists_the_commands_of_all_parts(
     data = str(shared_data / "counterfact_2000.json")
     words = ["--data", data, "--runs_dir", str(tmp_path), "--edits", "3", "--dry-run"]
     assert main(["study", "d4s", "--part", "a", "c", "d", *words, "--tasks", str(shared_data)]) == 0
+    own = tmp_path / "studies" / "d4s-questions" / "ability.yaml"
+    callbacks = yaml.safe_load(own.read_text())["trainer"]["callbacks"]
+    [ability] = [c for c in callbacks if c["class_path"].endswith(".Ability")]
+    assert ability["init_args"]["folder"] == str(shared_data)
     out = capsys.readouterr().out
     for config in ("method/alphaedit", "callbacks/study", "mqd_truth.json", "ability.yaml"):
         assert config in out

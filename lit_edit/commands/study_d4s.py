@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from lit_edit.commands.ability import Asked, measure_run
 from lit_edit.commands.arguments import make_parser, positive
 from lit_edit.commands.configs import find_config
 from lit_edit.errors import ArgumentError
@@ -24,7 +25,7 @@ PARTS = MappingProxyType(
         "a": ("stream", "what five editors have kept of a stream, every 25 edits"),
         "b": ("stream", "mean |W| of the edited layers beside it (the same runs), and the correlation of the two"),
         "c": ("questions", "what edits of MQD's kinds of questions do to general ability"),
-        "d": ("ability", "general ability of D4S and MEMIT along a stream"),
+        "d": ("ability", "general ability of D4S and MEMIT along a stream (two of the runs of part a)"),
         "e": ("ablation", "D4S with other residuals, layers, lambda and statistics"),
     }
 )
@@ -88,8 +89,6 @@ def _run_part(options: argparse.Namespace, part: str) -> int:
     if options.model is not None:
         settings["model.language_model.name"] = options.model
     grid = with_changes(grid, "the command line", None, settings)
-    if part == "d":
-        grid = with_tasks(grid, folder, options.tasks)
     if part == "e" and options.text is not None:
         grid = with_text(grid, options.text.resolve())
 
@@ -104,9 +103,31 @@ def _run_part(options: argparse.Namespace, part: str) -> int:
             sys.stdout.write(list_points(grid, grid.points, folder))
             return 0
         status = run_points(grid, folder, grid.points, parsed)
+        if part == "d" and status <= 128:
+            measure_ability(grid, folder, options.tasks)
     sys.stdout.write(f"\n{write_part(part, grid, folder)}\n")
     sys.stdout.write(f"Everything is in {folder}/ ({part}.md, {part}.csv, {part}.png)\n")
     return status
+
+
+def measure_ability(grid: Grid, folder: Path, tasks: Path | None) -> None:
+    """Measure general ability on the finished runs of a part, before the first edit, every 100, and at the end.
+
+    Args:
+        grid: The runs.
+        folder: Theirs.
+        tasks: A folder with a file per task; ``None`` takes them from the hub.
+    """
+    from lit_edit.ability.tasks import TASKS
+    from lit_edit.commands.gathering import is_done
+    from lit_edit.runs import read_history
+
+    for point in grid.points:
+        run = folder / point.name
+        if is_done(run):
+            made = len(read_history(run).made)
+            numbers = sorted({*range(0, made, 100), made})
+            measure_run(run, numbers, Asked(tuple(TASKS), tasks), run / "ability")
 
 
 def _run_questions(options: argparse.Namespace) -> int:
@@ -131,21 +152,6 @@ def _run_questions(options: argparse.Namespace) -> int:
 def folder_of(runs_dir: str, grid: Grid) -> Path:
     """Return where a part keeps its runs and tables."""
     return Path(runs_dir).expanduser().resolve() / "studies" / grid.name
-
-
-def with_tasks(grid: Grid, folder: Path, tasks: Path | None) -> Grid:
-    """Return the grid with the tasks taken from a folder, not from the hub.
-
-    Args:
-        grid: Runs with the config ``callbacks/ability``.
-        folder: Where a config of the study's own is written.
-        tasks: The folder with the tasks.
-    """
-    if tasks is None:
-        return grid
-    path = folder / "ability.yaml"
-    _write_callbacks(path, tasks)
-    return replace(grid, base=tuple(str(path) if config == "callbacks/ability" else config for config in grid.base))
 
 
 def _with_own_base(grid: Grid, folder: Path, tasks: Path | None) -> Path:

@@ -171,12 +171,16 @@ def _ability(grid: Grid, folder: Path) -> tuple[str, list[Row], Figure]:
 
 
 def read_points(run: Path) -> dict[int, dict[str, float]]:
-    """Return a finished run's accuracies by number of edits and task; nothing if it has measured none."""
+    """Return a finished run's accuracies by number of edits and task, measured in the run (c) or afterwards (d)."""
     if not is_done(run):
         return {}
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    measured = run / "ability" / "ability.json"
+    path, place = (measured, ()) if measured.is_file() else (run / "summary.json", ("ability",))
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for name in place:
+        found = found.get(name) or {}
     points: dict[int, dict[str, float]] = {}
-    for point in (summary.get("ability") or {}).get("points", ()):
+    for point in found.get("points", ()):
         parts = {name.split("/")[1]: value for name, value in point.items() if name.endswith("/accuracy")}
         points[int(point["edits"])] = {task: float(value) for task, value in parts.items()}
     return points

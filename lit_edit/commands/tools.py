@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lit_edit.commands.ability import run_ability
 from lit_edit.commands.arguments import make_parser, positive
 from lit_edit.commands.choose_layers import run_choose_layers
 from lit_edit.commands.eval_harness import run_eval_harness
@@ -35,6 +36,7 @@ def run_tool(command: str, args: list[str]) -> None:
         "trace": run_trace,
         "stats": _stats,
         "models": _models,
+        "ability": run_ability,
         "eval-harness": run_eval_harness,
         "mine-hard": run_mine_hard,
         "choose-layers": run_choose_layers,

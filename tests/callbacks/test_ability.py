@@ -11,8 +11,8 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_edit.callbacks import Ability, RunFolder
-from lit_edit.callbacks.ability import ability_metrics, summarise_ability
 
+from lit_edit.ability.course import ability_metrics, summarise_ability
 from lit_edit.ability.files import load_task
 from lit_edit.ability.measure import measure_tasks
 from lit_edit.ability.tasks import TASKS

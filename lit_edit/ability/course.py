@@ -1,0 +1,39 @@
+"""General ability along a stream: what is logged of it, and how it has changed since the unedited model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lit_edit.ability.measure import Record, compare_records
+
+
+def ability_metrics(records: dict[str, Record]) -> dict[str, float]:
+    """Return the metrics of a measurement by the names under which they are logged, without their intervals."""
+    metrics: dict[str, float] = {}
+    for task, record in records.items():
+        for way, prefix in (("likelihood", ""), ("generation", "generated_")):
+            for name in ("accuracy", "f1", "mcc") if way in record else ():
+                metrics[f"ability/{task}/{prefix}{name}"] = record[way][name]
+        if "generation" in record:
+            metrics[f"ability/{task}/unparsable"] = record["generation"]["unparsable"]
+    return metrics
+
+
+def summarise_ability(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what stands in ``summary.json``: first and last measurement, the change, and the points between."""
+    first, last = history[0], history[-1]
+    summary: dict[str, Any] = {
+        "edits": last["edits"],
+        "base": _without_answers(first["tasks"]),
+        "final": _without_answers(last["tasks"]),
+        "points": [{"edits": point["edits"], **ability_metrics(point["tasks"])} for point in history],
+    }
+    summary["change"] = {name: compare_records(first["tasks"][name], record) for name, record in last["tasks"].items()}
+    return summary
+
+
+def _without_answers(records: dict[str, Record]) -> dict[str, Record]:
+    return {
+        task: {name: value for name, value in record.items() if name != "answers"} for task, record in records.items()
+    }
