@@ -123,6 +123,8 @@ def correlations(pairs: Sequence[tuple[float, float]]) -> tuple[float | None, fl
 
 
 def _draw_norms(courses: Sequence[Course], pairs: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     figure, axes = _new_figure(3)
     for axis, quantity, heading in (
         (axes[0], ACCURACY, "Accuracy over the edits so far"),
@@ -138,6 +140,9 @@ def _draw_norms(courses: Sequence[Course], pairs: Mapping[str, Sequence[tuple[fl
         if own := pairs[course.editor]:
             axes[2].plot(*zip(*own, strict=True), linestyle="", **look)
     axes[2].set(xlabel="growth of mean |W|", xscale="log")
+    axes[2].xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0), numticks=12))
+    axes[2].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes[2].xaxis.set_minor_formatter(NullFormatter())
     axes[2].set_title("Accuracy against growth", loc="left", fontsize=11)
     if any(pairs.values()):
         axes[0].legend(frameon=False, fontsize=9)
