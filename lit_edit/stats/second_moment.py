@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ from lit_edit.tokens import pad_right, pad_token
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+
+SAVE_EVERY = 60.0
+"""Seconds between records of a count under way: the sums of all layers are large, and a chunk is soon counted again."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,13 @@ def accumulate(
     skip_first: bool,
     folder: Path,
     progress: Progress | None = None,
+    save_every: float = SAVE_EVERY,
 ) -> dict[int, Tensor]:
     """Read ``budget`` tokens and return the mean of ``k k^T`` per layer, float64; nothing on ranks that do not lead.
 
-    Partial sums are written to ``folder`` after each chunk, so an interrupted count goes on where it was. Several ranks
-    read a chunk each at a time, the very chunks that one process would read; in lockstep all read the same one.
+    Partial sums are written to ``folder`` after the first chunk that ends ``save_every`` seconds behind the last such
+    record, so an interrupted count goes on from there. Several ranks read a chunk each at a time, the very chunks that
+    one process would read; in lockstep all read the same one.
     """
     from lit_edit.data.request import DataError
 
@@ -129,7 +135,7 @@ def accumulate(
     count, index = _load_partial(partial, sums) if ranks.leads else (0, 0)
     count, index = ranks.agree([count, index])
     at_once, mine = (1, 0) if ranks.lockstep else (ranks.size, ranks.rank)
-    pad = pad_token(tokenizer)
+    pad, saved = pad_token(tokenizer), monotonic()
     while count < budget:
         if progress is not None:
             progress(count, budget)
@@ -152,8 +158,9 @@ def accumulate(
         for total in sums.values() if at_once > 1 else ():
             ranks.sum_at_leader_(total)
         index += taken
-        if ranks.leads:
+        if ranks.leads and count < budget and monotonic() - saved >= save_every:
             _save_partial(partial, sums, count, index)
+            saved = monotonic()
     if progress is not None:
         progress(budget, budget)
     if not ranks.leads:

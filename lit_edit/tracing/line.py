@@ -61,6 +61,7 @@ class PromptLine:
         starts: Per version, the first position that it runs. Ignored (taken as 0) where whole versions are run.
         bases: Per version, the number of the kept version it departs from, whose states are found before ``starts``.
         kept: How many versions are kept.
+        stops: Per version, the position behind the last that it runs; by default the prompt's length.
 
     Attributes:
         base: ``(tokens,)``, for each token of the line where the same token of its base lies among
@@ -68,21 +69,30 @@ class PromptLine:
         ends: ``(versions,)``, where in the line each version's last token lies.
     """
 
-    def __init__(self, calls: PromptCalls, starts: Sequence[int], bases: Sequence[int], kept: int) -> None:
+    def __init__(
+        self,
+        calls: PromptCalls,
+        starts: Sequence[int],
+        bases: Sequence[int],
+        kept: int,
+        stops: Sequence[int] | None = None,
+    ) -> None:
         self.calls, self.adapter, length = calls, calls.adapter, calls.length
+        self._made_of = (starts, bases, kept)
         device = self.adapter.device
         begin = torch.tensor(starts if self.adapter.packs else [0] * len(starts), device=device)
+        end = torch.tensor([length] * len(starts) if stops is None else stops, device=device)
         base = torch.tensor(bases, device=device)
         self.versions, self.first = len(starts), int(begin.min())
-        sizes = length - begin
+        sizes = end - begin
         offsets = sizes.cumsum(0) - sizes
         position = torch.arange(length, device=device)
         own = offsets[:, None] + position - begin[:, None]  # (versions, length), where it is not negative
-        runs = position >= begin[:, None]
+        runs = (position >= begin[:, None]) & (position < end[:, None])
         self._place = own  # of a token in the line; only where the version runs it
         self.positions = position.expand(self.versions, -1)[runs]  # (tokens,)
         self.base = (base[:, None] * length + position)[runs]
-        self.ends = own[:, -1]
+        self.ends = offsets + sizes - 1
         # For attention: queries padded to the longest version, keys of every position, kept ones first.
         self._keys = torch.where(runs, kept * length + own, base[:, None] * length + position).flatten()
         self._span = length - self.first
@@ -93,9 +103,37 @@ class PromptLine:
             key: self.adapter.mask_like(allowed[None, None, self.first :]) for key, allowed in calls.allowed.items()
         }
         self._arguments: dict[tuple[int, ...], dict[str, Any]] = {}
+        self._by_heads: dict[tuple[int, int], Tensor] = {}
+        self._bars: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def repeated(self, times: int) -> PromptLine:
+        """Return a line of so many times the same versions, one line of them behind the other."""
+        starts, bases, kept = self._made_of
+        return PromptLine(self.calls, [*starts] * times, [*bases] * times, kept)
+
+    def alone(self) -> PromptLine:
+        """Return a line of the same versions that run their first position only; versions must not be run whole."""
+        starts, bases, kept = self._made_of
+        return PromptLine(self.calls, starts, bases, kept, [start + 1 for start in starts])
+
+    def _queries_of(self, heads: int, groups: int) -> Tensor:
+        """Return where each query of attention lies among ``(heads * tokens)``, by group of heads and version."""
+        if (heads, groups) not in self._by_heads:
+            first = torch.arange(heads, device=self.positions.device).view(groups, 1, -1, 1) * len(self)
+            self._by_heads[heads, groups] = (first + self._queries.view(1, self.versions, 1, -1)).flatten()
+        return self._by_heads[heads, groups]
+
+    def _barred(self, mask: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
+        """Return what to add to scores ``(.., length, shared * span)``: nothing, or much below all of them."""
+        key = (id(mask), shared, dtype)
+        if key not in self._bars:
+            barred = torch.zeros(mask.shape[2:], dtype=dtype, device=mask.device)
+            barred.masked_fill_(~mask[0, 0], torch.finfo(dtype).min / 2)
+            self._bars[key] = barred.T.repeat(1, shared)[None]
+        return self._bars[key]
 
     def place(self, positions: Sequence[int]) -> Tensor:
         """Return where in the line each version's token at a position lies; the version must run it."""
@@ -174,20 +212,19 @@ def _attend(line: PromptLine, mask: Tensor, query: Tensor, key: Tensor, value: T
     Returns:
         ``(tokens, heads, size)``.
     """
-    heads, tokens, size = query.shape
+    heads, _, size = query.shape
     groups, shared, versions = key.shape[0], query.shape[0] // key.shape[0], line.versions
     dtype = torch.float32 if query.itemsize < 4 else query.dtype  # autocast leaves values shorter than queries
-    query = query.to(dtype) * (size**-0.5 if scaling is None else scaling)
     # Heads of a group are further queries to the same keys: (groups * versions, shared * span, size).
-    index = torch.arange(heads, device=query.device).view(groups, 1, shared, 1) * tokens
-    rows = query.reshape(-1, size)[(index + line._queries.view(1, versions, 1, -1)).flatten()]
+    rows = query.reshape(-1, size).index_select(0, line._queries_of(heads, groups)).to(dtype)
     rows = rows.view(groups * versions, -1, size)
     keys, values = (
         side.to(dtype).index_select(1, line._keys).view(groups * versions, -1, side.shape[2]) for side in (key, value)
     )
+    barred = line._barred(mask, shared, dtype)
     with without_autocast(query.device):
-        scores = torch.bmm(keys, rows.transpose(1, 2))  # (groups * versions, length, shared * span)
-        scores = scores.masked_fill(~mask[0, 0].T.repeat(1, shared), torch.finfo(dtype).min)
+        # (groups * versions, length, shared * span)
+        scores = torch.baddbmm(barred, keys, rows.transpose(1, 2), alpha=size**-0.5 if scaling is None else scaling)
         seen = torch.bmm(torch.softmax(scores, 1).transpose(1, 2), values)
     seen = seen.view(groups, versions, shared, -1, values.shape[2]).permute(1, 3, 0, 2, 4)
     answers: Tensor = seen.reshape(-1, heads, values.shape[2]).index_select(0, line._answers)

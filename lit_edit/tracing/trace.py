@@ -13,7 +13,7 @@ samples of a layer run as one batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, Literal, get_args
@@ -31,7 +31,10 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 """What is restored: one hidden state, or MLP or attention outputs over a window of layers."""
 
 MOST_TOKENS = 16_384
-"""Tokens run together; longer prompts are traced a few positions at a time."""
+"""Tokens of one restoration run together; longer prompts are traced a few positions at a time."""
+
+MOST_TOGETHER = 2_048
+"""Tokens of several restorations run together: enough to hide what a call costs, few enough for a CPU's caches."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def trace_fact(
     window: int = 10,
     decode: Callable[[int], str] = str,
     most_tokens: int = MOST_TOKENS,
+    most_together: int = MOST_TOGETHER,
 ) -> FactTrace:
     """Trace one fact.
 
@@ -137,7 +141,8 @@ def trace_fact(
         kinds: What to restore.
         window: Layers restored together, of MLPs and attentions.
         decode: Turns the answer's token id into text.
-        most_tokens: Run no more together, unless one position already takes more.
+        most_tokens: Run no more of one restoration together, unless one position already takes more.
+        most_together: Run no more of several restorations together, unless one already takes more.
 
     Raises:
         ValueError: If the noise does not fit the subject, or there is nothing to restore.
@@ -149,21 +154,23 @@ def trace_fact(
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     calls = PromptCalls(adapter, torch.tensor([fact.ids], device=adapter.device))
-    with adapter.fast_products():
+    with adapter.fast_products(), _rounding_once(adapter):
         runs = _run_whole(adapter, calls, fact, noise)
         samples = len(noise)
+        plan = _plan(kinds, window, adapter.n_layers, adapter.packs)
         found: dict[str, list[list[float]]] = {kind: [[] for _ in range(adapter.n_layers)] for kind in kinds}
         for positions in _portions(range(first, length), length, samples, most_tokens):
             starts = [position for position in positions for _ in range(samples)]
             bases = [1 + sample for _ in positions for sample in range(samples)]
             line = PromptLine(calls, starts, bases, samples + 1)
-            for kind in kinds:
-                restoring = _restore_states(adapter, line, starts, runs) if kind == "hidden" else (
-                    _restore_windows(adapter, line, starts, runs, kind, window)
-                )  # fmt: skip
-                for layer, hidden in restoring:
-                    p = _probability(adapter, hidden[line.ends], runs.answer)
-                    found[kind][layer] += p.view(len(positions), samples).mean(1).tolist()
+            for one, ends in _restore(adapter, line, starts, runs, plan, most_together):
+                if (one.kind, one.layer) == ("hidden", adapter.n_layers - 1):
+                    # Behind the last layer nothing follows: only the last token's own state changes what is said.
+                    last = torch.tensor(starts, device=adapter.device) == length - 1
+                    p = torch.where(last, runs.probabilities[0], runs.probabilities[1:].repeat(len(positions)))
+                else:
+                    p = _probability(adapter, ends, runs.answer)
+                found[one.kind][one.layer] += p.view(len(positions), samples).mean(1).tolist()
     clean, corrupt = runs.probabilities[0], runs.probabilities[1:].mean()
     return FactTrace(
         id=fact.fact.id,
@@ -210,41 +217,133 @@ def _run_whole(adapter: ModelAdapter, calls: PromptCalls, fact: TokenizedFact, n
     return _Runs(states, kept, outputs, answer, torch.softmax(logits, -1)[:, answer])
 
 
-def _restore_states(
-    adapter: ModelAdapter, line: PromptLine, starts: Sequence[int], runs: _Runs
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield, per layer, what leaves the last one when the hidden state behind that layer is restored."""
-    places, chosen = line.place(starts), torch.tensor(starts, device=adapter.device)
-    for layer in range(adapter.n_layers):
-        after = runs.states[layer + 1]
-        hidden = after.flatten(0, 1)[line.base].index_copy(0, places, after[0, chosen])
-        yield layer, _run(line, hidden, layer + 1, adapter.n_layers, runs)
+@dataclass(frozen=True)
+class _Restoration:
+    """Something restored around one layer, at each of the positions of a line.
+
+    Attributes:
+        kind: What.
+        layer: Around which layer; the column of the result.
+        begin: The first layer that is run for it.
+        window: Layers ``start .. stop - 1`` whose modules are restored; empty for hidden states.
+        trunk: The restoration whose states at :attr:`begin` it departs from, if not from the noisy ones.
+    """
+
+    kind: Kind
+    layer: int
+    begin: int
+    window: tuple[int, int]
+    trunk: tuple[Kind, int] | None = None
+
+    @property
+    def key(self) -> tuple[Kind, int]:
+        """Kind and layer, which no other has."""
+        return self.kind, self.layer
 
 
-def _restore_windows(
-    adapter: ModelAdapter, line: PromptLine, starts: Sequence[int], runs: _Runs, kind: str, width: int
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield, per layer, what leaves the last one when modules of the window around that layer are restored.
+def _plan(kinds: Sequence[Kind], width: int, n_layers: int, skips: bool) -> list[_Restoration]:
+    """Return all restorations, those that begin at lower layers first, and each behind its trunk.
 
-    Windows that begin at the same layer (those cut off at the bottom) share their way as far as they go together.
+    Windows that begin at the same layer (those cut off at the bottom) go the same way as far as the shortest reaches:
+    the longest is the trunk, from which the others depart where they end.
+
+    Args:
+        kinds: What to restore.
+        width: Of windows.
+        n_layers: Of the model.
+        skips: Whether a window's first layer need not be run (:func:`_beyond_first`).
+    """
+    plan = []
+    for kind in kinds:
+        if kind == "hidden":
+            plan += [_Restoration(kind, layer, layer + 1, (0, 0)) for layer in range(n_layers)]
+            continue
+        windows = [(*window_around(layer, width, n_layers), layer) for layer in range(n_layers)]
+        for start, group in groupby(windows, key=lambda window: window[0]):
+            *shorter, (_, stop, longest) = group
+            plan.append(_Restoration(kind, longest, start + skips, (start, stop)))
+            plan += [_Restoration(kind, layer, end, (0, 0), (kind, longest)) for _, end, layer in shorter]
+    return sorted(plan, key=lambda restoration: (restoration.begin, restoration.trunk is not None))
+
+
+def _restore(
+    adapter: ModelAdapter, line: PromptLine, starts: Sequence[int], runs: _Runs, plan: Sequence[_Restoration], most: int
+) -> Iterator[tuple[_Restoration, Tensor]]:
+    """Yield each restoration of a plan and what leaves the last layer at the versions' ends ``(versions, d_model)``.
+
+    Restorations that are under way run as one line, layer by layer; those that begin later join it.
+
+    Args:
+        adapter: The model.
+        line: All positions and samples of one restoration.
+        starts: The position that each of its versions restores.
+        runs: The clean run and the noisy ones.
+        plan: What to restore.
+        most: Tokens run together, unless one restoration already takes more.
     """
     places, chosen = line.place(starts), torch.tensor(starts, device=adapter.device)
-    windows = [(*window_around(layer, width, adapter.n_layers), layer) for layer in range(adapter.n_layers)]
-    for start, group in groupby(windows, key=lambda w: w[0]):
-        hidden, at = runs.states[start].flatten(0, 1)[line.base], start
-        for _, stop, layer in group:
-            for index in range(at, stop):
-                clean = runs.outputs[kind][index][chosen]
-                with _restoring(_module(adapter, kind, index), places, clean):
-                    hidden = _run(line, hidden, index, index + 1, runs)
-            at = stop
-            yield layer, _run(line, hidden, stop, adapter.n_layers, runs)
+    lines: dict[int, PromptLine] = {1: line}
+    departing: dict[tuple[Kind, int], Tensor] = {}  # states of trunks, for those that depart from them
+    together = max(1, most // len(line))
+    for batch in (plan[at : at + together] for at in range(0, len(plan), together)):
+        active: list[_Restoration] = []
+        hidden = runs.states[0].new_empty(0, runs.states[0].shape[-1])
+        for layer in range(batch[0].begin, adapter.n_layers + 1):
+            for other in plan:
+                if other.begin == layer and other.trunk in (keys := [one.key for one in active]):
+                    at = keys.index(other.trunk) * len(line)
+                    departing[other.key] = hidden[at : at + len(line)].clone()
+            joining = [one for one in batch if one.begin == layer]
+            for one in joining:
+                state = departing.pop(one.key) if one.trunk else _first_state(adapter, line, starts, runs, one)
+                for other in plan:
+                    if other.trunk == one.key and other.begin == layer:
+                        departing[other.key] = state
+                hidden = torch.cat([hidden, state])
+            active += joining
+            if layer == adapter.n_layers:
+                break
+            if len(active) not in lines:
+                lines[len(active)] = line.repeated(len(active))
+            with ExitStack() as stack:
+                ends = lines[len(active)].ends if layer == adapter.n_layers - 1 else None
+                stack.enter_context(_only_at(adapter, layer, ends))
+                for kind in ("mlp", "attn"):
+                    within = [i for i, one in enumerate(active) if one.kind == kind and layer in range(*one.window)]
+                    if within:
+                        where = torch.cat([places + i * len(line) for i in within])
+                        clean = runs.outputs[kind][layer][chosen].repeat(len(within), 1)
+                        stack.enter_context(_restoring(adapter, kind, layer, where, clean, ends))
+                hidden = lines[len(active)].run_layer(layer, hidden, runs.kept.get(layer))
+        for one, states in zip(active, hidden.view(len(active), len(line), -1), strict=True):
+            yield one, states[line.ends]
 
 
-def _run(line: PromptLine, hidden: Tensor, start: int, stop: int, runs: _Runs) -> Tensor:
-    for layer in range(start, stop):
-        hidden = line.run_layer(layer, hidden, runs.kept.get(layer))
-    return hidden
+def _first_state(
+    adapter: ModelAdapter, line: PromptLine, starts: Sequence[int], runs: _Runs, one: _Restoration
+) -> Tensor:
+    """Return the states ``(tokens, d_model)`` that enter the first layer that is run for a restoration."""
+    noisy = runs.states[one.begin].flatten(0, 1)[line.base]
+    places = line.place(starts)
+    if one.kind == "hidden":
+        return noisy.index_copy(0, places, runs.states[one.begin][0, torch.tensor(starts, device=adapter.device)])
+    if one.begin == one.window[0]:
+        return noisy
+    return noisy.index_copy(0, places, _beyond_first(adapter, line, starts, runs, one.kind, one.window[0]))
+
+
+def _beyond_first(
+    adapter: ModelAdapter, line: PromptLine, starts: Sequence[int], runs: _Runs, kind: Kind, layer: int
+) -> Tensor:
+    """Return what leaves the first layer of a window at the restored tokens ``(versions, d_model)``.
+
+    Nothing else differs there from the noisy run: the tokens behind see the restored one from the next layer on.
+    """
+    alone = line.alone()
+    chosen = torch.tensor(starts, device=adapter.device)
+    places = torch.arange(len(alone), device=adapter.device)
+    with _restoring(adapter, kind, layer, places, runs.outputs[kind][layer][chosen]):
+        return alone.run_layer(layer, runs.states[layer].flatten(0, 1)[alone.base], runs.kept[layer])
 
 
 def _module(adapter: ModelAdapter, kind: str, layer: int) -> nn.Module:
@@ -274,19 +373,96 @@ def _reading(
 
 
 @contextmanager
-def _restoring(module: nn.Module, places: Tensor, clean: Tensor) -> Iterator[None]:
-    """Let a module give clean outputs ``(places, d_model)`` at some places of the line."""
+def _restoring(
+    adapter: ModelAdapter, kind: str, layer: int, places: Tensor, clean: Tensor, only: Tensor | None = None
+) -> Iterator[None]:
+    """Let the modules of a kind give clean outputs ``(places, d_model)`` at some places of the line.
+
+    Args:
+        adapter: The model.
+        kind: Of modules.
+        layer: Theirs.
+        places: In the line.
+        clean: The outputs.
+        only: The places at which MLPs are run, if not at all (:func:`_only_at`).
+    """
+    if only is not None and kind == "mlp" and _mlp(adapter, layer) is not None:
+        among = torch.full((int(torch.cat([places, only]).max()) + 1,), -1, device=places.device)
+        among[only] = torch.arange(len(only), device=places.device)
+        run = among[places] >= 0
+        places, clean = among[places][run], clean[run]
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) else output
         mended = first.reshape(-1, first.shape[-1]).index_copy(0, places, clean.to(first)).view_as(first)
         return (mended, *output[1:]) if isinstance(output, tuple) else mended
 
-    handle = module.register_forward_hook(hook)
+    handle = _module(adapter, kind, layer).register_forward_hook(hook)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _mlp(adapter: ModelAdapter, layer: int) -> nn.Module | None:
+    """Return the module that holds a layer's MLP and nothing else, if there is one."""
+    path, _, _ = adapter.spec.down_proj.rpartition(".")
+    return adapter.layers[layer].get_submodule(path) if path and adapter.packs else None
+
+
+@contextmanager
+def _only_at(adapter: ModelAdapter, layer: int, places: Tensor | None) -> Iterator[None]:
+    """Run a layer's MLP at some places of the line only; what it would add to the others is left out.
+
+    The last layer's output is read at the last tokens alone, and an MLP looks at one token at a time.
+    """
+    module = _mlp(adapter, layer)
+    if places is None or module is None:
+        yield
+        return
+    shape: list[torch.Size] = []
+
+    def choose(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        shape.append(args[0].shape)
+        return args[0][:, places], *args[1:]
+
+    def spread(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        whole = first.new_zeros(shape.pop()).index_copy(1, places, first)
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    handles = [module.register_forward_pre_hook(choose), module.register_forward_hook(spread)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _rounding_once(adapter: ModelAdapter) -> Iterator[None]:
+    """Round what enters attentions and MLPs before they see it, where products are rounded anyway.
+
+    Left to autocast, each of the matrices that read it (of queries, keys and values; gate and up) rounds it anew.
+    """
+    if adapter.rounded_to is None:
+        yield
+        return
+
+    def round_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (args[0].to(adapter.rounded_to), *args[1:]), kwargs
+        if "hidden_states" in kwargs:
+            return args, kwargs | {"hidden_states": kwargs["hidden_states"].to(adapter.rounded_to)}
+        return None
+
+    with ExitStack() as stack:
+        for layer in range(adapter.n_layers):
+            for module in (adapter.attention_module(layer), _mlp(adapter, layer)):
+                if module is not None:
+                    handle = module.register_forward_pre_hook(round_input, with_kwargs=True)
+                    stack.callback(handle.remove)
+        yield
 
 
 def _logits(adapter: ModelAdapter, hidden: Tensor) -> Tensor:

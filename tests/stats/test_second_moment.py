@@ -205,7 +205,7 @@ def test_an_interrupted_count_goes_on_bit_for_bit(
     arguments = (adapter, tiny_tokenizer(), LAYERS, corpus, 200, False)
     whole = accumulate(*arguments, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        accumulate(*arguments, tmp_path / "cut", stop_after(2))
+        accumulate(*arguments, tmp_path / "cut", stop_after(2), save_every=0)
     assert len(list((tmp_path / "cut").iterdir())) == 1
     seen: list[int] = []
     resumed = accumulate(*arguments, tmp_path / "cut", lambda done, total: seen.append(done))
@@ -215,12 +215,19 @@ def test_an_interrupted_count_goes_on_bit_for_bit(
     assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["layer1.safetensors", "layer2.safetensors"]
 
 
+def test_a_count_under_way_is_not_recorded_all_the_time(tmp_path: Path, adapter: ModelAdapter) -> None:
+    arguments = (adapter, tiny_tokenizer(), LAYERS, DocumentText(DOCUMENTS * 4, "docs", rows=7), 200, False)
+    with pytest.raises(Interrupted):
+        accumulate(*arguments, tmp_path / "cut", stop_after(2))
+    assert not (tmp_path / "cut").exists()
+
+
 @pytest.mark.parametrize("damage", ["cut", "text", "empty"])
 def test_a_damaged_interrupted_count_starts_again(tmp_path: Path, adapter: ModelAdapter, damage: str) -> None:
     arguments = (adapter, tiny_tokenizer(), LAYERS, DocumentText(DOCUMENTS * 4, "docs", rows=7), 200, False)
     whole = accumulate(*arguments, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        accumulate(*arguments, tmp_path / "cut", stop_after(2))
+        accumulate(*arguments, tmp_path / "cut", stop_after(2), save_every=0)
     (partial,) = (tmp_path / "cut").iterdir()
     raw = partial.read_bytes()
     partial.write_bytes({"cut": raw[: len(raw) // 2], "text": b"not a tensor", "empty": b""}[damage])

@@ -130,6 +130,18 @@ def test_long_prompts_are_traced_in_portions() -> None:
             assert ours == pytest.approx(theirs, abs=1e-12)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gptj"])
+@pytest.mark.parametrize("window", [1, 2, 3, 9])
+def test_restorations_run_together_as_alone(model_type: str, window: int) -> None:
+    adapter, fact, noise = make(model_type)
+    together = trace_fact(adapter, fact, noise, window=window)
+    for most in (1, 60):  # one at a time; two or three, so that some depart from those of an earlier batch
+        apart = trace_fact(adapter, fact, noise, window=window, most_together=most)
+        for kind in KINDS:
+            for ours, theirs in zip(apart.restored[kind], together.restored[kind], strict=True):
+                assert ours == pytest.approx(theirs, abs=1e-12)
+
+
 def test_the_last_token_behind_the_last_layer_restores_everything() -> None:
     adapter, fact, noise = make()
     found = trace_fact(adapter, fact, noise, kinds=["hidden"])
