@@ -149,7 +149,8 @@ def _world(options: argparse.Namespace) -> World:
 
 
 def _say_trained(trained: Trained) -> None:
-    where = "from the cache" if trained.cached else f"trained in {trained.seconds / 60:.1f} minutes"
+    made = f"trained in {trained.seconds / 60:.1f} minutes, {trained.cpu / 60:.1f} of CPU"
+    where = "from the cache" if trained.cached else made
     sys.stdout.write(
         f"the model says {trained.accuracy:.1%} of all facts after {trained.steps} steps ({where}: {trained.folder})\n"
     )
