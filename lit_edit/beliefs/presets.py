@@ -25,7 +25,7 @@ class Shape:
 
 PRESETS = MappingProxyType(
     {
-        "base": Shape(384, 6, 6, 1024),  # 11 million parameters
+        "base": Shape(512, 4, 4, 1024),  # 11 million parameters
         "small": Shape(256, 4, 4, 768),  # 3.6 million
         "tiny": Shape(128, 4, 4, 512),  # 1.1 million
         "micro": Shape(32, 2, 2, 64),  # for tests

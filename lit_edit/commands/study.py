@@ -14,7 +14,7 @@ STUDIES = MappingProxyType(
         ),
         "beliefs": (
             "lit_edit.commands.study_beliefs:run_beliefs",
-            "an edit and a small model's other beliefs (in the making: its model is not trained well yet)",
+            "an edit and a small model's other beliefs, against those of an ideal reader",
         ),
         "d4s": (
             "lit_edit.commands.study_d4s:run_d4s",

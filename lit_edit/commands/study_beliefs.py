@@ -149,7 +149,8 @@ def _world(options: argparse.Namespace) -> World:
 
 
 def _say_trained(trained: Trained) -> None:
-    where = "from the cache" if trained.cached else f"trained in {trained.seconds / 60:.1f} minutes"
+    made = f"trained in {trained.seconds / 60:.1f} minutes, {trained.cpu / 60:.1f} of CPU"
+    where = "from the cache" if trained.cached else made
     sys.stdout.write(
         f"the model says {trained.accuracy:.1%} of all facts after {trained.steps} steps ({where}: {trained.folder})\n"
     )
@@ -299,13 +300,13 @@ def make_editor(
 
 
 def scaled_layers(layers: Sequence[int], n_layers: int, depth: int = DEPTH) -> list[int]:
-    """Return the layers at the same relative depth of another model.
+    """Return the layers at the same relative depth of another model: those that the given ones begin in.
 
     Example:
-        >>> scaled_layers([6, 7, 8, 9, 10], 6), scaled_layers([21], 6)
-        ([1, 2], [4])
+        >>> scaled_layers([6, 7, 8, 9, 10], 4), scaled_layers([21], 4)
+        ([0, 1], [2])
     """
-    return sorted({min(round(layer * n_layers / depth), n_layers - 1) for layer in layers})
+    return sorted({min(layer * n_layers // depth, n_layers - 1) for layer in layers})
 
 
 def _sentences(folder: Path) -> list[str]:

@@ -151,7 +151,8 @@ def draw_study(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
         axis.set_xticks(range(len(names)), list(names.values()), fontsize=8)
         if place == 1:
             axis.set_ylim(0, 1.03)
-            axis.legend(frameon=False, fontsize=8)
+            shown = axis.get_legend_handles_labels()
+            figure.legend(*shown, loc="outside upper right", ncols=len(rows), frameon=False, fontsize=9)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure

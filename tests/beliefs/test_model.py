@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +70,9 @@ def test_a_model_is_trained_kept_and_found_again(testbed: Testbed, own_cache: Pa
     assert [path.name for path in made.folder.parent.iterdir()] == [made.folder.name]
     record = json.loads((made.folder / "beliefs.json").read_text())
     assert record["settings"] == json.loads(json.dumps(testbed.settings))
+    assert [point["step"] for point in record["course"]] == [4, 8, 12]
+    assert record["course"][-1]["accuracy"] == pytest.approx(made.accuracy)
+    assert 0 < record["course"][0]["cpu"] < record["course"][-1]["cpu"] <= made.cpu
     assert not list(made.folder.glob("*.bin"))
     model = AutoModelForCausalLM.from_pretrained(made.folder)
     tokenizer = AutoTokenizer.from_pretrained(made.folder)
@@ -91,14 +96,84 @@ def test_a_model_is_trained_kept_and_found_again(testbed: Testbed, own_cache: Pa
     assert replace(testbed, corpus=CorpusConfig(samples=5, shuffles=2)).folder != made.folder
 
 
-def test_a_training_that_was_cut_goes_on(testbed: Testbed, own_cache: Path) -> None:
-    with pytest.raises(TimeoutError, match=r"the training is at step \d+ with an accuracy of .* goes on"):
-        testbed.train(max_minutes=1e-9)
+def test_a_training_that_was_cut_goes_on(testbed: Testbed, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    testbed = replace(testbed, training=replace(TRAINING, seed=5))
+    steps: list[int] = []
+    step = DecoderTraining.training_step
+
+    def cut(self: DecoderTraining, batch: torch.Tensor, index: int) -> torch.Tensor:
+        steps.append(self.global_step)
+        if len(steps) == 7:
+            raise OSError("no more power")
+        return step(self, batch, index)
+
+    monkeypatch.setattr(DecoderTraining, "training_step", cut)
+    with pytest.raises(OSError, match="no more power"):
+        testbed.train()
     partial = testbed.folder.with_name(f"{testbed.folder.name}.partial")
     assert testbed.trained() is None
+    assert [path.name for path in partial.iterdir()] == ["newest.ckpt"]
+    with pytest.raises(TimeoutError, match=r"the training is at step \d+ with an accuracy of .* goes on"):
+        testbed.train(max_minutes=1e-9)
     done = testbed.train()
+    assert steps[:8] == [0, 1, 2, 3, 4, 5, 6, 4]  # from the last measurement on
     assert done.steps == 12
+    assert [point["step"] for point in json.loads((done.folder / "beliefs.json").read_text())["course"]] == [4, 8, 12]
     assert not partial.exists()
+
+
+def test_sentences_come_alone_first_and_then_in_documents() -> None:
+    tokenizer = make_tokenizer(["a b . c d ."])
+    data = DocumentData(["a b . c d ."] * 3, [], tokenizer, 2, sentences=["a b .", "c d ."] * 4, sentence_batch=4)
+    module = DecoderTraining(replace(TRAINING, alone=0.5), len(tokenizer))
+    data.trainer = SimpleNamespace(current_epoch=0, lightning_module=module)  # type: ignore[assignment]
+
+    def shapes() -> list[tuple[int, ...]]:
+        return [tuple(batch.shape) for batch in data.train_dataloader()]
+
+    assert shapes() == [(4, 5), (4, 5)]
+    first = next(iter(data.train_dataloader()))
+    data.trainer.current_epoch = 1  # type: ignore[union-attr, misc]
+    assert not torch.equal(next(iter(data.train_dataloader())), first)  # another order in another epoch
+    module.accuracy = 0.4
+    module.on_train_epoch_end()
+    assert not module.together
+    module.accuracy = 0.5
+    assert shapes() == [(4, 5), (4, 5)]  # an epoch is of one kind to its end
+    module.on_train_epoch_end()
+    assert shapes() == [(2, 8), (1, 8)]
+    module.accuracy = 0.1  # what other texts look like at first
+    module.on_train_epoch_end()
+    assert module.together
+
+    assert DecoderTraining(replace(TRAINING, alone=0.0), 9).together
+
+
+def test_the_rate_rises_stays_and_falls_from_the_target_on() -> None:
+    module = DecoderTraining(replace(TRAINING, warm_up=4, max_steps=100, settle=20, target=0.9), 9)
+    assert [module.rate(step) for step in (0, 1, 3, 50, 80, 90, 100)] == pytest.approx([0.25, 0.5, 1, 1, 1, 0.5, 0])
+    module.hits, module.together = [torch.tensor([True])], False
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
+    module.on_validation_epoch_end()
+    assert module.settling is None  # sentences alone are not what the target is about
+    module.together = True
+    module.on_validation_epoch_end()
+    assert module.settling == 0  # of no trainer, the step is 0
+    assert [module.rate(step) for step in (3, 10, 20)] == pytest.approx([0.85, 0.5, 0])
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    again = DecoderTraining(module.config, 9)
+    again.on_load_checkpoint(checkpoint)
+    assert (again.rate(10), again.together, again.accuracy) == (0.5, True, 1.0)
+    short = DecoderTraining(replace(TRAINING, warm_up=1, max_steps=12, settle=200), 9)
+    assert [short.rate(step) for step in (0, 6, 9, 12)] == pytest.approx([1, 1, 0.5, 0])  # never more than half of all
+
+
+def test_subjects_are_loud_in_the_residual_stream() -> None:
+    module = DecoderTraining(TRAINING, 500)
+    module.configure_model()
+    assert module.model is not None
+    assert float(module.model.get_input_embeddings().weight.detach().std()) == pytest.approx(1, abs=0.05)
 
 
 def test_settings_are_checked() -> None:
@@ -107,6 +182,7 @@ def test_settings_are_checked() -> None:
         ({"lr": 0.0}, "lr must be positive"),
         ({"target": 1.5}, "target must be above 0"),
         ({"settle": 0}, "settle must be at least 1"),
+        ({"alone": -0.1}, "alone must be from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=said):
             TrainingConfig(**settings)  # type: ignore[arg-type]
