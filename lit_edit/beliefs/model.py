@@ -226,7 +226,7 @@ class DecoderTraining(LightningModule):
         if self.model is not None:
             return
         shape = PRESETS[self.config.preset]
-        settings = LlamaConfig(
+        settings = LlamaConfig(  # type: ignore[call-arg] # its dataclass does not name all that it takes
             vocab_size=self.vocabulary,
             hidden_size=shape.hidden,
             num_hidden_layers=shape.layers,
@@ -245,7 +245,7 @@ class DecoderTraining(LightningModule):
             torch.manual_seed(self.config.seed)
             self.model = LlamaForCausalLM(settings)
             # With the usual 0.02, what the first layers add drowns the subject, and the plateau is longer.
-            torch.nn.init.normal_(self.model.get_input_embeddings().weight)
+            torch.nn.init.normal_(self.model.model.embed_tokens.weight)
 
     def logits(self, ids: Tensor) -> Tensor:
         """Return ``(batch, time, vocabulary)``. Padding is on the right: no token that counts sees it."""
