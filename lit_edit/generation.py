@@ -32,6 +32,7 @@ def continue_rows(
     seeds: Sequence[object] | None = None,
     batch_rows: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    look: Callable[[int, Tensor], None] | None = None,
 ) -> list[tuple[int, ...]]:
     """Continue many rows of tokens, greedily or by drawing, with the weights of this view.
 
@@ -47,6 +48,8 @@ def continue_rows(
         seeds: Of each row, anything printable; needed to draw.
         batch_rows: Rows that run together, at most.
         progress: Receives how many rows are done, of how many.
+        look: Receives the number of a row and the logits ``(vocab,)`` of its first new token; each row is looked at by
+            one rank.
 
     Returns:
         The new tokens of each row.
@@ -75,7 +78,8 @@ def continue_rows(
         choose = _first_choice if top_k == 1 else _drawer([seeds[i] for i in batch] if seeds else [], new, batch, top_k)
         ids = torch.tensor([list(rows[index][:start]) for index in batch], device=adapter.device)
         steps = max(len(rows[index]) + new[index] for index in batch) - start
-        continued = adapter.go_on(ids, steps, _told([rows[index][start:] for index in batch], choose))[:, start:].cpu()
+        go_on = _told([rows[index][start:] for index in batch], choose, batch, look if counts else None)
+        continued = adapter.go_on(ids, steps, go_on)[:, start:].cpu()
         for index, row in zip(batch, continued if counts else (), strict=False):
             told = len(rows[index]) - start
             found[index, : new[index]] = row[told : told + new[index]]
@@ -87,13 +91,18 @@ def continue_rows(
 
 
 def _told(
-    rests: Sequence[Sequence[int]], choose: Callable[[Tensor, Tensor], Tensor]
+    rests: Sequence[Sequence[int]],
+    choose: Callable[[Tensor, Tensor], Tensor],
+    batch: Sequence[int],
+    look: Callable[[int, Tensor], None] | None = None,
 ) -> Callable[[Tensor, int], Tensor]:
     """Return how a batch goes on: rows get what is left of their own tokens, then what they choose themselves.
 
     Args:
         rests: Of each row, the tokens it is told.
         choose: Returns the next tokens ``(batch, 1)`` from logits and how many tokens each row has written.
+        batch: Numbers of the rows.
+        look: Receives the number of a row and the logits of the first token that it chooses.
     """
     lengths = torch.tensor([len(rest) for rest in rests])
     tokens = torch.zeros(len(rests), max(map(len, rests)) + 1, dtype=torch.long)
@@ -101,6 +110,9 @@ def _told(
         tokens[row, : len(rest)] = torch.tensor(rest, dtype=torch.long)
 
     def go_on(logits: Tensor, step: int) -> Tensor:
+        if look is not None:
+            for row in (lengths == step).nonzero().flatten().tolist():
+                look(batch[row], logits[row])
         chosen = choose(logits, (step - lengths).clamp(min=0))
         if step >= tokens.shape[1] - 1:
             return chosen

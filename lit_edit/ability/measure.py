@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.ability.files import TaskData
@@ -17,7 +19,7 @@ from lit_edit.generation import continue_rows
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.memory import by_route
-from lit_edit.tokens import encode
+from lit_edit.tokens import continuation, encode
 
 NEW_TOKENS = 5  # that a model may say; as the published benchmarks have it
 
@@ -113,11 +115,12 @@ def measure_task(
         raise ArgumentError(
             f"no item of {data.task.name} fits into the model's context of {context} tokens: leave this task out"
         )
-    chosen = choose(adapter, tokenizer, asked.prompts, data.task.options)
     said = None
     if generation:
-        texts = say(adapter, tokenizer, asked.prompts)
+        chosen, texts = choose_and_say(adapter, tokenizer, asked.prompts, data.task.options)
         said = tuple(parse_option(text, data.task.options) for text in texts)
+    else:
+        chosen = choose(adapter, tokenizer, asked.prompts, data.task.options)
     gold = tuple(item.gold for item in asked.items)
     return Answers(data.task, gold, tuple(chosen), said, shots, asked.shortened, asked.left_out).as_record()
 
@@ -196,20 +199,52 @@ def choose(
     return [row.index(min(row)) for row in rows]
 
 
-def say(adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
-    """Return the model's own continuations, greedy, :data:`NEW_TOKENS` tokens long or up to its end token.
+@torch.no_grad()
+def choose_and_say(
+    adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], options: Sequence[str]
+) -> tuple[list[int], list[str]]:
+    """Return what :func:`choose` does, and the model's own continuations, with one pass over each prompt.
+
+    Continuations are greedy, :data:`NEW_TOKENS` tokens long or up to the end token. Where each option is one token its
+    likelihood is read where the continuation begins; the prompts where one is not are scored apart.
 
     Args:
         adapter: The model (or a view of it).
         tokenizer: Its tokenizer.
         prompts: What to continue.
+        options: The answers.
     """
+    chosen: dict[str, int] = {}
     texts: dict[str, str] = {}
     for model, context_of in by_route(adapter, list(dict.fromkeys(prompts))):
         rows = [encode(tokenizer, context + prompt) for prompt, context in context_of.items()]
-        written = continue_rows(model, rows, [NEW_TOKENS] * len(rows))
+        heads = [
+            _single_tokens(tokenizer, context + prompt, options, row)
+            for row, (prompt, context) in zip(rows, context_of.items(), strict=True)
+        ]
+        likelihoods = torch.zeros(len(rows), len(options), dtype=torch.float64)  # those of other ranks' rows are zero
+
+        def look(index: int, logits: Tensor, heads: Any = heads, likelihoods: Tensor = likelihoods) -> None:
+            if heads[index] is not None:
+                likelihoods[index] = torch.log_softmax(logits, -1)[heads[index]].to(likelihoods)
+
+        written = continue_rows(model, rows, [NEW_TOKENS] * len(rows), look=look)
+        adapter.ranks.sum_(likelihoods)
         texts |= {prompt: _text(tokenizer, list(new)) for prompt, new in zip(context_of, written, strict=True)}
-    return [texts[prompt] for prompt in prompts]
+        best = [row.index(max(row)) for row in likelihoods.tolist()]  # the first one of equal ones
+        chosen |= {prompt: index for prompt, index, head in zip(context_of, best, heads, strict=True) if head}
+    rest = [prompt for prompt in texts if prompt not in chosen]
+    chosen |= dict(zip(rest, choose(adapter, tokenizer, rest, options), strict=True))
+    return [chosen[prompt] for prompt in prompts], [texts[prompt] for prompt in prompts]
+
+
+def _single_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str], row: Sequence[int]
+) -> list[int] | None:
+    """Return the token of each option behind a prompt, or nothing where one has several or changes the prompt's own."""
+    pairs = [continuation(tokenizer, prompt, option) for option in options]
+    fits = all(len(target) == 1 and begin == tuple(row) for begin, target in pairs)
+    return [target[0] for _, target in pairs] if fits else None
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

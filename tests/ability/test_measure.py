@@ -14,11 +14,11 @@ from lit_edit.ability.measure import (
     NEW_TOKENS,
     ask,
     choose,
+    choose_and_say,
     compare_records,
     measure_task,
     measure_tasks,
     parse_option,
-    say,
 )
 from lit_edit.ability.metrics import NONE
 from lit_edit.ability.tasks import TASKS
@@ -74,7 +74,22 @@ def test_the_choice_is_that_of_a_naive_loop(adapter: ModelAdapter) -> None:
             steps = [-logp[0, at - 1, ids[0, at]].item() for at in range(len(start), ids.shape[1])]
             nlls.append(sum(steps) / len(steps))
         expected.append(nlls.index(min(nlls)))
-    assert choose(adapter, TOKENIZER, PROMPTS, ("acceptable", "no", "of tennis")) == expected
+    options = ("acceptable", "no", "of tennis")
+    assert choose(adapter, TOKENIZER, PROMPTS, options) == expected
+    assert choose_and_say(adapter, TOKENIZER, PROMPTS, options)[0] == expected
+    assert len(set(expected)) > 1
+
+
+def test_options_of_a_token_each_are_read_where_the_continuation_begins(
+    adapter: ModelAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("Japan", "chess", "the", "of")
+    assert all(len(TOKENIZER.encode(f" {word}", add_special_tokens=False)) == 1 for word in options)
+    expected = choose(adapter, TOKENIZER, PROMPTS, options)
+    scored: list[Any] = []
+    monkeypatch.setattr(measure, "choose", lambda a, t, prompts, o: scored.append(list(prompts)) or [])
+    assert choose_and_say(adapter, TOKENIZER, PROMPTS, options)[0] == expected
+    assert scored == [[]]
     assert len(set(expected)) > 1
 
 
@@ -99,14 +114,14 @@ def test_what_is_said_is_greedy_whatever_the_batch(adapter: ModelAdapter) -> Non
                 break
             ids = torch.cat([ids, best.view(1, 1)], 1)
         expected.append(TOKENIZER.decode(ids[0, start:], skip_special_tokens=True))
-    assert say(adapter, TOKENIZER, PROMPTS) == expected
+    assert choose_and_say(adapter, TOKENIZER, PROMPTS, ("Yes", "No"))[1] == expected
     assert len(set(expected)) > 1
 
 
 def test_nothing_counts_behind_the_end_token(adapter: ModelAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
     end, yes = TOKENIZER.eos_token_id, TOKENIZER.encode(" Yes")
-    monkeypatch.setattr(measure, "continue_rows", lambda model, rows, new: [(*yes, end, *yes) for _ in rows])
-    assert say(adapter, TOKENIZER, ["Is it"]) == [" Yes"]
+    monkeypatch.setattr(measure, "continue_rows", lambda model, rows, new, look: [(*yes, end, *yes) for _ in rows])
+    assert choose_and_say(adapter, TOKENIZER, ["Is it"], ["Yes", "No"])[1] == [" Yes"]
 
 
 LETTERS = TASKS["mmlu"].options
@@ -146,8 +161,8 @@ def test_options_are_recognised(text: str, options: tuple[str, ...], expected: i
 
 
 def test_a_record_counts_what_was_measured(adapter: ModelAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_edit.ability.measure.choose", lambda *args: [0, 1, 1, 1])
-    monkeypatch.setattr("lit_edit.ability.measure.say", lambda *args: [" No", "Yes or no", "", "Yes"])
+    texts = [" No", "Yes or no", "", "Yes"]
+    monkeypatch.setattr("lit_edit.ability.measure.choose_and_say", lambda *args: ([0, 1, 1, 1], texts))
     record = measure_task(adapter, TOKENIZER, data(), limit=4)
     assert record["answers"] == {"gold": [0, 1, 0, 1], "likelihood": [0, 1, 1, 1], "generation": [0, NONE, NONE, 1]}
     assert record["likelihood"]["accuracy"] == 0.75
