@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_edit.ability.course import ability_metrics, summarise_ability
-from lit_edit.ability.files import TaskData, load_task
+from lit_edit.ability.files import TaskData, items_digest, load_task
 from lit_edit.ability.measure import measure_tasks
 from lit_edit.ability.tasks import RESERVED, TASKS, find_tasks
 from lit_edit.models.adapter import ModelAdapter
@@ -88,7 +88,13 @@ class Ability(CourseCallback):
 
     def _settings(self) -> dict[str, Any]:
         names = [task.name for task in self.tasks]
-        return {"tasks": names, "shots": self.shots, "limit": self.limit, "generation": self.generation}
+        return {
+            "items": items_digest(self._data),
+            "tasks": names,
+            "shots": self.shots,
+            "limit": self.limit,
+            "generation": self.generation,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured, and how."""
@@ -99,4 +105,6 @@ class Ability(CourseCallback):
         if state_dict["settings"] == self._settings():
             self.history = list(state_dict["history"])
         else:
-            log.warning("Ability: its settings have changed since the checkpoint: the unedited model is measured anew")
+            log.warning(
+                "Ability: its settings or items have changed since the checkpoint: what was measured is dropped"
+            )

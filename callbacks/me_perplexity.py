@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 from typing import Any
@@ -92,9 +94,16 @@ class MEPerplexity(CourseCallback):
         return not (math.isfinite(mean) and mean <= self.threshold)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the history."""
-        return {"history": self.history}
+        """Return the history, and what it is of."""
+        return {"history": self.history, "texts": self._texts()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the history."""
-        self.history = list(state_dict["history"])
+        """Restore the history, if it is of the same texts."""
+        if state_dict.get("texts", self._texts()) == self._texts():
+            self.history = list(state_dict["history"])
+        else:
+            log.warning("MEPerplexity: its texts have changed since the checkpoint: what was measured is dropped")
+
+    def _texts(self) -> str:
+        """Return what tells these texts, and how they are read, from others."""
+        return hashlib.sha256(json.dumps([self.texts, self.bos]).encode()).hexdigest()[:16]

@@ -33,12 +33,12 @@ commands:
   undo       take edits out again:     lit-edit undo --run runs/x --edit 17 (or --last 3, --subject Italy)
   redo       put them back:            lit-edit redo --run runs/x --edit 17
   trace      where facts are recalled: lit-edit trace --data known_facts.json --model smollm2-135m
-  mine-hard  edits that break it:  lit-edit mine-hard --method method/rome --data counterfact.json
-  choose-layers  for a new model:    lit-edit choose-layers --model smollm2-135m --data counterfact.json
+  mine-hard  edits that break it:      lit-edit mine-hard --method method/rome --data counterfact.json
+  choose-layers  for a new model:  lit-edit choose-layers --model smollm2-135m --data counterfact.json
   report     a run as a web page:      lit-edit report --run runs/x (--runs runs/a runs/b compares)
   plan       memory and time of a fit: lit-edit plan --config quickstart --devices 2 --tflops 400
-  ability    tasks beside the edits: lit-edit ability --run runs/x --tasks sst2 mmlu --at 0 100 300
-  eval-harness  both in lm-eval:     lit-edit eval-harness --run runs/x --tasks sst2 mmlu --limit 50
+  ability    tasks beside the edits:   lit-edit ability --run runs/x --tasks sst2 mmlu --at 0 100 300
+  eval-harness  both in lm-eval:   lit-edit eval-harness --run runs/x --tasks sst2 mmlu --limit 50
   stats      compute key statistics ahead of a run
   models     list known models, what is cached, and the configs that ship
   version    print the version

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,6 +56,12 @@ def load_task(task: Task, folder: str | Path | None = None) -> TaskData:
             "shots and not measured"
         )
     return TaskData(task, tuple(items[:RESERVED]), tuple(items[RESERVED:]))
+
+
+def items_digest(data: Sequence[TaskData]) -> str:
+    """Return what tells the items of some tasks from others: questions, answers, examples and their order."""
+    items = {task.task.name: [[item.prompt, item.gold] for item in (*task.shots, *task.items)] for task in data}
+    return hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def find_file(task: Task, folder: Path) -> Path:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.commands.arguments import make_parser, positive
+from lit_edit.commands.arguments import make_parser
 from lit_edit.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -65,12 +63,16 @@ def run_ability(args: list[str]) -> None:
     parser.add_argument(
         "--shots", type=int, default=0, help=f"answered items in front of each question, 0 to {RESERVED}"
     )
-    parser.add_argument("--limit", type=positive, default=100, help="items of each task: 100 tell about ten points")
+    parser.add_argument(
+        "--limit", type=int, default=100, help="items of each task (100 tell about ten points); 0 for all"
+    )
     parser.add_argument("--likelihood", action="store_true", help="the likeliest option alone, not what the model says")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results; by default RUN/ability")
     options = parser.parse_args(args)
     if not 0 <= options.shots <= RESERVED:
         raise ArgumentError(f"--shots must be 0 to {RESERVED}, the items that are kept for it, got {options.shots}")
+    if options.limit < 0:
+        raise ArgumentError(f"--limit must be at least 0, got {options.limit}")
     if options.folder is not None and not options.folder.is_dir():
         raise ArgumentError(f"--folder {options.folder}: there is no such folder")
     asked = Asked(tuple(options.tasks), options.folder, options.shots, options.limit, not options.likelihood)
@@ -149,11 +151,11 @@ def _as_point(row: Mapping[str, Any]) -> Point:
 
 def _settings(asked: Asked, data: Sequence[TaskData]) -> dict[str, Any]:
     """Return all that decides about the numbers, items by their digest."""
-    items = {task.task.name: [[item.prompt, item.gold] for item in (*task.shots, *task.items)] for task in data}
-    digest = hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest()[:16]
+    from lit_edit.ability.files import items_digest
+
     return {
         "tasks": list(asked.tasks),
-        "items": digest,
+        "items": items_digest(data),
         "shots": asked.shots,
         "limit": asked.limit,
         "generation": asked.generation,

@@ -59,7 +59,10 @@ def _courses(grid: Grid, folder: Path) -> list[Course]:
 
 def _kept(grid: Grid, folder: Path) -> tuple[str, list[Row], Figure]:
     courses = _courses(grid, folder)
-    said = "Accuracy over the edits made so far (all target words first choices), by the number of edits:"
+    said = (
+        "Accuracy over the edits made so far (all target words first choices), by the number of edits; of more than a "
+        "hundred a sample of a hundred, at the end all:"
+    )
     return said, curve_table(courses, ACCURACY), draw_comparison(courses, "accuracy", title="What is kept of a stream")
 
 

@@ -270,14 +270,24 @@ def changed_neighbours(run: RunRecord, edits: Sequence[Edit]) -> tuple[list[Chan
 def _verdict(base: Said, final: Said, prompt: Mapping[str, Any]) -> tuple[str, str]:
     if final.hit:
         return "now right", "good"
-    new = str(prompt.get("other") or "")
-    if final.text and new.casefold().startswith(final.text.casefold()):
+    if _says(final.text, str(prompt.get("other") or "")):
         return "says the edit’s object", "bad"
     if base.hit:
         return "was right", "bad"
     if base.preferred and final.preferred is False:
         return "prefers the edit’s object", "fair"
     return "other words", "plain"
+
+
+def _says(text: str, name: str) -> bool:
+    """Tell whether a text is a name or begins it; a few letters, as of "a" and "Apple", are not enough.
+
+    Example:
+        >>> _says("Vien", "Vienna"), _says("the", "the Hague"), _says("Iran", "Iran")
+        (True, False, True)
+    """
+    said, new = text.strip().casefold(), name.strip().casefold()
+    return bool(said) and (said == new or (len(said) > 3 and new.startswith(said)))
 
 
 def failures(edits: Sequence[Edit]) -> list[Edit]:

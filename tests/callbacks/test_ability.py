@@ -102,8 +102,8 @@ class StopAfter(Callback):
             raise RuntimeError("power cut")
 
 
-@pytest.mark.parametrize("limit", [4, 3])
-def test_results_survive_a_cut_and_a_resume(tmp_path: Path, folder: Path, limit: int) -> None:
+@pytest.mark.parametrize(("limit", "items"), [(4, "same"), (3, "same"), (4, "other")])
+def test_results_survive_a_cut_and_a_resume(tmp_path: Path, folder: Path, limit: int, items: str) -> None:
     def callbacks(limit: int = 4) -> list[Any]:
         checkpoints = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=1, save_top_k=-1)
         return [ability(folder, tasks=["cola"], limit=limit, generation=False), checkpoints]
@@ -112,9 +112,14 @@ def test_results_survive_a_cut_and_a_resume(tmp_path: Path, folder: Path, limit:
     fit(tmp_path / "whole", whole, 4)
     with pytest.raises(RuntimeError, match="power cut"):
         fit(tmp_path / "cut", [*callbacks(), StopAfter()], 4)
+    if items == "other":
+        path = folder / "cola.jsonl"
+        path.write_text(path.read_text().replace("Is it", "Was it"))
+        whole = callbacks()[:1]
+        fit(tmp_path / "other", whole, 4)
     again = callbacks(limit)
     stream = fit(tmp_path / "cut", again, 4, ckpt_path=str(tmp_path / "checkpoints" / "epoch=0-step=2.ckpt"))
-    if limit == 4:
+    if (limit, items) == (4, "same"):
         assert again[0].history == whole[0].history
         assert stream.summary()["ability"]["edits"] == 4
         last = tmp_path / "checkpoints" / "epoch=0-step=4.ckpt"

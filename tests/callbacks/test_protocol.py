@@ -177,6 +177,15 @@ def test_a_resumed_run_reports_the_same(tmp_path: Path, run: tuple[EditStream, P
     make_trainer(tmp_path / "cut", callbacks(ModelCheckpoint)).fit(again, data(), ckpt_path=path, weights_only=True)
     assert json.dumps({**again.summary(), "seconds": 0}) == json.dumps({**left, "seconds": 0})
 
+    # What was measured of other texts is not continued.
+    other = tmp_path / "other.txt"
+    other.write_text("Quite another sentence is here.\n")
+    anew, first = MEPerplexity(every=2, path=str(other)), callbacks(ModelCheckpoint)
+    make_trainer(tmp_path / "cut", [first[0], anew, first[2]]).fit(
+        make_stream(), data(), ckpt_path=path, weights_only=True
+    )
+    assert [point["edits"] for point in anew.history] == [0, 6]
+
 
 def test_a_collapse_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     stream = make_stream()
