@@ -57,9 +57,14 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
     try:
         text = answers_path(folder).read_text(encoding="utf-8")
         rows = [json.loads(line) for line in text.split("\n") if line]
-        return [row for row in rows if row["number"] >= 0 and isinstance(row["prompts"], list)]
-    except (OSError, ValueError, KeyError, TypeError):
+        return [row for row in rows if row["number"] >= 0 and row["id"] and all(map(_is_whole, row["prompts"]))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def _is_whole(prompt: Mapping[str, Any]) -> bool:
+    said = [prompt[stage] for stage in STAGES if stage in prompt]
+    return {"kind", "prompt", "wanted"} <= prompt.keys() and all({"choice", "hit"} <= answer.keys() for answer in said)
 
 
 def answer_rows(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from lit_edit.ability.measure import measure_task
 from lit_edit.cli import main
 from lit_edit.commands import ability as command
 from lit_edit.journal import Journal
@@ -25,6 +27,7 @@ METHODS = {
     "ft": ["--model.editor.init_args.layers=[1]", "--model.editor.init_args.steps=3"],
     "grace": ["--model.editor.init_args.layer=1", "--model.editor.init_args.steps=3"],
 }
+QUICK = ["d4s", "grace", *(pytest.param(name, marks=pytest.mark.slow) for name in ("memit", "ft"))]
 LOCATED = [
     "--model.editor.init_args.target.steps=3",
     "--model.editor.init_args.contexts=plain",
@@ -86,7 +89,7 @@ def probabilities(adapter: Any, tokenizer: Any) -> Any:
         return adapter.model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUICK)
 def test_afterwards_is_what_was_measured_along_the_stream(
     method: str, make: Any, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,7 +107,7 @@ def test_afterwards_is_what_was_measured_along_the_stream(
     assert "change, 95 %" in said
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUICK)
 def test_the_model_is_that_of_a_stream_that_ended_there(method: str, make: Any) -> None:
     run, found = make(method), []
     for number in (0, 1, 2, 3):
@@ -129,7 +132,32 @@ def test_what_is_measured_is_not_measured_again(
     assert main(["undo", "--run", str(run), "--edit", "1"]) == 0
     assert ability(run, tasks, out, "--at", "2", "3") == 0
     assert opened == [1, 3]  # 2 is as it was: the first edit was taken out later
+    found = json.loads((out / "ability.json").read_text())
+    assert [point["edits"] for point in found["points"]] == [0, 1, 2, 3]  # also what was measured earlier
     assert main(["redo", "--run", str(run), "--edit", "1"]) == 0
+
+
+def test_a_task_can_be_added_and_a_cut_loses_one_task_at_most(
+    make: Any, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out, measured = make("memit"), tmp_path / "out", []
+    real = measure_task
+
+    def measure(adapter: Any, tokenizer: Any, task: Any, *more: Any) -> Any:
+        if task.task.name == "sst2" and not measured:
+            measured.append("cut")
+            raise KeyboardInterrupt
+        measured.append(task.task.name)
+        return real(adapter, tokenizer, task, *more)
+
+    assert ability(run, tasks, out, "--at", "0", "--tasks", "cola") == 0
+    monkeypatch.setattr("lit_edit.ability.measure.measure_task", measure)
+    with suppress(KeyboardInterrupt):
+        ability(run, tasks, out, "--at", "0", "3")
+    assert ability(run, tasks, out, "--at", "0", "3") == 0
+    assert measured == ["cut", "sst2", "cola", "sst2"]
+    points = json.loads((out / "ability.json").read_text())["points"]
+    assert [(point["edits"], "ability/sst2/accuracy" in point) for point in points] == [(0, True), (3, True)]
 
 
 def test_records_that_lead_to_an_edit(make: Any) -> None:

@@ -185,6 +185,39 @@ def test_the_headlines_are_those_of_the_summary_with_the_change_since_base(run: 
     assert "efficacy success 12.5% 100.0% 75.0% +62.5 points" in numbers  # the table of all metrics
 
 
+def test_what_the_longer_protocols_have_measured_is_shown(tmp_path: Path) -> None:
+    def scores(right: float) -> dict[str, Any]:
+        known = {"accuracy": right, "accuracy_low": right - 0.1, "accuracy_high": right + 0.1}
+        return {"majority": 0.5, "likelihood": known}
+
+    summary = summary_of()
+    summary["base"] |= {"fluency": 5.0, "portability": {"reasoning": 0.25, "aliases": 0.75}, "sample": 20}
+    summary["final"] |= {"fluency": 4.5, "portability": {"reasoning": 0.5, "aliases": 0.75}, "sample": 20}
+    summary["base"]["me_perplexity"] = {"mean": 50.0, "median": 40.0, "corpus": 30.0}
+    summary["final"]["me_perplexity"] = {"mean": 100.0, "median": 41.0, "corpus": 31.0}
+    change = {"likelihood": {"accuracy": -0.25, "accuracy_low": -0.4, "accuracy_high": -0.1}}
+    summary["ability"] = {"base": {"sst2": scores(0.75)}, "final": {"sst2": scores(0.5)}, "change": {"sst2": change}}
+    run = make_run(tmp_path / "x", [request_of(1)], [TOOK], summary=summary)
+    with (run / "metrics.csv").open() as file:
+        names = file.readline().strip().split(",")
+    logger = RunCSVLogger(str(run))
+    for step, value in ((0, 0.75), (1, 0.5)):
+        logger.log_metrics({"ability/sst2/accuracy": value, "me_perplexity/mean": 50.0 + 50 * step}, step=step)
+    logger.save()
+    assert "ability/sst2/accuracy" not in names
+    page = Reader(page_of(run))
+    numbers = page.text("numbers")
+    assert "Fluency 4.50 −10.0% from 5.00" in numbers.replace("-10", "−10")
+    assert "Portability 62.5% +12.5 points from 50.0%" in numbers
+    assert "ME-PPL 100 +100.0% from 50.0" in numbers
+    assert "General ability 50.0% −25.0 points from 75.0%" in numbers
+    assert "portability reasoning 25.0% – 50.0% +25.0 points" in numbers  # the table of all metrics
+    assert "sst2 50.0% 75.0% (65.0%–85.0%) 50.0% (40.0%–60.0%) −25.0 points (−40 to −10)" in numbers
+    curves = page.text("curves")
+    assert "General ability" in curves
+    assert "ME-PPL" in curves
+
+
 def test_the_layers_are_those_of_the_summary(run: Path) -> None:
     assert "layer 6 0.10000 0.10250 +2.50% 0.01000 8.0%" in Reader(page_of(run)).text("layers")
 
@@ -345,6 +378,18 @@ def test_a_report_is_made_of_what_is_left(run: Path, lost: str, damage: str) -> 
     (run / lost).write_bytes(whole[: len(whole) // 2]) if damage == "half" else (run / lost).unlink()
     reader = Reader(page_of(run))
     assert "Italy" in reader.text("edits")
+
+
+@pytest.mark.parametrize("lost", ["hit", "prompt", "kind"])
+def test_a_report_is_made_of_answers_that_lack_something(run: Path, lost: str) -> None:
+    path = run / "ledger" / "answers.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    prompt = rows[0]["prompts"][0]
+    for place in (prompt, *(prompt[stage] for stage in ("base", "final") if stage in prompt)):
+        place.pop(lost, None)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "run.json").write_text('{"versions": 3}')
+    assert "Italy" in Reader(page_of(run)).text("edits")
 
 
 def test_values_that_are_not_finite_break_no_page(run: Path) -> None:

@@ -161,7 +161,7 @@ def test_a_dry_run_lists_the_commands_of_all_parts(
     own = tmp_path / "studies" / "d4s-questions" / "ability.yaml"
     callbacks = yaml.safe_load(own.read_text())["trainer"]["callbacks"]
     [ability] = [c for c in callbacks if c["class_path"].endswith(".Ability")]
-    assert ability["init_args"]["folder"] == str(shared_data)
+    assert ability["init_args"]["folder"] == str(shared_data.resolve())
     out = capsys.readouterr().out
     for config in ("method/alphaedit", "callbacks/study", "mqd_truth.json", "ability.yaml"):
         assert config in out

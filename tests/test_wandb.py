@@ -202,6 +202,7 @@ def test_a_resumed_run_has_the_same_rows(tmp_path: Path, whole: Rows, again: int
     assert run["config"]["limit"] == LAST
 
 
+@pytest.mark.slow
 def test_killed_processes_leave_a_whole_run_in_the_end(tmp_path: Path, whole: Rows) -> None:
     log_and_die(tmp_path, 0, 8, save_after=6)
     log_and_die(tmp_path, 6, 11, save_after=9)

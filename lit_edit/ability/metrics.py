@@ -135,22 +135,25 @@ def score_choices(gold: Sequence[int], chosen: Sequence[int], options: int, seed
     return scores
 
 
-def accuracy_change(
-    gold: Sequence[int], before: Sequence[int], after: Sequence[int], seed: int = 0
-) -> dict[str, float]:
+def accuracy_change(gold: Sequence[int], before: Sequence[int], after: Sequence[int]) -> dict[str, float]:
     """Return how much the accuracy on the same items has changed, with its 95 % interval.
 
-    The items are drawn in pairs: what they have in common cancels out, so that a change is seen which two separate
-    intervals would hide.
+    Answers to the same item are compared: what they have in common cancels out, so that a change is seen which two
+    separate intervals would hide. The interval is that of Agresti and Min 2005 for matched proportions (half an item
+    more of each of the four kinds), which has a width also where no answer has changed.
 
     Example:
-        >>> accuracy_change([0, 1, 1, 0], [0, 1, 0, 1], [0, 1, 1, 1])["accuracy"]
-        0.25
+        >>> found = accuracy_change([0, 1, 1, 0], [0, 1, 0, 1], [0, 1, 1, 1])
+        >>> [round(found[name], 3) for name in ("accuracy", "accuracy_low", "accuracy_high")]
+        [0.25, -0.276, 0.609]
     """
     right = torch.tensor(gold)
-    gained = (torch.tensor(after) == right).double() - (torch.tensor(before) == right).double()
-    low, high = bootstrap(lambda g, c: g.mean(-1), gained, gained, seed)
-    return {"accuracy": gained.mean().item(), "accuracy_low": low, "accuracy_high": high}
+    was, now = torch.tensor(before) == right, torch.tensor(after) == right
+    gained, lost, count = int((now & ~was).sum()), int((was & ~now).sum()), len(gold)
+    middle = (gained - lost) / (count + 2)
+    error = math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (count + 2)) / (count + 2)
+    low, high = max(-1.0, middle - _Z * error), min(1.0, middle + _Z * error)
+    return {"accuracy": (gained - lost) / count, "accuracy_low": low, "accuracy_high": high}
 
 
 def majority(gold: Sequence[int]) -> float:

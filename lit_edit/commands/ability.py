@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,13 @@ from lit_edit.errors import ArgumentError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lit_edit.ability.files import TaskData
-
 log = logging.getLogger(__name__)
 
 Point = dict[str, Any]
-"""``edits``; ``state``: the digest of all that the run had done by then; ``tasks``: their records."""
+"""``edits``, and ``tasks``: their records by name."""
+Key = tuple[int, str, str, str]
+"""What a record is of: number of edits, digest of all that the run had done by then, task, digest of its items."""
+_KEY = ("edits", "state", "task", "items")
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,15 @@ def run_ability(args: list[str]) -> None:
 def measure_run(run: Path, numbers: Sequence[int], asked: Asked, out: Path) -> list[Point]:
     """Measure a run's model after some numbers of edits, and write ``ability.json``.
 
+    A task's result is kept as it comes (``results.jsonl``) and used again while the run has done the same by then and
+    the task has the same items. ``ability.json`` has these tasks at all numbers of edits that are known, also from
+    earlier.
+
     Args:
         run: Folder of the run; it is not changed.
         numbers: Of edits, rising.
         asked: What is measured.
-        out: Folder where results are kept as they come.
+        out: Folder of the results.
 
     Returns:
         The measurements, in the order of the numbers.
@@ -106,7 +111,7 @@ def measure_run(run: Path, numbers: Sequence[int], asked: Asked, out: Path) -> l
     from tqdm import tqdm
 
     from lit_edit.ability.course import summarise_ability
-    from lit_edit.ability.files import load_task
+    from lit_edit.ability.files import items_digest, load_task
     from lit_edit.ability.measure import measure_task
     from lit_edit.ability.tasks import find_tasks
     from lit_edit.journal import Journal
@@ -119,47 +124,51 @@ def measure_run(run: Path, numbers: Sequence[int], asked: Asked, out: Path) -> l
     journal = Journal(journal_path(run.expanduser()), writable=False)
     if wrong := [number for number in numbers if not 0 <= number <= len(history.made)]:
         raise ArgumentError(f"--at {wrong[0]}: {run} has made {len(history.made)} edits")
-    states = {number: journal.digest(records_until(history, journal.records, number)) for number in numbers}
     data = [load_task(task, asked.folder) for task in find_tasks(asked.tasks)]  # before a model is loaded
     out.mkdir(parents=True, exist_ok=True)
-    folder = ResultsFolder(out, _as_point, "measurement")
-    known = {(point["edits"], point["state"]): point for point in folder.open(_settings(asked, data))}
-    missing = [number for number in numbers if (number, states[number]) not in known]
-    with tqdm(total=len(missing) * len(data), desc="tasks", unit="task") as bar:
-        for number in missing:
-            records = {}
+    folder = ResultsFolder(out, _as_row, "measurement")
+    settings = {"shots": asked.shots, "limit": asked.limit, "generation": asked.generation}
+    known = dict(folder.open(settings))
+
+    def keys_at(number: int) -> list[Key]:
+        state = journal.digest(records_until(history, journal.records, number))
+        return [(number, state, task.task.name, items_digest([task])) for task in data]
+
+    def points_at(numbers: Iterable[int]) -> list[Point]:
+        keys = {number: keys_at(number) for number in numbers}
+        return [
+            {"edits": number, "tasks": {key[2]: known[key] for key in own}}
+            for number, own in keys.items()
+            if all(key in known for key in own)
+        ]
+
+    missing = {number: [key for key in keys_at(number) if key not in known] for number in numbers}
+    with tqdm(total=sum(map(len, missing.values())), desc="tasks", unit="task") as bar:
+        for number in (number for number in numbers if missing[number]):
             with open_as_of(run, number) as opened, opened.stream.measuring():
-                adapter, tokenizer = opened.stream.adapter, opened.stream.tokenizer
-                for task in data:
+                for key, task in zip(keys_at(number), data, strict=True):
+                    if key in known:
+                        continue
                     bar.set_postfix_str(f"{task.task.name} after {number} edits")
-                    limit = asked.limit or None
-                    records[task.task.name] = measure_task(
-                        adapter, tokenizer, task, asked.shots, limit, asked.generation
+                    known[key] = measure_task(
+                        opened.stream.adapter,
+                        opened.stream.tokenizer,
+                        task,
+                        asked.shots,
+                        asked.limit or None,
+                        asked.generation,
                     )
+                    folder.append({**dict(zip(_KEY, key, strict=True)), "record": known[key]})
                     bar.update()
-            point = {"edits": number, "state": states[number], "tasks": records}
-            folder.append(point)
-            known[number, states[number]] = point
-    points = [known[number, states[number]] for number in numbers]
-    write_json(out / "ability.json", without_nan({"run": str(run), **summarise_ability(points)}))
-    return points
+    made = len(history.made)
+    everywhere = points_at(sorted({key[0] for key in known if key[0] <= made}))
+    write_json(out / "ability.json", without_nan({"run": str(run), **summarise_ability(everywhere)}))
+    return points_at(numbers)
 
 
-def _as_point(row: Mapping[str, Any]) -> Point:
-    return {"edits": int(row["edits"]), "state": str(row["state"]), "tasks": dict(row["tasks"])}
-
-
-def _settings(asked: Asked, data: Sequence[TaskData]) -> dict[str, Any]:
-    """Return all that decides about the numbers, items by their digest."""
-    from lit_edit.ability.files import items_digest
-
-    return {
-        "tasks": list(asked.tasks),
-        "items": items_digest(data),
-        "shots": asked.shots,
-        "limit": asked.limit,
-        "generation": asked.generation,
-    }
+def _as_row(row: Mapping[str, Any]) -> tuple[Key, dict[str, Any]]:
+    key = (int(row["edits"]), str(row["state"]), str(row["task"]), str(row["items"]))
+    return key, dict(row["record"])
 
 
 def ability_table(history: Sequence[Point]) -> Table:

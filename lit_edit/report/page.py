@@ -16,6 +16,7 @@ from lit_edit.report.charts import as_share
 from lit_edit.report.curves import ages, charts_of, forgetting
 from lit_edit.report.edits import STATES, changed_neighbours, edits_of, failures, show_p
 from lit_edit.report.figures import headlines, layer_rows, metric_rows, shown_layers
+from lit_edit.report.protocols import ability_rows, protocol_charts, protocol_headlines, protocol_rows
 from lit_edit.report.reading import RunRecord, read_run
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -50,16 +51,18 @@ def run_page(run: RunRecord) -> str:
     """Return a run's page."""
     edits = edits_of(run)
     changed, compared = changed_neighbours(run, edits)
+    noted = run.notes.get("versions")
     return render(
         "run.html",
         title=run.name,
         run=run,
         state=state_of(run),
         about=about(run),
-        headlines=headlines(run),
+        headlines=[*headlines(run), *protocol_headlines(run)],
         unfinished_at=run.summary.get("final_at"),
-        metrics=metric_rows(run.summary),
-        charts=charts_of(run),
+        metrics=[*metric_rows(run.summary), *protocol_rows(run.summary)],
+        ability=ability_rows(run.summary),
+        charts=[*charts_of(run), *protocol_charts(run)],
         forgetting=forgetting(edits),
         layers=shown_layers(layer_rows(run.summary)),
         ages=ages(edits),
@@ -69,7 +72,7 @@ def run_page(run: RunRecord) -> str:
         changed=changed[:MOST_NEIGHBOURS],
         changed_count=len(changed),
         compared=compared,
-        versions=run.notes.get("versions") or {},
+        versions=noted if isinstance(noted, dict) else {},
     )
 
 

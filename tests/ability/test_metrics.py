@@ -107,6 +107,13 @@ def test_a_change_is_measured_on_pairs() -> None:
     assert (change["accuracy_low"], change["accuracy_high"]) == pytest.approx((0.041, 0.159), abs=0.015)
 
 
+def test_no_change_seen_is_not_no_change_known() -> None:
+    found = accuracy_change([0] * 100, [0] * 100, [0] * 100)
+    # By hand: 1.96 * sqrt(1) / 102.
+    assert (found["accuracy"], found["accuracy_high"]) == (0.0, pytest.approx(0.0192, abs=1e-4))
+    assert found["accuracy_low"] == -found["accuracy_high"]
+
+
 @pytest.mark.parametrize(("gold", "chosen"), [([], []), ([0], [0, 1])])
 def test_nothing_to_score(gold: list[int], chosen: list[int]) -> None:
     with pytest.raises(ValueError, match="expected a choice per item"):

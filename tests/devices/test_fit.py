@@ -97,6 +97,7 @@ def dies(done: subprocess.CompletedProcess[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_any_number_of_processes(fit: Fit, single: Path, place: Path) -> None:
     run = ["--run_name=changing", "--resume=auto"]
     dies(fit(*several("ddp"), *run, *at(2, 1, signal.SIGKILL)))
@@ -127,6 +128,7 @@ def test_torchrun(fit: Fit, single: Path, place: Path) -> None:
     assert "has come to its end already" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_slurm_job_is_stopped_between_two_edits_queued_again_and_goes_on(
     fit: Fit, single: Path, place: Path, tiny_folder: Path, environment: Mapping[str, str]
 ) -> None:

@@ -195,10 +195,13 @@ def look(ranks: Ranks, folder: str) -> Found:
 
 KINDS = ("as loaded", "view", "after the view", "written")
 CASES = [(family, "float32", 2) for family in FAMILIES]
-CASES += [("llama", "float32", 3), ("gptj", "float32", 3), ("gpt2", "bfloat16", 2), ("gemma2", "bfloat16", 3)]
+CASES += [("gptj", "float32", 3), ("gpt2", "bfloat16", 2)]
+LONG = [("llama", "float32", 3), ("gemma2", "bfloat16", 3)]
 
 
-@pytest.mark.parametrize(("family", "dtype", "size"), CASES)
+@pytest.mark.parametrize(
+    ("family", "dtype", "size"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in LONG)]
+)
 def test_a_cut_model_is_the_whole_model(tmp_path: Path, family: str, dtype: str, size: int) -> None:
     everyone = together(size, look, str(save_model(family, DTYPES[dtype], tmp_path / "model")))
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 2e-2, "atol": 2e-2}

@@ -70,7 +70,7 @@ def fit(ranks: Ranks, family: str) -> Found:
     return found
 
 
-@pytest.fixture(scope="module", params=["llama", "gptj"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("gptj", marks=pytest.mark.slow)])
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

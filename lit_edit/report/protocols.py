@@ -1,0 +1,165 @@
+"""What the longer protocols have measured: texts and answers, portability, ME-PPL and general ability."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lit_edit.report.charts import Chart, Series, as_plain, as_share, draw
+from lit_edit.report.curves import SHARES
+from lit_edit.report.figures import Headline, change_of_share, signed, value_at
+from lit_edit.report.reading import KINDS, RunRecord
+
+SHOWN_ELSEWHERE = (*KINDS, "score", "perplexity", "sample")
+NOT_SHARES = ("fluency", "consistency", "me_perplexity")
+ME_PERPLEXITY = ("mean", "median", "corpus")
+
+
+def protocol_headlines(run: RunRecord) -> list[Headline]:
+    """Return what stands at the top besides success and accuracy; what was not measured is left out."""
+    summary, found = run.summary, []
+    for title, place, better, about in (
+        ("Fluency", ("fluency",), 1, "Entropy of the n-grams of what it writes, in bits; a fall is repetition."),
+        ("Consistency", ("consistency",), 1, "Likeness of what it writes to texts about the new object."),
+        ("ME-PPL", ("me_perplexity", "mean"), -1, "Mean perplexity of sentences; above 1000 a model has collapsed."),
+    ):
+        now, then = value_at(summary, "final", *place), value_at(summary, "base", *place)
+        if now is not None:
+            change = 0.0 if not then else now / then - 1
+            tone = "plain" if abs(change) < 0.02 else "good" if change * better > 0 else "bad"
+            text = signed(as_share(change), change) if then else ""
+            found.append(Headline(title, as_plain(now), text, "" if then is None else as_plain(then), tone, about))
+    portability = _means(summary, "portability")
+    if portability is not None:
+        now, then = portability
+        found.append(_share("Portability", now, then, "Tokens of what follows from the new fact: mean over kinds."))
+    ability = _ability_means(summary)
+    if ability is not None:
+        about = "Mean accuracy over few-shot tasks, by the likeliest option."
+        found.append(_share("General ability", *ability, about))
+    return found
+
+
+def _share(title: str, now: float, then: float | None, about: str) -> Headline:
+    change = 0.0 if then is None else now - then
+    tone = "plain" if abs(change) < 0.01 else "good" if change > 0 else "bad"
+    return Headline(title, as_share(now), change_of_share(change), "" if then is None else as_share(then), tone, about)
+
+
+def _means(summary: Mapping[str, Any], name: str) -> tuple[float, float | None] | None:
+    stages = [[value for _, value in _numbers(_at(summary, stage, name))] for stage in ("final", "base")]
+    now, then = (sum(values) / len(values) if values else None for values in stages)
+    return None if now is None else (now, then)
+
+
+def _ability_means(summary: Mapping[str, Any]) -> tuple[float, float | None] | None:
+    means = []
+    for stage in ("final", "base"):
+        tasks = _at(summary, "ability", stage)
+        values = [value_at(task, "likelihood", "accuracy") for task in tasks.values() if isinstance(task, Mapping)]
+        known = [value for value in values if value is not None]
+        means.append(sum(known) / len(known) if known else None)
+    return None if means[0] is None else (means[0], means[1])
+
+
+def protocol_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return a row per number of the longer protocols, in the shape of :func:`lit_edit.report.figures.metric_rows`."""
+    base, final = (dict(_numbers(_at(summary, stage))) for stage in ("base", "final"))
+    rows = []
+    for place in dict.fromkeys([*base, *final]):
+        if place[0] in SHOWN_ELSEWHERE:
+            continue
+        share = place[0] not in NOT_SHARES
+        now, then = final.get(place), base.get(place)
+        change = ""
+        if now is not None and then is not None:
+            relative = as_share(now / then - 1) if then else ""
+            change = change_of_share(now - then) if share else signed(relative, now - then)
+        show = as_share if share else as_plain
+        cells = {"base": then, "immediate": None, "final": now}
+        row = {stage: "–" if value is None else show(value) for stage, value in cells.items()}
+        rows.append({"name": " ".join(place).replace("_", " "), **row, "change": change})
+    return rows
+
+
+def ability_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return a row per task: accuracy before and at the end, each with its interval, and the change with its own."""
+    base, final = _at(summary, "ability", "base"), _at(summary, "ability", "final")
+    rows = []
+    for task in final:
+        change = _at(summary, "ability", "change", task, "likelihood")
+        rows.append(
+            {
+                "task": str(task),
+                "chance": _text(value_at(final, task, "majority")),
+                "base": _with_interval(_at(base, task, "likelihood")),
+                "final": _with_interval(_at(final, task, "likelihood")),
+                "change": _change(change),
+            }
+        )
+    return rows
+
+
+def _with_interval(scores: Mapping[str, Any]) -> str:
+    value, low, high = (value_at(scores, name) for name in ("accuracy", "accuracy_low", "accuracy_high"))
+    if value is None:
+        return "–"
+    return as_share(value) if low is None or high is None else f"{as_share(value)} ({as_share(low)}–{as_share(high)})"
+
+
+def _change(found: Mapping[str, Any]) -> str:
+    value, low, high = (value_at(found, name) for name in ("accuracy", "accuracy_low", "accuracy_high"))
+    if value is None:
+        return ""
+    text = change_of_share(value)
+    return text if low is None or high is None else f"{text} ({100 * low:+.0f} to {100 * high:+.0f})".replace("-", "−")
+
+
+def _text(value: float | None) -> str:
+    return "–" if value is None else as_share(value)
+
+
+def protocol_charts(run: RunRecord) -> list[Chart]:
+    """Return the charts over edits of general ability and ME-PPL, where they were measured."""
+    logged: dict[str, list[tuple[float, float]]] = {}
+    for edits, values in sorted(run.rows.items()):
+        for name, value in values.items():
+            logged.setdefault(name, []).append((edits, value))
+    tasks = {name.split("/")[1]: points for name, points in logged.items() if re.fullmatch("ability/.+/accuracy", name)}
+    found = [
+        draw(
+            "General ability",
+            [Series(task, points) for task, points in tasks.items()],
+            show=as_share,
+            limits=SHARES,
+            note="Accuracy on few-shot tasks that have nothing to do with the edits, by the likeliest option.",
+        ),
+        draw(
+            "ME-PPL",
+            [Series(name, logged.get(f"me_perplexity/{name}", [])) for name in ME_PERPLEXITY],
+            note="Perplexity of sentences: mean over sentences (as published), their median, and that of the whole.",
+        ),
+    ]
+    return [chart for chart in found if chart is not None]
+
+
+def _at(value: Any, *path: str) -> Mapping[str, Any]:
+    for part in path:
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value if isinstance(value, Mapping) else {}
+
+
+def _numbers(tree: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Yield all finite numbers of a tree with their places.
+
+    Example:
+        >>> list(_numbers({"a": {"b": 1, "c": None}, "d": True}))
+        [(('a', 'b'), 1.0)]
+    """
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, (*place, str(name)))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            yield (*place, str(name)), float(value)
