@@ -98,12 +98,12 @@ class Ability(CourseCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured, and how."""
-        return {"history": self.history, "settings": self._settings()}
+        return {**super().state_dict(), "settings": self._settings()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what was measured, if it was measured in the same way."""
         if state_dict["settings"] == self._settings():
-            self.history = list(state_dict["history"])
+            super().load_state_dict(state_dict)
         else:
             log.warning(
                 "Ability: its settings or items have changed since the checkpoint: what was measured is dropped"

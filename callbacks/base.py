@@ -152,6 +152,13 @@ class CourseCallback(StagedCallback):
         self._add(stream, stream.adapter, stream.edits_made)
         self._held = held_edits(stream)
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Measure when it is time, and behind the last step at once: its checkpoint is to hold the end."""
+        super().on_train_batch_end(trainer, pl_module, *args)
+        stream = as_stream(pl_module, self)
+        if stream.is_at_end:
+            CourseCallback.end(self, stream)
+
     def end(self, stream: EditStream) -> None:
         """Measure the end, unless the last measurement was of the same edits."""
         if self._held != held_edits(stream):
@@ -165,6 +172,16 @@ class CourseCallback(StagedCallback):
         self.history.append(point)
         self.publish(stream)
         self.report(stream, perf_counter() - start)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured, and which edits held at the last measurement."""
+        return {"history": self.history, "held": None if self._held is None else list(self._held)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.history = list(state_dict["history"])
+        held = state_dict.get("held")
+        self._held = None if held is None else tuple(held)
 
     @abstractmethod
     def measure(self, stream: EditStream, adapter: ModelAdapter) -> dict[str, Any]:

@@ -95,12 +95,12 @@ class MEPerplexity(CourseCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, and what it is of."""
-        return {"history": self.history, "texts": self._texts()}
+        return {**super().state_dict(), "texts": self._texts()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the history, if it is of the same texts."""
         if state_dict.get("texts", self._texts()) == self._texts():
-            self.history = list(state_dict["history"])
+            super().load_state_dict(state_dict)
         else:
             log.warning("MEPerplexity: its texts have changed since the checkpoint: what was measured is dropped")
 

@@ -183,10 +183,10 @@ def read_points(run: Path) -> dict[int, dict[str, float]]:
     if not is_done(run):
         return {}
     measured = run / "ability" / "ability.json"
-    path, place = (measured, ()) if measured.is_file() else (run / "summary.json", ("ability",))
-    found = json.loads(path.read_text(encoding="utf-8"))
-    for name in place:
-        found = found.get(name) or {}
+    if measured.is_file():
+        found = json.loads(measured.read_text(encoding="utf-8"))
+    else:
+        found = json.loads((run / "summary.json").read_text(encoding="utf-8")).get("ability") or {}
     points: dict[int, dict[str, float]] = {}
     for point in found.get("points", ()):
         parts = {name.split("/")[1]: value for name, value in point.items() if name.endswith("/accuracy")}
