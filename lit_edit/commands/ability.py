@@ -130,9 +130,11 @@ def measure_run(run: Path, numbers: Sequence[int], asked: Asked, out: Path) -> l
     settings = {"shots": asked.shots, "limit": asked.limit, "generation": asked.generation}
     known = dict(folder.open(settings))
 
+    items = {task.task.name: items_digest([task]) for task in data}
+
     def keys_at(number: int) -> list[Key]:
         state = journal.digest(records_until(history, journal.records, number))
-        return [(number, state, task.task.name, items_digest([task])) for task in data]
+        return [(number, state, name, digest) for name, digest in items.items()]
 
     def points_at(numbers: Iterable[int]) -> list[Point]:
         keys = {number: keys_at(number) for number in numbers}

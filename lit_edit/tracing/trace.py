@@ -12,7 +12,7 @@ samples of a layer run as one batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.tracing.line import KeyValues, PromptCalls, PromptLine
@@ -364,11 +365,18 @@ def _reading(
 
         return hook
 
-    handles = [_module(adapter, kind, layer).register_forward_hook(hook_for(kind)) for kind in outputs]
+    with _hooked(_module(adapter, kind, layer).register_forward_hook(hook_for(kind)) for kind in outputs):
+        yield
+
+
+@contextmanager
+def _hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Take hooks off again."""
+    kept = list(handles)
     try:
         yield
     finally:
-        for handle in handles:
+        for handle in kept:
             handle.remove()
 
 
@@ -397,11 +405,8 @@ def _restoring(
         mended = first.reshape(-1, first.shape[-1]).index_copy(0, places, clean.to(first)).view_as(first)
         return (mended, *output[1:]) if isinstance(output, tuple) else mended
 
-    handle = _module(adapter, kind, layer).register_forward_hook(hook)
-    try:
+    with _hooked([_module(adapter, kind, layer).register_forward_hook(hook)]):
         yield
-    finally:
-        handle.remove()
 
 
 def _mlp(adapter: ModelAdapter, layer: int) -> nn.Module | None:
@@ -431,12 +436,8 @@ def _only_at(adapter: ModelAdapter, layer: int, places: Tensor | None) -> Iterat
         whole = first.new_zeros(shape.pop()).index_copy(1, places, first)
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
-    handles = [module.register_forward_pre_hook(choose), module.register_forward_hook(spread)]
-    try:
+    with _hooked([module.register_forward_pre_hook(choose), module.register_forward_hook(spread)]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
