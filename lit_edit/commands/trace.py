@@ -69,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         default="fastest",
         help="'fastest' multiplies in bfloat16 where the machine is clearly faster at it; 'exact' in float32",
     )
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=None,
+        help="facts traced at a time, by threads that share the cores (default: up to 4 on a CPU, 1 on a GPU)",
+    )
     parser.add_argument("--out", type=Path, default=None, help="folder to write to (default: runs/traces/MODEL)")
     parser.add_argument("--no-fact-figures", action="store_true", help="draw the averages only")
     return parser
@@ -84,7 +90,7 @@ def run_trace(args: list[str]) -> None:
     from lit_edit.tracing import average_effects, read_facts
     from lit_edit.tracing.facts import find_file
     from lit_edit.tracing.files import TraceFolder
-    from lit_edit.tracing.study import Tracer, TraceSettings, as_settings, weights_digest
+    from lit_edit.tracing.study import Tracer, TraceSettings, as_settings, weights_digest, workers_for
 
     settings = TraceSettings(tuple(options.kinds), options.samples, options.noise, options.window, options.seed)
     file = find_file(options.data)
@@ -109,7 +115,7 @@ def run_trace(args: list[str]) -> None:
             )
             finished = {trace.id: trace for trace in earlier}
             chosen = _choose(adapter, tokenizer, tokenized, options.limit)
-            traces = _trace(tracer, chosen, finished, folder)
+            traces = _trace(tracer, chosen, finished, folder, options.workers or workers_for(adapter))
             averages = average_effects(traces)
             files = folder.write_tables(traces, averages)
             title = f"{options.model}, {len(traces)} facts, {options.samples} samples, noise of {options.noise:g} sd"
@@ -162,14 +168,14 @@ def _choose(
 
 
 def _trace(
-    tracer: Tracer, chosen: Sequence[TokenizedFact], finished: dict[str, FactTrace], folder: TraceFolder
+    tracer: Tracer, chosen: Sequence[TokenizedFact], finished: dict[str, FactTrace], folder: TraceFolder, workers: int
 ) -> list[FactTrace]:
     from tqdm import tqdm
 
     traces: list[FactTrace] = []
     done = sum(fact.fact.id in finished for fact in chosen)
     with tqdm(total=len(chosen), initial=done, desc="tracing", unit="fact") as bar:
-        for trace in tracer.trace_all(chosen, finished, lambda new: folder.append(new.as_dict())):
+        for trace in tracer.trace_all(chosen, finished, lambda new: folder.append(new.as_dict()), workers):
             traces.append(trace)
             bar.update(trace.id not in finished)
     return traces

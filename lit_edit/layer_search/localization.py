@@ -18,6 +18,7 @@ from lit_edit.data.files import read_file
 from lit_edit.data.records import parse_record
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.editors.base import Editor
+from lit_edit.editors.located import LocatedEditor
 from lit_edit.ledger import EditLedger, EditRefusedError
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.models.adapter import ModelAdapter
@@ -131,6 +132,7 @@ def edit_alone(
     statistics: KeyStatistics,
     requests: Sequence[EditRequest],
     base_hash: str,
+    window: int = 16,
     progress: Progress | None = None,
 ) -> Iterator[tuple[EditRequest, float | None]]:
     """Make each edit as the only one, and yield it with the probability of its new object; ``None``: not made.
@@ -144,24 +146,32 @@ def edit_alone(
         statistics: Where key statistics come from.
         requests: The edits.
         base_hash: Of the model's weights.
+        window: Edits whose targets are fitted together.
         progress: Of the key statistics.
     """
     ledger = EditLedger(adapter, editor.resolve_layers(adapter))
     editor.prepare(ledger, tokenizer, statistics, progress=progress)
     fresh = copy.deepcopy(editor.state_dict())  # preparing anew for each edit would take longer than the edit
-    for request in requests:
-        try:
-            session = EditSession(ledger, editor, "", base_hash)
-            session.begin()
-            proposal = session.propose([request], [request])
-            if proposal is not None:
-                session.apply(proposal)
-            yield request, probability(adapter, tokenizer, request)
-        except (FloatingPointError, EditRefusedError):
-            yield request, None
-        finally:
-            ledger.restore_base()
-            editor.load_state_dict(copy.deepcopy(fresh))
+    for first in range(0, len(requests), window):
+        together = requests[first : first + window]
+        prepared = fresh
+        if isinstance(editor, LocatedEditor):
+            editor.fit_ahead(together)
+            prepared = copy.deepcopy(editor.state_dict())
+        for request in together:
+            try:
+                session = EditSession(ledger, editor, "", base_hash)
+                session.begin()
+                proposal = session.propose([request], [request])
+                if proposal is not None:
+                    session.apply(proposal)
+                yield request, probability(adapter, tokenizer, request)
+            except (FloatingPointError, EditRefusedError):
+                yield request, None
+            finally:
+                ledger.restore_base()
+                editor.load_state_dict(copy.deepcopy(prepared))
+        editor.load_state_dict(copy.deepcopy(fresh))
 
 
 def probability(adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> float:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from threading import Event, local
 from typing import Any
 
 import torch
@@ -14,6 +19,7 @@ from lit_edit.checksum import checksum
 from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.shards import whole
+from lit_edit.models.twin import twin
 from lit_edit.tracing.noise import draw_noise, embedding_deviation
 from lit_edit.tracing.prompts import TokenizedFact
 from lit_edit.tracing.trace import KINDS, FactTrace, Kind, trace_fact
@@ -77,8 +83,13 @@ class Tracer:
         self.tokenizer, self.settings = tokenizer, settings
         self.deviation, self.width = embedding_deviation(adapter, facts)
 
-    def trace(self, fact: TokenizedFact) -> FactTrace:
-        """Trace one fact; the same numbers whatever was traced before."""
+    def trace(self, fact: TokenizedFact, check: Callable[[], object] | None = None) -> FactTrace:
+        """Trace one fact; the same numbers whatever was traced before.
+
+        Args:
+            fact: The fact.
+            check: Called every now and then; what it raises ends the tracing.
+        """
         settings = self.settings
         scale = settings.noise * self.deviation
         noise = draw_noise(fact, settings.samples, self.width, scale, settings.seed)
@@ -89,6 +100,7 @@ class Tracer:
             settings.kinds,
             settings.window,
             lambda token: str(self.tokenizer.decode([token])),
+            check=check,
         )
 
     def trace_all(
@@ -96,15 +108,62 @@ class Tracer:
         facts: Sequence[TokenizedFact],
         finished: dict[str, FactTrace],
         keep: Callable[[FactTrace], object] | None = None,
+        workers: int = 1,
     ) -> Iterator[FactTrace]:
-        """Yield the trace of each fact: of those that are finished as it is, of the others when it is made and kept."""
+        """Yield the trace of each fact: of those that are finished as it is, of the others when it is made and kept.
+
+        Args:
+            facts: The facts, in the order of the results.
+            finished: Traces by id.
+            keep: Receives each new trace before it is yielded.
+            workers: Threads that trace a fact each, and share the cores.
+        """
+        missing = [fact for fact in facts if fact.fact.id not in finished]
+        made = map(self.trace, missing) if min(workers, len(missing)) < 2 else self._share(missing, workers)
         for fact in facts:
             trace = finished.get(fact.fact.id)
             if trace is None:
-                trace = self.trace(fact)
+                trace = next(made)
                 if keep is not None:
                     keep(trace)
             yield trace
+
+    def _share(self, facts: Sequence[TokenizedFact], workers: int) -> Iterator[FactTrace]:
+        """Yield traces in order, made by several threads."""
+        threads, stop, own = torch.get_num_threads(), Event(), local()
+        kernels = nullcontext() if self.rounds else self.adapter.fast_products()  # else set and reset for all of them
+
+        def begin() -> None:
+            torch.set_num_threads(max(1, threads // workers))  # of this thread
+            own.tracer = tracers.pop()
+
+        def check() -> None:
+            if stop.is_set():
+                raise CancelledError
+
+        tracers = [copy.copy(self) for _ in range(workers)]
+        for tracer in tracers:
+            tracer.adapter = twin(self.adapter)
+        waiting, rest = deque[Future[FactTrace]](), iter(facts)
+        with kernels, ThreadPoolExecutor(workers, "tracing", begin) as pool:
+            try:
+                for _ in facts:
+                    while len(waiting) < 2 * workers and (fact := next(rest, None)) is not None:
+                        waiting.append(pool.submit(lambda fact: own.tracer.trace(fact, check), fact))
+                    yield waiting.popleft().result()
+            finally:
+                stop.set()  # the pool waits for what its threads are at
+                for future in waiting:
+                    future.cancel()
+                torch.set_num_threads(threads)
+
+
+def workers_for(adapter: ModelAdapter) -> int:
+    """Return how many threads trace a fact each: up to four of the cores of a CPU, else one.
+
+    One product at a time shares cores badly, since much of a pass is not products.
+    """
+    return min(4, torch.get_num_threads()) if adapter.device.type == "cpu" and not adapter.sharded else 1
 
 
 def weights_digest(adapter: ModelAdapter) -> str:

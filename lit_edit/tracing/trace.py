@@ -132,6 +132,7 @@ def trace_fact(
     decode: Callable[[int], str] = str,
     most_tokens: int = MOST_TOKENS,
     most_together: int = MOST_TOGETHER,
+    check: Callable[[], object] | None = None,
 ) -> FactTrace:
     """Trace one fact.
 
@@ -144,6 +145,7 @@ def trace_fact(
         decode: Turns the answer's token id into text.
         most_tokens: Run no more of one restoration together, unless one position already takes more.
         most_together: Run no more of several restorations together, unless one already takes more.
+        check: Called every now and then; what it raises ends the tracing.
 
     Raises:
         ValueError: If the noise does not fit the subject, or there is nothing to restore.
@@ -165,6 +167,8 @@ def trace_fact(
             bases = [1 + sample for _ in positions for sample in range(samples)]
             line = PromptLine(calls, starts, bases, samples + 1)
             for one, ends in _restore(adapter, line, starts, runs, plan, most_together):
+                if check is not None:
+                    check()
                 if (one.kind, one.layer) == ("hidden", adapter.n_layers - 1):
                     # Behind the last layer nothing follows: only the last token's own state changes what is said.
                     last = torch.tensor(starts, device=adapter.device) == length - 1

@@ -86,7 +86,9 @@ def test_a_tracing_that_was_cut_goes_on(trace: Callable[..., int], monkeypatch: 
     assert whole.startswith(first)
     assert whole.count("\n") == 3
     with monkeypatch.context() as patch:
-        patch.setattr("lit_edit.tracing.study.trace_fact", lambda *a: pytest.fail("finished facts are traced again"))
+        patch.setattr(
+            "lit_edit.tracing.study.trace_fact", lambda *a, **k: pytest.fail("finished facts are traced again")
+        )
         assert trace() == 0
     assert (out / "effects.csv").read_bytes() == effects
     for path in out.glob("*"):
@@ -94,6 +96,33 @@ def test_a_tracing_that_was_cut_goes_on(trace: Callable[..., int], monkeypatch: 
             path.unlink()
     assert trace() == 0  # without a cut
     assert ((out / "facts.jsonl").read_text(), (out / "effects.csv").read_bytes()) == (whole, effects)
+
+
+def test_facts_by_several_threads_are_those_by_one(
+    trace: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, threads = Path("out"), torch.get_num_threads()
+    found = []
+    for workers in ("1", "2"):
+        assert trace("--workers", workers) == 0
+        assert torch.get_num_threads() == threads
+        found.append([json.loads(line) for line in (out / "facts.jsonl").read_text().splitlines()])
+        for path in out.glob("*"):
+            if path.is_file():
+                path.unlink()
+    assert [fact["id"] for fact in found[1]] == ["0", "2", "3"]  # in the file's order
+    for one, other in zip(*found, strict=True):
+        for kind, rows in one["restored"].items():
+            torch.testing.assert_close(torch.tensor(rows), torch.tensor(other["restored"][kind]), rtol=1e-5, atol=1e-7)
+
+    def broken(*args: object, check: Callable[[], object], **more: object) -> None:
+        raise FloatingPointError("of one of them")
+
+    monkeypatch.setattr("lit_edit.tracing.study.trace_fact", broken)
+    assert trace("--workers", "2") == 2
+    assert "error: of one of them" in capsys.readouterr().err
+    assert torch.get_num_threads() == threads
+    assert not (out / "facts.jsonl").exists() or not (out / "facts.jsonl").read_text()
 
 
 def test_refused(trace: Callable[..., int], capsys: pytest.CaptureFixture[str], facts: Path) -> None:
