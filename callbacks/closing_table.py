@@ -21,12 +21,13 @@ _ROWS = (
     ("locality", "agreement"),
 )
 
-# Of the callback ProtocolMetrics, if it is there.
+# Of the callbacks ProtocolMetrics and MEPerplexity, if they are there.
 _WRITTEN = (
     ("efficacy accuracy, generated", ("generation", "efficacy", "accuracy")),
     ("generalization acc., generated", ("generation", "generalization", "accuracy")),
     ("fluency (bits)", ("fluency",)),
     ("consistency", ("consistency",)),
+    ("ME-PPL", ("me_perplexity", "mean")),
 )
 
 _BESIDE = (("undone", "taken out or replaced"), ("refused", "not made"))
@@ -57,11 +58,22 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     for label, values in written:
         if any(value is not None for value in values):
             table.add_row(label, *map(_number, values))
+    ability = [mean_ability(summary, stage) for stage in ("base", "final")]
+    if ability[1] is not None:
+        table.add_row("general ability (mean accuracy)", _number(ability[0]), "", _number(ability[1]))
     before, after = summary["base"]["perplexity"], summary["final"]["perplexity"]
     change = f" ({after / before - 1:+.1%})" if before and after else ""
     table.add_row("perplexity", _number(before, 1), "", _number(after, 1) + change)
     table.add_row("seconds per edit", "", "", _number(summary["seconds"]["per_edit"], 2))
     return table
+
+
+def mean_ability(summary: Mapping[str, Any], stage: str) -> float | None:
+    """Return the mean accuracy over tasks, by the likeliest option, if the callback Ability is there."""
+    tasks = ((summary.get("ability") or {}).get(stage) or {}).values()
+    found = [_at(task, ("likelihood", "accuracy")) for task in tasks if isinstance(task, Mapping)]
+    known = [value for value in found if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def layers_table(summary: Mapping[str, Any]) -> Table:

@@ -243,12 +243,20 @@ class ProtocolMetrics(StagedCallback):
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured, without the texts."""
         base = [[generated.as_state(), asdict(kinds)] for generated, kinds in self._base.values()]
-        return {"history": self.history, "base": base}
+        return {"history": self.history, "base": base, "how": self._how()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
+        """Restore :meth:`state_dict`, if it was measured in the same way."""
+        if state_dict.get("how", self._how()) != self._how():
+            log.warning("ProtocolMetrics: its settings have changed since the checkpoint: what was measured is dropped")
+            return
         self.history = list(state_dict["history"])
         self._base = {
             kinds["id"]: (GenerationResult.from_state(generated), ByKindResult(**kinds))
             for generated, kinds in state_dict["base"]
         }
+
+    def _how(self) -> dict[str, Any]:
+        """Return what the numbers depend on beside model and edits."""
+        how = {name: value for name, value in self.writing.items() if name != "batch_rows"}
+        return {**how, "sample": self.sample, "seed": self.seed, "files": [self.references, self.term_weights]}

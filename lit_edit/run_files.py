@@ -102,8 +102,15 @@ def _marks(result: EditResult) -> dict[str, Any]:
     }
 
 
+OF_THE_END = ("ability", "age_curves", "me_perplexity", "protocol", "published")
+"""What callbacks have measured of the model at the end, or along the stream to it."""
+
+
 def update_summary(folder: Path, ledger: EditLedger, final: Summary | None) -> None:
     """Bring ``summary.json`` up to edits that were taken out or put back after the end.
+
+    What callbacks had measured is of the model as it was at the end, and is not measured again: it is moved to
+    ``before_change``.
 
     Args:
         folder: The run's.
@@ -115,6 +122,8 @@ def update_summary(folder: Path, ledger: EditLedger, final: Summary | None) -> N
         return
     summary = json.loads(path.read_text(encoding="utf-8"))
     summary |= {"edits": len(ledger), "undone": len(ledger.history.undone), "layers": ledger.layer_norms()}
+    if moved := {name: summary.pop(name) for name in OF_THE_END if name in summary}:
+        summary["before_change"] = moved
     if final is None:
         summary["stale"] = "edits were taken out or put back since; final and perplexity are of the model before"
     else:

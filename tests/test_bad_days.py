@@ -884,6 +884,8 @@ def test_commands_without_a_run(runs: Path, capsys: Any) -> None:
 
 
 def test_undo_and_redo_are_seen_by_everyone(finished: Path, whole: Path, tmp_path: Path, capsys: Any) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    (finished / "summary.json").write_text(json.dumps(summary | {"ability": {"final": {}}, "age_curves": {}}))
     assert main(["undo", f"--run={finished}", "--edit=1,4"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "2 edits taken out, 2 hold" in told
@@ -893,6 +895,8 @@ def test_undo_and_redo_are_seen_by_everyone(finished: Path, whole: Path, tmp_pat
     assert "undo --exact makes the later edits again" in told
     summary = json.loads((finished / "summary.json").read_text())
     assert (summary["edits"], summary["undone"], "stale" in summary) == (2, 2, False)
+    assert "ability" not in summary  # of the model with all edits, and not measured again
+    assert summary["before_change"] == {"ability": {"final": {}}, "age_curves": {}}
     assert [row["status"] for row in rows_of(finished)] == ["undone", "holds", "holds", "undone"]
     assert ["final_success" in row for row in rows_of(finished)] == [False, True, True, False]
 

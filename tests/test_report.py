@@ -205,6 +205,11 @@ def test_what_the_longer_protocols_have_measured_is_shown(tmp_path: Path) -> Non
         logger.log_metrics({"ability/sst2/accuracy": value, "me_perplexity/mean": 50.0 + 50 * step}, step=step)
     logger.save()
     assert "ability/sst2/accuracy" not in names
+    other = make_run(tmp_path / "y", [request_of(1)], [TOOK], summary=summary_of(0.5))
+    beside = Reader(write_comparison([run, other], tmp_path / "c.html").read_text(encoding="utf-8")).text("numbers")
+    assert "me perplexity mean 100 –" in beside
+    assert "portability reasoning 50.0% –" in beside
+    assert "general ability 50.0% –" in beside
     page = Reader(page_of(run))
     numbers = page.text("numbers")
     assert "Fluency 4.50 −10.0% from 5.00" in numbers.replace("-10", "−10")

@@ -61,7 +61,11 @@ def _options(args: list[str]) -> argparse.Namespace:
         "--text", type=Path, default=None, metavar="FILE", help="plain text for key statistics, a line more in part e"
     )
     parser.add_argument("--edits", type=positive, default=None, help="edits of each run; by default the config's")
-    parser.add_argument("--model", default=None, help="packaged model, folder or hub id; by default the config's")
+    parser.add_argument(
+        "--model",
+        default=None,
+        help="packaged model, folder or hub id, edited at the layers of the methods' configs; by default the config's",
+    )
     parser.add_argument("--runs_dir", default="runs", help="everything goes to RUNS_DIR/studies/d4s-...")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="list the runs and their commands; run nothing")
@@ -96,7 +100,9 @@ def _run_part(options: argparse.Namespace, part: str) -> int:
     from lit_edit.commands.study_d4s_report import write_part
 
     status = 0
-    if not options.gather:
+    if options.gather:
+        _check_there(grid, folder)
+    else:
         parsed = parse_points(grid, grid.points)
         check_begun(folder, grid.points, parsed)
         if options.dry_run:
@@ -108,6 +114,16 @@ def _run_part(options: argparse.Namespace, part: str) -> int:
     sys.stdout.write(f"\n{write_part(part, grid, folder)}\n")
     sys.stdout.write(f"Everything is in {folder}/ ({part}.md, {part}.csv, {part}.png)\n")
     return status
+
+
+def _check_there(grid: Grid, folder: Path) -> None:
+    """Refuse to gather nothing.
+
+    Raises:
+        ArgumentError: If none of the runs was begun.
+    """
+    if not any((folder / point.name).is_dir() for point in grid.points):
+        raise ArgumentError(f"nothing of this part is done yet in {folder}; leave --gather out")
 
 
 def measure_ability(grid: Grid, folder: Path, tasks: Path | None) -> None:
@@ -137,7 +153,10 @@ def _run_questions(options: argparse.Namespace) -> int:
 
     grid = read_grid(Path(find_config("studies/d4s/questions")))
     folder = folder_of(options.runs_dir, grid)
-    config = _with_own_base(grid, folder, options.tasks)
+    if options.gather:
+        _check_there(grid, folder)
+    # A listing writes the config too: its commands read it.
+    config = _with_own_base(grid, folder, None if options.gather else options.tasks)
     words = ["--config", str(config), "--runs_dir", options.runs_dir]
     words += [] if options.edits is None else ["--edits", str(options.edits)]
     words += [] if options.model is None else ["--model", options.model]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from difflib import get_close_matches
 from typing import Any
 
 from lit_edit.data.request import DataError, EditRequest, Probe, shorten
@@ -12,6 +13,17 @@ from lit_edit.data.request import DataError, EditRequest, Probe, shorten
 FORMATS = ("auto", "counterfact", "counterfact_flat", "zsre", "facts")
 
 _FACT_FIELDS = {"prompt", "subject", "target_new"}
+_READ = (
+    *("id", "case_id", "prompt", "subject", "target_new", "target_true", "ground_truth", "paraphrases", "neighborhood"),
+    *("portability", "generation", "relation", "references", "locality", "target_id"),
+)
+"""Fields of lit-edit's own form."""
+_WRITTEN_OTHERWISE = {
+    "paraphrase_prompts": "paraphrases",
+    "neighborhood_prompts": "neighborhood",
+    "generation_prompts": "generation",
+    "relation_id": "relation",
+}
 
 
 def parse_record(record: object, number: int, form: str = "auto") -> EditRequest:
@@ -133,6 +145,7 @@ def _zsre(record: Mapping[str, Any], number: int) -> EditRequest:
 
 def _facts(record: Mapping[str, Any], number: int) -> EditRequest:
     """lit-edit's own form, and the user's: ``prompt, subject, target_new``, the rest optional."""
+    _check_names(record)
     missing = sorted(_FACT_FIELDS - {name for name, value in record.items() if value is not None})
     if missing:
         fields = ", ".join(sorted(_shown(name) for name in record)) or "none"
@@ -152,6 +165,19 @@ def _facts(record: Mapping[str, Any], number: int) -> EditRequest:
         locality=_own_kinds(record, "locality"),
         target_id=_optional(record, "target_id") or "",
     )
+
+
+def _check_names(record: Mapping[str, Any]) -> None:
+    """Refuse fields that look like one of ours written otherwise; what else a record holds is its own affair.
+
+    Raises:
+        DataError: If there is one: left unread, its probes would be missing without a word.
+    """
+    unread = [name for name in record if isinstance(name, str) and name not in _READ and record[name]]
+    for name in unread:
+        meant = _WRITTEN_OTHERWISE.get(name) or next(iter(get_close_matches(name.lower(), _READ, 1, 0.87)), None)
+        if meant is not None and meant not in record:
+            raise DataError(f"unknown field {_shown(name)}; did you mean {meant}?")
 
 
 def _own_kinds(record: Mapping[str, Any], name: str) -> dict[str, tuple[Probe, ...]]:

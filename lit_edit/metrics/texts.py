@@ -20,20 +20,22 @@ if TYPE_CHECKING:
 N_GRAM_WEIGHTS = ((2, 1 / 3), (3, 2 / 3))
 """Shares of the entropies: the published weights 2/3 and 4/3, averaged over the two (arXiv 2202.05262)."""
 
-_WORD = re.compile(r"\d+(?:[.,]\d+)*|\w+(?:['’-]\w+)*|\.{2,}|[^\w\s]")
+_WORD = re.compile(r"(?:[^\W\d_]\.){2,}|\w+(?:(?:[.'’/-]|(?<=\d),(?=\d))\w+)*|\.{2,}|[^\w\s]")
 
 
 def words(text: str) -> list[str]:
     """Cut a text into words and marks.
 
     The published code uses nltk's ``word_tokenize``, which needs data to be fetched; this is a regular expression. A
-    word is a run of letters and digits with what apostrophes and hyphens join; a number keeps its points and commas;
-    a run of full stops is one mark, every other mark stands alone. The one difference that matters: nltk parts "don't"
-    into "do" and "n't", and this does not.
+    word is a run of letters and digits with what apostrophes, hyphens, points and slashes join, and commas between
+    digits; single letters keep their points; a run of full stops is one mark, every other mark stands alone. The one
+    difference that matters: nltk parts "don't" into "do" and "n't", and this does not.
 
     Example:
         >>> words("Well-known: it's 1,000.5 km... (or so).")
         ['Well-known', ':', "it's", '1,000.5', 'km', '...', '(', 'or', 'so', ')', '.']
+        >>> words("the 20th, in the U.S. and/or 1,2")
+        ['the', '20th', ',', 'in', 'the', 'U.S.', 'and/or', '1,2']
     """
     return _WORD.findall(text)
 

@@ -11,6 +11,7 @@ from lit_edit.report.curves import SHARES, course, growth
 from lit_edit.report.edits import Edit, edits_of
 from lit_edit.report.figures import layer_rows, signed, value_at
 from lit_edit.report.page import about, flat, render, state_of, write_page
+from lit_edit.report.protocols import protocol_numbers
 from lit_edit.report.reading import ReportError, RunRecord, read_run
 
 NUMBERS = (  # row, place in the summary, and whether more is better
@@ -108,8 +109,10 @@ def number_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[Cell]]]:
         rows.append(("perplexity", _cells([after for _, after in perplexity], texts, more=False)))
     most = [_largest_growth(run) for run in runs]
     if any(value is not None for value in most):
-        texts = [None if value is None else f"{100 * value:.2f}%" for value in most]
-        rows.append(("growth of mean |W|, at most", _cells(most, texts, more=False)))
+        texts = [None if value is None else signed(f"{100 * value:.2f}%", value) for value in most]
+        sizes = [None if value is None else abs(value) for value in most]
+        rows.append(("change of mean |W|, at most", _cells(sizes, texts, more=False)))
+    rows += _protocol_rows(runs)
     seconds = [value_at(run.summary, "seconds", "per_edit") for run in runs]
     if any(value is not None for value in seconds):
         rows.append(("seconds per edit", _cells(seconds, [None if v is None else f"{v:.2f}" for v in seconds], False)))
@@ -117,7 +120,21 @@ def number_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[Cell]]]:
 
 
 def _largest_growth(run: RunRecord) -> float | None:
-    return max((abs(row["growth"]) for row in layer_rows(run.summary) if row["growth"] is not None), default=None)
+    found: list[float] = [row["growth"] for row in layer_rows(run.summary) if row["growth"] is not None]
+    return max(found, key=abs, default=None)
+
+
+def _protocol_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[Cell]]]:
+    """Return a row per number of the longer protocols that any of the runs has measured."""
+    found = [protocol_numbers(run.summary) for run in runs]
+    rows = []
+    for name in dict.fromkeys(name for numbers in found for name in numbers):
+        values = [numbers.get(name) for numbers in found]
+        share = next(numbers[name].share for numbers in found if name in numbers)
+        texts = [None if v is None else (as_share if share else as_plain)(v.value) for v in values]
+        more = not name.startswith("me perplexity")
+        rows.append((name, _cells([None if v is None else v.value for v in values], texts, more)))
+    return rows
 
 
 def _cells(values: Sequence[float | None], texts: Sequence[str | None], more: bool) -> list[Cell]:

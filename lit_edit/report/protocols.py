@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lit_edit.report.charts import Chart, Series, as_plain, as_share, draw
@@ -82,6 +83,25 @@ def protocol_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         row = {stage: "–" if value is None else show(value) for stage, value in cells.items()}
         rows.append({"name": " ".join(place).replace("_", " "), **row, "change": change})
     return rows
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of a longer protocol at the end, and whether it is a share."""
+
+    value: float
+    share: bool
+
+
+def protocol_numbers(summary: Mapping[str, Any]) -> dict[str, Number]:
+    """Return the numbers of the longer protocols at the end, by name."""
+    found = {
+        " ".join(place).replace("_", " "): Number(value, place[0] not in NOT_SHARES)
+        for place, value in _numbers(_at(summary, "final"))
+        if place[0] not in SHOWN_ELSEWHERE
+    }
+    ability = _ability_means(summary)
+    return found if ability is None else {**found, "general ability": Number(ability[0], True)}
 
 
 def ability_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:

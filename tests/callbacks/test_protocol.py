@@ -186,6 +186,11 @@ def test_a_resumed_run_reports_the_same(tmp_path: Path, run: tuple[EditStream, P
     )
     assert [point["edits"] for point in anew.history] == [0, 6]
 
+    # Nor texts that were written otherwise.
+    longer = ProtocolMetrics(sample=2, length=9, every=4)
+    longer.load_state_dict({**callbacks(ModelCheckpoint)[0].state_dict(), "history": [{"edits": 4}], "base": []})
+    assert longer.history == []
+
 
 def test_a_collapse_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     stream = make_stream()

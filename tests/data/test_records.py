@@ -182,6 +182,13 @@ BROKEN: list[tuple[object, str]] = [
     ({**FACTS, "neighborhood": 3}, "neighborhood must be a list of {prompt, answer}"),
     ({**FACTS, "neighborhood": [{"prompt": "a"}]}, "neighborhood: missing field answer"),
     ({**FACTS, "neighborhood": "The capital of Peru is"}, "neighborhood: missing field answer"),
+    ({**without(FACTS, "paraphrases"), "paraphrase": ["a"]}, "unknown field paraphrase; did you mean paraphrases?"),
+    (
+        {**without(FACTS, "neighborhood"), "neighbourhood": []} | {"neighbourhood": "x => y"},
+        "did you mean neighborhood?",
+    ),
+    ({**without(FACTS, "generation"), "generation_prompts": ["a"]}, "did you mean generation?"),
+    ({**without(FACTS, "prompt"), "Prompt": "Italy is"}, "did you mean prompt?"),
     ({**FACTS, "portability": []}, "portability must be an object of lists, got list"),
     ({**FACTS, "portability": {"alias": [{"answer": "b"}]}}, "portability.alias: missing field prompt"),
     ({**FACTS, "id": " "}, "id is empty"),

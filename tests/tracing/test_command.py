@@ -119,7 +119,7 @@ def test_facts_by_several_threads_are_those_by_one(
         raise FloatingPointError("of one of them")
 
     monkeypatch.setattr("lit_edit.tracing.study.trace_fact", broken)
-    assert trace("--workers", "2") == 2
+    assert trace("--workers", "2") == 1
     assert "error: of one of them" in capsys.readouterr().err
     assert torch.get_num_threads() == threads
     assert not (out / "facts.jsonl").exists() or not (out / "facts.jsonl").read_text()
