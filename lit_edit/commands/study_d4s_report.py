@@ -170,23 +170,52 @@ def _ability(grid: Grid, folder: Path) -> tuple[str, list[Row], Figure]:
     figure, axes = _new_figure(1)
     for (name, points), look in zip(found.items(), _looks(len(found)), strict=True):
         if points:
-            axes[0].plot(list(points), [_of_task(values, "mean") for values in points.values()], label=name, **look)
+            means = [_of_task(values, "mean") for values in points.values()]
+            items = read_items(folder / _point_of(grid, name))
+            bars = [1.96 * mean_error(values, items) for values in points.values()]
+            axes[0].errorbar(list(points), means, bars, capsize=3, elinewidth=0.8, label=name, **look)
     axes[0].set(xlabel="edits")
-    axes[0].set_title("Mean accuracy over the tasks", loc="left", fontsize=11)
+    axes[0].set_title("Mean accuracy over the tasks (95 %)", loc="left", fontsize=11)
     if tasks:
         axes[0].legend(frameon=False)
     return "Accuracy on few-shot tasks (the likeliest option), by the number of edits:", rows, figure
 
 
-def read_points(run: Path) -> dict[int, dict[str, float]]:
-    """Return a finished run's accuracies by number of edits and task, measured in the run (c) or afterwards (d)."""
+def _point_of(grid: Grid, label: str) -> str:
+    [axis] = grid.axes
+    return next(point.name for point in grid.points if point.labels[axis] == label)
+
+
+def _read_ability(run: Path) -> dict[str, Any]:
+    """Return what was measured of a finished run, in the run (part c) or afterwards (part d)."""
     if not is_done(run):
         return {}
     measured = run / "ability" / "ability.json"
     if measured.is_file():
-        found = json.loads(measured.read_text(encoding="utf-8"))
-    else:
-        found = json.loads((run / "summary.json").read_text(encoding="utf-8")).get("ability") or {}
+        found: dict[str, Any] = json.loads(measured.read_text(encoding="utf-8"))
+        return found
+    return json.loads((run / "summary.json").read_text(encoding="utf-8")).get("ability") or {}
+
+
+def read_items(run: Path) -> dict[str, int]:
+    """Return the number of items of each task that a finished run was measured on."""
+    return {task: int(values["items"]) for task, values in (_read_ability(run).get("base") or {}).items()}
+
+
+def mean_error(values: Mapping[str, float], items: Mapping[str, int]) -> float:
+    """Return the standard error of a mean accuracy over tasks, from the binomial one of each.
+
+    Example:
+        >>> mean_error({"a": 0.5, "b": 1.0}, {"a": 100, "b": 100})
+        0.025
+    """
+    known = [(value, items[task]) for task, value in values.items() if items.get(task)]
+    return math.sqrt(sum(p * (1 - p) / n for p, n in known)) / max(1, len(known))
+
+
+def read_points(run: Path) -> dict[int, dict[str, float]]:
+    """Return a finished run's accuracies by number of edits and task."""
+    found = _read_ability(run)
     points: dict[int, dict[str, float]] = {}
     for point in found.get("points", ()):
         parts = {name.split("/")[1]: value for name, value in point.items() if name.endswith("/accuracy")}
