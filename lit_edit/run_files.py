@@ -36,8 +36,12 @@ def deltas_path(folder: Path) -> Path:
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path, other: str = "--run_name") -> Iterator[None]:
     """Keep other processes out of a run folder; the system lifts the lock when a process dies, however it dies.
+
+    Args:
+        folder: The folder, which exists.
+        other: The option that names another one, for the message.
 
     Raises:
         RunLockedError: If another process is in it.
@@ -47,7 +51,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise RunLockedError(
-            f"another process is working in {folder}; wait for its end, or choose another --run_name"
+            f"another process is working in {folder}; wait for its end, or choose another {other}"
         ) from None
     except OSError as error:
         raise RunLockedError(f"{folder} cannot be written: {error.strerror or error}") from error

@@ -52,10 +52,13 @@ def test_candidates_by_hand() -> None:
 def test_a_stride_the_model_is_too_small_for(stride: int) -> None:
     with pytest.raises(ArgumentError, match=f"--stride must be from 1 to 3 .*got {stride}"):
         coarse_layers(4, stride)
+    with pytest.raises(ArgumentError, match=r"--stride must be 1 \(layers of the model: 1\)"):
+        coarse_layers(1, 2)
 
 
 def test_widths_that_the_model_has_not() -> None:
     assert check_widths([3, 1, 3], 4) == (1, 3)
+    assert [check_widths(None, depth) for depth in (1, 4, 30)] == [(1,), (1, 3), (1, 3, 5)]
     with pytest.raises(ArgumentError, match=r"--widths must be from 1 to 4, .* got 1 5"):
         check_widths([1, 5], 4)
 

@@ -19,12 +19,11 @@ from lit_edit.editors.d4s import D4S
 from lit_edit.editors.rome import ROME
 from lit_edit.layer_search.localization import LayerEdit, edit_alone, probability, requests_of, rewrite_score
 from lit_edit.models import ModelAdapter
-from lit_edit.stats.second_moment import KeyStatistics
+from lit_edit.stats.second_moment import KeyStatistics, weights_hash
 from lit_edit.targets.optimize import TargetSettings
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 from lit_edit.tracing import FactTrace, fraction_restored
 from lit_edit.tracing.regression import LocalizationFit, regress
-from lit_edit.tracing.study import weights_digest
 
 FACTS = [
     {"prompt": "Italy is in", "subject": "Italy", "attribute": "Europe", "relation_id": "P30"},
@@ -107,7 +106,7 @@ def test_the_whole_study(
     (trace / "facts.jsonl").write_text("".join(json.dumps(t.as_dict()) + "\n" for t in traces))
     told = {
         "model": str(tiny_folder),
-        "weights": weights_digest(ModelAdapter(tiny_model())),
+        "weights": weights_hash(tiny_model()),
         "data": hashlib.sha256(facts.read_bytes()).hexdigest()[:16],
     }
     (trace / "settings.json").write_text(json.dumps(told))

@@ -19,14 +19,15 @@ import logging
 import math
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -38,6 +39,7 @@ from lit_edit.beliefs.corpus import CorpusConfig, write_documents, write_sentenc
 from lit_edit.beliefs.presets import PRESETS
 from lit_edit.beliefs.world import RESERVED, World
 from lit_edit.data.request import DataError
+from lit_edit.errors import ArgumentError
 from lit_edit.paths import cache_dir, write_atomically, write_json
 from lit_edit.tokens import continuation
 
@@ -431,11 +433,19 @@ class Testbed:
             progress: Show a progress bar.
 
         Raises:
-            DataError: If the text has words that the tokenizer cannot tell from its own.
+            ArgumentError: If the text is too long for the model, or another process is training it.
             TimeoutError: If the minutes are over before the training is.
         """
-        if (known := self.trained()) is not None:
-            return known
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder.with_name(f".{self.folder.name}.lock"), blocking=False):
+                return self.trained() or self._train(max_minutes, progress)
+        except Timeout:
+            raise ArgumentError(
+                f"another process is training this model ({self.folder}); wait for its end, and it is there"
+            ) from None
+
+    def _train(self, max_minutes: float | None, progress: bool) -> Trained:
         sentences = write_sentences(self.world, self.corpus)
         documents = write_documents(sentences, self.corpus)
         tokenizer = make_tokenizer([*documents, *(name for names in self.world.objects.values() for name in names)])
@@ -462,8 +472,12 @@ class Testbed:
         partial = self.folder.with_name(f"{self.folder.name}.partial")
         trainer = _trainer(config, partial, clock, max_minutes, progress)
         newest = partial / "newest.ckpt"
-        trainer.fit(module, data, ckpt_path=newest if newest.is_file() else None, weights_only=True)
+        with warnings.catch_warnings():
+            # The epoch starts over: its text once more in another order than the epochs before.
+            warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+            trainer.fit(module, data, ckpt_path=newest if newest.is_file() else None, weights_only=True)
         if trainer.interrupted:
+            trainer.save_checkpoint(newest)  # the next process is to go on from here, not from the last measurement
             raise KeyboardInterrupt
         if not module.done:
             raise TimeoutError(
@@ -488,11 +502,28 @@ def _has_tiles() -> bool:
     )
 
 
+class _Minutes(Callback):
+    """Ends a training after so many minutes of this process, but not before a step is done.
+
+    Lightning's own timer goes on where the checkpoint's has stopped, so that a second process would have no time left.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds, self.start = 60 * minutes, 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count."""
+        self.start = perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Stop when it is time."""
+        trainer.should_stop |= perf_counter() - self.start > self.seconds
+
+
 def _trainer(config: TrainingConfig, folder: Path, clock: _Clock, max_minutes: float | None, progress: bool) -> Trainer:
     return Trainer(
         max_steps=config.max_steps,
         max_epochs=-1,
-        max_time=None if max_minutes is None else timedelta(minutes=max_minutes),
         val_check_interval=config.check_every,
         check_val_every_n_epoch=None,
         reload_dataloaders_every_n_epochs=1,
@@ -506,6 +537,7 @@ def _trainer(config: TrainingConfig, folder: Path, clock: _Clock, max_minutes: f
         default_root_dir=str(folder),
         callbacks=[
             clock,
+            *([] if max_minutes is None else [_Minutes(max_minutes)]),
             # By another name than Lightning's own "last", which is saved only beside one of the best (save_top_k).
             ModelCheckpoint(
                 folder, "newest", save_top_k=1, save_on_train_epoch_end=False, enable_version_counter=False

@@ -306,7 +306,7 @@ def world_of_triples(
     if not chosen:
         raise ArgumentError(
             f"the triples hold no subject with two of the {len(kept)} commonest relations within {facts} facts: give "
-            "more of them"
+            "more triples, or take more facts of them (--facts)"
         )
     upstream = pair_relations(list(chosen.values()))
     objects = {

@@ -51,7 +51,13 @@ def _options(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--method", default="method/d4s", help="the editor: a YAML file, or the name of one that ships")
     parser.add_argument("--edits", type=positive, default=12, help="edits to choose by")
     parser.add_argument("--held-out", type=positive, default=12, help="edits to compare choice and default on")
-    parser.add_argument("--widths", type=positive, nargs="+", default=[1, 3, 5], help="layers in a group")
+    parser.add_argument(
+        "--widths",
+        type=positive,
+        nargs="+",
+        default=None,
+        help="layers in a group (default: 1 3 5 as far as there are)",
+    )
     parser.add_argument(
         "--stride", type=_stride, default=None, help="distance of the first grid's layers; auto: an eighth of the depth"
     )
@@ -70,7 +76,7 @@ def run_choose_layers(args: list[str]) -> None:
 
     from lit_edit.data.sources import load_requests
     from lit_edit.layer_search.sample import draw_samples
-    from lit_edit.run_files import RunLockedError, run_lock
+    from lit_edit.run_files import run_lock
 
     source = {"source": "builtin"} if options.data == "builtin" else {"source": "file", "path": options.data}
     requests, _ = load_requests(**source)
@@ -78,13 +84,8 @@ def run_choose_layers(args: list[str]) -> None:
     method = Method(options.method, options.model, options.seed)
     out = options.out or Path("runs") / "layers" / re.sub(r"[^\w.-]+", "-", options.model).strip("-.")
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        with run_lock(out):
-            found = _search(options, out, method, *samples)
-    except RunLockedError:
-        raise RunLockedError(
-            f"another process is writing to {out}; wait for its end, or choose another --out"
-        ) from None
+    with run_lock(out, "--out"):
+        found = _search(options, out, method, *samples)
     _report(*found, out)
 
 
@@ -117,6 +118,14 @@ class Method:
                 "layers (lit-edit editors)"
             )
         self.stream = self.parser.make()["model"]
+
+    def content(self) -> dict[str, Any]:
+        """Return what the method's own file says."""
+        import yaml
+
+        from lit_edit.commands.configs import find_config
+
+        return yaml.safe_load(Path(find_config(self.config)).read_text(encoding="utf-8")) or {}
 
     def settings(self) -> dict[str, str]:
         """Return all settings that results depend on, but for the layers."""
@@ -199,7 +208,7 @@ def _search(
         f"{options.edits} edits to choose by, {options.held_out} held out, seed {options.seed}.",
         f"  lit-edit fit --config {BASE} --config {out / 'proposal.yaml'} --data.path FILE",
     ]
-    text = proposal_text(found, options.model, method.editor, how)
+    text = proposal_text(found, options.model, method.editor, how, method.content())
     write_atomically(out / "proposal.yaml", lambda path: path.write_text(text, encoding="utf-8"))
     return found, plan, trials
 

@@ -35,7 +35,7 @@ def run_mine_hard(args: list[str]) -> None:
     from lit_edit.commands.parsing import FitParser
     from lit_edit.hard import Miner, SingleEdit, as_records, choose_hard
     from lit_edit.results import ResultsFolder
-    from lit_edit.run_files import RunLockedError, run_lock
+    from lit_edit.run_files import run_lock
 
     parser = FitParser()
     settings = parser.parse([*_words(options), *rest])
@@ -44,25 +44,20 @@ def run_mine_hard(args: list[str]) -> None:
     data.read()
     out = options.out or Path("runs") / "hard" / _plain(f"{Path(options.method).stem}-{stream.language_model.name}")
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        with run_lock(out):
-            folder = ResultsFolder(out, SingleEdit.from_dict, "search", "records.jsonl")
-            tried = folder.open(_essence(settings, data.perplexity_texts, options.bos))
-            done = {edit.id: edit for edit in tried}
-            # Keeps what the editor draws at random before the first edit, and the kernels: the same in each process.
-            stream.journal = str(out / "journal")
-            session = stream.open()
-            miner = Miner(session, stream.tokenizer, data.perplexity_texts, options.bos)
-            rows = _mine(miner, data.requests, done, folder)
-            hard = choose_hard(rows, options.factor, options.keep)
-            requests = {request.id: request for request in data.requests}
-            write_json(out / "hard.json", as_records(hard, requests))
-            text = _describe(miner, rows, hard, requests, options)
-            write_atomically(out / "worst.md", lambda path: path.write_text(text, encoding="utf-8"))
-    except RunLockedError:
-        raise RunLockedError(
-            f"another process is writing to {out}; wait for its end, or choose another --out"
-        ) from None
+    with run_lock(out, "--out"):
+        folder = ResultsFolder(out, SingleEdit.from_dict, "search", "records.jsonl")
+        tried = folder.open(_essence(settings, data.perplexity_texts, options.bos))
+        done = {edit.id: edit for edit in tried}
+        # Keeps what the editor draws at random before the first edit, and the kernels: the same in each process.
+        stream.journal = str(out / "journal")
+        session = stream.open()
+        miner = Miner(session, stream.tokenizer, data.perplexity_texts, options.bos)
+        rows = _mine(miner, data.requests, done, folder)
+        hard = choose_hard(rows, options.factor, options.keep)
+        requests = {request.id: request for request in data.requests}
+        write_json(out / "hard.json", as_records(hard, requests))
+        text = _describe(miner, rows, hard, requests, options)
+        write_atomically(out / "worst.md", lambda path: path.write_text(text, encoding="utf-8"))
     sys.stdout.write(f"{text}\nEverything is in {out}/ (records.jsonl, hard.json, worst.md)\n")
     if hard:
         path = out / "hard.json"

@@ -82,7 +82,7 @@ def check_begun(folder: Path, points: Sequence[Point], settings: Mapping[str, An
         for name, (old, new) in changes(before, settings[point.name]).items():
             raise ArgumentError(
                 f"the point {point.name} was made with {name}={shorten(str(old))}, the grid now gives it "
-                f"{shorten(str(new))}: give the sweep another name ('name:' in the grid), or delete {run}"
+                f"{shorten(str(new))}: give it another name ('name:' in the grid) or --runs_dir, or delete {run}"
             )
 
 

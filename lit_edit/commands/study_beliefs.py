@@ -56,6 +56,7 @@ def run_beliefs(args: list[str]) -> int:
 
 def _run(options: argparse.Namespace, methods: Mapping[str, str], folder: Path) -> int:
     from lit_edit.commands.study_beliefs_report import write_report
+    from lit_edit.run_files import run_lock
 
     if options.gather:
         settings = _read_settings(folder)
@@ -63,7 +64,9 @@ def _run(options: argparse.Namespace, methods: Mapping[str, str], folder: Path) 
         from lit_edit.beliefs.agent import Agent
         from lit_edit.beliefs.coherence import draw_cases
         from lit_edit.beliefs.corpus import write_sentences
+        from lit_edit.beliefs.presets import PRESETS
 
+        _check_methods(methods, PRESETS[options.preset].layers, options.layers)
         testbed = _testbed(options)
         agent = Agent.of(testbed.world, write_sentences(testbed.world, testbed.corpus))
         cases = draw_cases(testbed.world, agent, options.edits, options.probes, options.seed)
@@ -75,8 +78,10 @@ def _run(options: argparse.Namespace, methods: Mapping[str, str], folder: Path) 
         _say_trained(trained)
         if options.train_only:
             return 0
-        settings = _keep_settings(folder, testbed, trained, options)
-        _measure_all(folder / "cases", trained, methods, agent, cases, options.layers)
+        folder.mkdir(parents=True, exist_ok=True)
+        with run_lock(folder, "--name"):
+            settings = _keep_settings(folder, testbed, trained, options)
+            _measure_all(folder / "cases", trained, methods, agent, cases, options.layers)
     sys.stdout.write(f"\n{write_report(folder, settings)}\n")
     sys.stdout.write(f"Everything is in {folder}/ (beliefs.md, beliefs.csv, beliefs.json, beliefs.png)\n")
     return 0
@@ -97,9 +102,9 @@ def _options(args: list[str]) -> argparse.Namespace:
     add("--method", nargs="+", default=list(METHODS), help="the editors: YAML files, or names of those that ship")
     add("--layers", nargs="+", type=int, default=None, help="layers to edit; by default at the config's relative depth")
     add("--probes", type=positive, default=10, help="other subjects' facts asked behind an edit, of each of two kinds")
-    add("--subjects", type=positive, default=200, help="of the generated world, with five facts each")
+    add("--subjects", type=positive, default=None, help="of the generated world (200), with five facts each")
     add("--triples", default=None, metavar="FILE", help="make the world of these: subject, relation, object with tabs")
-    add("--facts", type=positive, default=1000, help="facts taken of --triples, at most")
+    add("--facts", type=positive, default=None, help="facts taken of --triples, at most (1000)")
     add("--preset", choices=tuple(PRESETS), default="base", help="size of the decoder")
     add("--max-steps", type=positive, default=3000, help="steps of the training, at most")
     add("--max-minutes", type=float, default=None, help="stop the training after so long; given again, it goes on")
@@ -112,6 +117,10 @@ def _options(args: list[str]) -> argparse.Namespace:
     options = parser.parse_args(args)
     if options.max_minutes is not None and not options.max_minutes > 0:
         raise ArgumentError(f"--max-minutes must be positive, got {options.max_minutes}")
+    if options.triples is not None and options.subjects is not None:
+        raise ArgumentError("--subjects is of the generated world; with --triples say --facts")
+    if options.triples is None and options.facts is not None:
+        raise ArgumentError("--facts is of --triples; the generated world has five facts for each of --subjects")
     return options
 
 
@@ -144,8 +153,8 @@ def _world(options: argparse.Namespace) -> World:
     from lit_edit.beliefs.world import WorldConfig, generate_world, read_triples, world_of_triples
 
     if options.triples is None:
-        return generate_world(WorldConfig(subjects=options.subjects, seed=options.seed))
-    return world_of_triples(read_triples(options.triples), facts=options.facts, seed=options.seed)
+        return generate_world(WorldConfig(subjects=options.subjects or 200, seed=options.seed))
+    return world_of_triples(read_triples(options.triples), facts=options.facts or 1000, seed=options.seed)
 
 
 def _say_trained(trained: Trained) -> None:
@@ -192,8 +201,22 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise ArgumentError(f"there is nothing of this study in {folder} yet; leave --gather out") from None
     except ValueError as error:
         raise ArgumentError(f"{folder / 'settings.json'} is damaged ({error}): delete it") from None
-    assert isinstance(found, dict)  # noqa: S101 - for the type checker
+    if not isinstance(found, dict) or not {"testbed", "facts", "trained", "edits"} <= set(found):
+        raise ArgumentError(f"{folder / 'settings.json'} is damaged (fields are missing): delete the folder")
     return found
+
+
+def cases_of(path: Path) -> dict[int, dict[str, Any]]:
+    """Return the measurements of a file by case.
+
+    Raises:
+        UserError: If a line is damaged; names file and line.
+    """
+
+    def read(line: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(line) if "settings" in line else {**line, "case": int(line["case"])}
+
+    return {line["case"]: line for line in read_lines(path, read) if "case" in line}
 
 
 class CaseFile:
@@ -215,7 +238,7 @@ class CaseFile:
             raise ArgumentError(
                 f"{path} was begun with other settings of the editor: give the study another --name, or delete the file"
             )
-        self.rows: dict[int, dict[str, Any]] = {line["case"]: line for line in lines[1:]}
+        self.rows = cases_of(path)
         self.begun = bool(lines)
 
     def add(self, case: int, row: Mapping[str, Any]) -> None:
@@ -283,20 +306,46 @@ def make_editor(
     from lit_edit.targets.contexts import check_templates
 
     parser = parser or FitParser()
-    args = ["--config", "quickstart", "--config", method, f"--model.language_model.name={folder}"]
-    chosen = parser.parse(args)["model"]["editor"]["init_args"].get("layers")
-    if layers is not None:
-        chosen = sorted(set(layers))
-    elif isinstance(chosen, list):
-        chosen = scaled_layers(chosen, n_layers)
-    if chosen is not None:
-        parser.parse([*args, f"--model.editor.init_args.layers={json.dumps(chosen)}"])
+    _parse_editor(method, folder, n_layers, layers, parser)
     editor: Editor = parser.make().model.editor
     if getattr(editor, "contexts", None) == "sampled":
         # The words that samples would begin with are none of this model's.
         texts = _sentences(folder)[: getattr(editor, "context_count", 5)]
         editor.contexts = check_templates([["{}"], [f"{text} . {{}}" for text in texts]])  # type: ignore[attr-defined]
     return editor
+
+
+def _check_methods(methods: Mapping[str, str], n_layers: int, layers: Sequence[int] | None) -> None:
+    """Refuse before the training what cannot be edited with behind it.
+
+    Raises:
+        ArgumentError: If a config is none, or an editor has no such layers.
+    """
+    from lit_edit.commands.parsing import FitParser
+
+    if wrong := [layer for layer in layers or () if not 0 <= layer < n_layers]:
+        raise ArgumentError(f"--layers {wrong[0]}: the decoder has layers 0 to {n_layers - 1}")
+    parser = FitParser()
+    for method in methods.values():
+        _parse_editor(method, Path("decoder"), n_layers, layers, parser)
+
+
+def _parse_editor(method: str, folder: Path, n_layers: int, layers: Sequence[int] | None, parser: FitParser) -> None:
+    """Parse an editor's config, with its layers at the testbed's depth."""
+    args = ["--config", "quickstart", "--config", method, f"--model.language_model.name={folder}"]
+    arguments = parser.parse(args)["model"]["editor"]["init_args"]
+    single = "layer" in arguments and "layers" not in arguments
+    if single and layers is not None and len(layers) != 1:
+        raise ArgumentError(f"--layers: {method} edits one layer, got {' '.join(map(str, layers))}")
+    chosen = arguments.get("layer" if single else "layers")
+    if layers is not None:
+        chosen = layers[0] if single else sorted(set(layers))
+    elif isinstance(chosen, list):
+        chosen = scaled_layers(chosen, n_layers)
+    elif single and chosen is not None:
+        [chosen] = scaled_layers([chosen], n_layers)
+    if chosen is not None:
+        parser.parse([*args, f"--model.editor.init_args.{'layer' if single else 'layers'}={json.dumps(chosen)}"])
 
 
 def scaled_layers(layers: Sequence[int], n_layers: int, depth: int = DEPTH) -> list[int]:

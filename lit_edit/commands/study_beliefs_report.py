@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,8 @@ def write_report(folder: Path, settings: Mapping[str, Any]) -> str:
     Returns:
         The tables as Markdown.
     """
-    rows = [mean_row(path.stem, _read(path)) for path in sorted((folder / "cases").glob("*.jsonl"), key=_order)]
+    files = sorted((folder / "cases").glob("*.jsonl"), key=_order)
+    rows = [mean_row(path.stem, _read(path, settings["edits"])) for path in files]
     trained = settings["trained"]
     shape = settings["testbed"]["training"]["preset"]
     text = (
@@ -61,10 +61,11 @@ def _order(path: Path) -> tuple[int, str]:
     return (FIRST.index(path.stem) if path.stem in FIRST else len(FIRST), path.stem)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [line for line in lines if "case" in line]
+def _read(path: Path, edits: int) -> list[dict[str, Any]]:
+    """Return the measurements of the first so many cases."""
+    from lit_edit.commands.study_beliefs import cases_of
+
+    return [row for case, row in sorted(cases_of(path).items()) if case < edits]
 
 
 def columns() -> list[str]:

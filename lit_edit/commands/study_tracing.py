@@ -57,32 +57,37 @@ def run_tracing(args: list[str]) -> int:
     from lit_edit.commands.gathering import as_csv, as_markdown
     from lit_edit.paths import without_nan, write_atomically, write_json
     from lit_edit.run_files import run_lock
-    from lit_edit.tracing.facts import find_file
+    from lit_edit.tracing.facts import find_file, read_facts
     from lit_edit.tracing.regression import regress
 
     told, traces = _read_trace(options.trace, options.kind)
     file = find_file(options.data)
     if told.get("data") != hashlib.sha256(file.read_bytes()).hexdigest()[:16]:
         raise ArgumentError(f"--data {options.data}: {options.trace} holds a tracing of other facts; give that file")
+    place = {fact.id: number for number, fact in enumerate(read_facts(file))}
+    traces.sort(key=lambda trace: place.get(trace.id, len(place)))  # several threads leave them in any order
     name = re.sub(r"[^\w.-]+", "-", options.trace.resolve().name)
     out: Path = options.out or Path("runs") / "studies" / f"tracing-{name}"
     out.mkdir(parents=True, exist_ok=True)
-    with run_lock(out):
+    with run_lock(out, "--out"):
         edits = _edit(options, out, told, traces, file)
     kept = [edit for edit in edits if edit.score is not None]
+    by_layer = layer_rows(kept)
+    text = f"{as_markdown([{k: _cell(v) for k, v in row.items()} for row in by_layer])}\n"
+    regression: dict[str, Any] = {}
     try:
         fit = regress([e.score or 0.0 for e in kept], [e.layer for e in kept], [e.effect for e in kept])
-    except ValueError as error:
-        raise ArgumentError(f"{out}: {error} (--limit, --layers)") from None
-    by_layer = layer_rows(kept)
-    text = f"{as_markdown([{k: _cell(v) for k, v in row.items()} for row in by_layer])}\n{as_markdown([fit_row(fit)])}"
-    text += f"\n{verdict(fit)}\n"
+    except ValueError as error:  # where all edits take alike there is nothing to explain, and that is a result
+        text += f"There is nothing to regress: {error}. More edits (--limit, --layers) may tell more.\n"
+    else:
+        text += f"{as_markdown([fit_row(fit)])}\n{verdict(fit)}\n"
+        regression = {**vars(fit), "gain": fit.gain}
     left_out = len(edits) - len(kept)
     text += f"{left_out} edits could not be made and are left out.\n" if left_out else ""
     rows = [{**edit.as_dict(), "score": edit.score} for edit in edits]
     write_atomically(out / "tracing.md", lambda path: path.write_text(text, encoding="utf-8"))
     write_atomically(out / "edits.csv", lambda path: path.write_text(as_csv(rows), encoding="utf-8"))
-    write_json(out / "tracing.json", without_nan({**vars(fit), "gain": fit.gain, "layers": by_layer}))
+    write_json(out / "tracing.json", without_nan({**regression, "layers": by_layer}))
     title = f"{told['model']}, {options.method}: {len({e.fact for e in kept})} facts at {len(by_layer)} layers"
     figure = draw_study(kept, title)
     write_atomically(out / "tracing.png", lambda path: figure.savefig(path, format="png", dpi=120))
@@ -121,7 +126,6 @@ def _edit(
     from lit_edit.models import ModelAdapter
     from lit_edit.results import ResultsFolder
     from lit_edit.stats.second_moment import weights_hash
-    from lit_edit.tracing.study import weights_digest
     from lit_edit.tracing.summary import fraction_restored
     from lit_edit.tracing.trace import window_around
 
@@ -129,8 +133,8 @@ def _edit(
     requests = requests_of(file, list(effects), options.seed)[: options.limit]
     method = Method(options.method, told["model"], options.seed)
     model, tokenizer = method.stream.language_model.load()
-    adapter = ModelAdapter(model)
-    if told.get("weights") != weights_digest(adapter):
+    adapter, base_hash = ModelAdapter(model), weights_hash(model)
+    if told.get("weights") != base_hash:
         raise ArgumentError(f"{told['model']} has other weights now than when {options.trace} was made; trace again")
     layers = sorted(set(options.layers or range(0, adapter.n_layers, automatic_stride(adapter.n_layers))))
     for layer in layers:
@@ -149,7 +153,6 @@ def _edit(
     groups = {layer: range(*window_around(layer, options.width, adapter.n_layers)) for layer in layers}
     every = sorted({number for group in groups.values() for number in group})
     statistics = StatisticsOfAll.like(method.stream.statistics, every)
-    base_hash = weights_hash(model)
     missing = {layer: [r for r in requests if (layer, r.id) not in done] for layer in layers}
     with tqdm(desc="edits", unit="edit", total=sum(map(len, missing.values()))) as bar:
         before = {r.id: probability(adapter, tokenizer, r) for r in requests if any(missing.values())}

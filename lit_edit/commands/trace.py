@@ -86,44 +86,41 @@ def run_trace(args: list[str]) -> None:
     options = parser.parse_args(args)
 
     from lit_edit.models import LanguageModel, ModelAdapter
-    from lit_edit.run_files import RunLockedError, run_lock
+    from lit_edit.run_files import run_lock
+    from lit_edit.stats.second_moment import weights_hash
     from lit_edit.tracing import average_effects, read_facts
     from lit_edit.tracing.facts import find_file
     from lit_edit.tracing.files import TraceFolder
-    from lit_edit.tracing.study import Tracer, TraceSettings, as_settings, weights_digest, workers_for
+    from lit_edit.tracing.study import Tracer, TraceSettings, as_settings, workers_for
 
-    settings = TraceSettings(tuple(options.kinds), options.samples, options.noise, options.window, options.seed)
+    kinds = tuple(sorted(options.kinds, key=KINDS.index))
+    settings = TraceSettings(kinds, options.samples, options.noise, options.window, options.seed)
     file = find_file(options.data)
     facts = read_facts(file)
     out = options.out or Path("runs") / "traces" / re.sub(r"[^\w.-]+", "-", options.model).strip("-.")
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        with run_lock(out):
-            model, tokenizer = LanguageModel(options.model).load()
-            adapter = ModelAdapter(model)
-            tokenized = _tokenize(file, facts, tokenizer)
-            tracer = Tracer(adapter, tokenizer, tokenized, settings, options.precision == "fastest")
-            folder = TraceFolder(out)
-            earlier = folder.open(
-                as_settings(
-                    settings,
-                    model=options.model,
-                    weights=weights_digest(adapter),
-                    data=hashlib.sha256(file.read_bytes()).hexdigest()[:16],
-                    products="bfloat16" if tracer.rounds else str(adapter.dtype).removeprefix("torch."),
-                )
+    with run_lock(out, "--out"):
+        model, tokenizer = LanguageModel(options.model).load()
+        adapter = ModelAdapter(model)
+        tokenized = _tokenize(file, facts, tokenizer)
+        tracer = Tracer(adapter, tokenizer, tokenized, settings, options.precision == "fastest")
+        folder = TraceFolder(out)
+        earlier = folder.open(
+            as_settings(
+                settings,
+                model=options.model,
+                weights=weights_hash(adapter.model),
+                data=hashlib.sha256(file.read_bytes()).hexdigest()[:16],
+                products="bfloat16" if tracer.rounds else str(adapter.dtype).removeprefix("torch."),
             )
-            finished = {trace.id: trace for trace in earlier}
-            chosen = _choose(adapter, tokenizer, tokenized, options.limit)
-            traces = _trace(tracer, chosen, finished, folder, options.workers or workers_for(adapter))
-            averages = average_effects(traces)
-            files = folder.write_tables(traces, averages)
-            title = f"{options.model}, {len(traces)} facts, {options.samples} samples, noise of {options.noise:g} sd"
-            _draw(folder, traces, averages, settings.window, title, not options.no_fact_figures)
-    except RunLockedError:
-        raise RunLockedError(
-            f"another process is writing to {out}; wait for its end, or choose another --out"
-        ) from None
+        )
+        finished = {trace.id: trace for trace in earlier}
+        chosen = _choose(adapter, tokenizer, tokenized, options.limit)
+        traces = _trace(tracer, chosen, finished, folder, options.workers or workers_for(adapter))
+        averages = average_effects(traces)
+        files = folder.write_tables(traces, averages)
+        title = f"{options.model}, {len(traces)} facts, {options.samples} samples, noise of {options.noise:g} sd"
+        _draw(folder, traces, averages, settings.window, title, not options.no_fact_figures)
     _report(traces, averages, out, files)
 
 
@@ -226,7 +223,8 @@ def _report(traces: Sequence[FactTrace], averages: Sequence[AverageEffect], out:
             cells.append("" if best is None else f"{_with_error(best.effect, best.error)} ({best.layer})")
         table.add_row(role, *cells)
     print_whole(table)
-    sys.stdout.write(f"Everything is in {out}/ (facts.jsonl, {', '.join(files)}, average.png, facts/)\n")
+    facts = ", facts/" if (out / "facts").is_dir() else ""
+    sys.stdout.write(f"Everything is in {out}/ (facts.jsonl, {', '.join(files)}, average.png{facts})\n")
 
 
 def _with_error(value: float, error: float) -> str:

@@ -72,8 +72,10 @@ def coarse_layers(depth: int, stride: int) -> list[Layers]:
         >>> coarse_layers(10, 4)
         [(0,), (4,), (8,)]
     """
-    if not 1 <= stride < max(2, depth):
-        raise ArgumentError(f"--stride must be from 1 to {depth - 1} (the model has {depth} layers), got {stride}")
+    most = max(1, depth - 1)
+    if not 1 <= stride <= most:
+        bounds = f"from 1 to {most}" if most > 1 else "1"
+        raise ArgumentError(f"--stride must be {bounds} (layers of the model: {depth}), got {stride}")
     return [(layer,) for layer in range(0, depth, stride)]
 
 
@@ -109,12 +111,18 @@ def groups_around(best: Iterable[Layers], widths: Sequence[int], depth: int) -> 
     return list(dict.fromkeys(found))
 
 
-def check_widths(widths: Sequence[int], depth: int) -> tuple[int, ...]:
-    """Return the widths, ascending and each once.
+WIDTHS = (1, 3, 5)
+"""Of groups, where nobody says otherwise."""
+
+
+def check_widths(widths: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    """Return the widths, ascending and each once; ``None``: those of :data:`WIDTHS` that the model has layers for.
 
     Raises:
         ArgumentError: If the model has not so many layers.
     """
+    if widths is None:
+        return tuple(width for width in WIDTHS if width <= depth)
     if not widths or min(widths) < 1 or max(widths) > depth:
         raise ArgumentError(
             f"--widths must be from 1 to {depth}, the layers of the model, got {' '.join(map(str, widths)) or 'none'}"

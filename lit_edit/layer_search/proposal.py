@@ -30,7 +30,9 @@ def place_of_layers(editor: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return place_of_layers(base) if hasattr(base, "get") else None
 
 
-def proposal_text(found: Found, model: str, editor: Mapping[str, Any], how: Sequence[str]) -> str:
+def proposal_text(
+    found: Found, model: str, editor: Mapping[str, Any], how: Sequence[str], more: Mapping[str, Any] | None = None
+) -> str:
     """Return the proposal as YAML.
 
     Args:
@@ -38,13 +40,18 @@ def proposal_text(found: Found, model: str, editor: Mapping[str, Any], how: Sequ
         model: Its name.
         editor: The editor's settings, as ``class_path`` and ``init_args``.
         how: Lines that say how it came about.
+        more: What else the method's own config says; the trials were made with it.
     """
     editor = copy.deepcopy(dict(editor))
     place = place_of_layers(editor)
     if place is None:
         raise ValueError("the editor has no setting 'layers'")
     place["layers"] = list(found.proposed.layers)  # type: ignore[index]
-    settings = {"model": {"language_model": {"name": model}, "editor": editor}}
+    settings = copy.deepcopy(dict(more or {}))
+    own = dict(settings.get("model") or {})
+    own.pop("editor", None)
+    named = {**(own.pop("language_model", None) or {}), "name": model}
+    settings["model"] = {"language_model": named, "editor": editor, **own}
     lines = [*how, "", *held_out_lines(found)]
     comments = "".join(f"# {line}".rstrip() + "\n" for text in lines for line in (text.splitlines() or [""]))
     return comments + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=None)

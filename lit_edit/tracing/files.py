@@ -29,6 +29,13 @@ class TraceFolder(ResultsFolder[FactTrace]):
     def __init__(self, path: Path) -> None:
         super().__init__(path, FactTrace.from_dict, "tracing", "facts.jsonl")
 
+    def open(self, settings: Mapping[str, Any]) -> list[FactTrace]:
+        """Begin here, or go on; pictures of a tracing whose settings are gone are not this one's."""
+        if not (self.path / "settings.json").exists() and not self.results.exists():
+            for picture in (self.path / "facts").glob("*.png"):
+                picture.unlink()
+        return super().open(settings)
+
     def write_tables(self, traces: Sequence[FactTrace], averages: Sequence[AverageEffect]) -> list[str]:
         """Write ``effects``, ``average`` and ``fraction_restored`` as CSV, and Parquet where pyarrow is installed.
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from threading import Event, local
+from threading import Event, Lock, local
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lit_edit.checksum import checksum
 from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.models.shards import whole
 from lit_edit.models.twin import twin
 from lit_edit.tracing.noise import draw_noise, embedding_deviation
 from lit_edit.tracing.prompts import TokenizedFact
@@ -115,22 +112,26 @@ class Tracer:
         Args:
             facts: The facts, in the order of the results.
             finished: Traces by id.
-            keep: Receives each new trace before it is yielded.
+            keep: Receives each new trace when it is made, one at a time; of several workers' in any order.
             workers: Threads that trace a fact each, and share the cores.
         """
         missing = [fact for fact in facts if fact.fact.id not in finished]
-        made = map(self.trace, missing) if min(workers, len(missing)) < 2 else self._share(missing, workers)
-        for fact in facts:
-            trace = finished.get(fact.fact.id)
-            if trace is None:
-                trace = next(made)
-                if keep is not None:
-                    keep(trace)
-            yield trace
+        workers = min(workers, len(missing))
 
-    def _share(self, facts: Sequence[TokenizedFact], workers: int) -> Iterator[FactTrace]:
-        """Yield traces in order, made by several threads."""
-        threads, stop, own = torch.get_num_threads(), Event(), local()
+        def kept(trace: FactTrace) -> FactTrace:
+            if keep is not None:
+                keep(trace)
+            return trace
+
+        made = map(kept, map(self.trace, missing)) if workers < 2 else self._share(missing, workers, kept)
+        for fact in facts:
+            yield finished.get(fact.fact.id) or next(made)
+
+    def _share(
+        self, facts: Sequence[TokenizedFact], workers: int, keep: Callable[[FactTrace], FactTrace]
+    ) -> Iterator[FactTrace]:
+        """Yield traces in order, made by several threads, and kept as they come: one at a time, in any order."""
+        threads, stop, keeping, own = torch.get_num_threads(), Event(), Lock(), local()
         kernels = nullcontext() if self.rounds else self.adapter.fast_products()  # else set and reset for all of them
 
         def begin() -> None:
@@ -141,15 +142,19 @@ class Tracer:
             if stop.is_set():
                 raise CancelledError
 
+        def trace(fact: TokenizedFact) -> FactTrace:
+            made = own.tracer.trace(fact, check)
+            with keeping:
+                return keep(made)
+
         tracers = [copy.copy(self) for _ in range(workers)]
         for tracer in tracers:
             tracer.adapter = twin(self.adapter)
-        waiting, rest = deque[Future[FactTrace]](), iter(facts)
+        waiting = deque[Future[FactTrace]]()
         with kernels, ThreadPoolExecutor(workers, "tracing", begin) as pool:
             try:
-                for _ in facts:
-                    while len(waiting) < 2 * workers and (fact := next(rest, None)) is not None:
-                        waiting.append(pool.submit(lambda fact: own.tracer.trace(fact, check), fact))
+                waiting.extend(pool.submit(trace, fact) for fact in facts)
+                while waiting:
                     yield waiting.popleft().result()
             finally:
                 stop.set()  # the pool waits for what its threads are at
@@ -164,14 +169,6 @@ def workers_for(adapter: ModelAdapter) -> int:
     One product at a time shares cores badly, since much of a pass is not products.
     """
     return min(4, torch.get_num_threads()) if adapter.device.type == "cpu" and not adapter.sharded else 1
-
-
-def weights_digest(adapter: ModelAdapter) -> str:
-    """Return a digest of the weights that edits write, which tells models apart that share a name."""
-    digest = hashlib.sha256()
-    for layer in range(adapter.n_layers):
-        digest.update(checksum(whole(adapter.weight(layer))).encode())
-    return digest.hexdigest()[:16]
 
 
 def as_settings(settings: TraceSettings, **more: Any) -> dict[str, Any]:

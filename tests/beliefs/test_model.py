@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_edit.beliefs.corpus import CorpusConfig
 from lit_edit.beliefs.model import DecoderTraining, DocumentData, Testbed, TrainingConfig, make_tokenizer, padded
 from lit_edit.beliefs.world import WorldConfig, generate_world
+from lit_edit.errors import ArgumentError
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.models import ModelAdapter
 from lit_edit.tokens import check_tokenizer, continuation, locate
@@ -67,7 +69,7 @@ def test_a_model_is_trained_kept_and_found_again(testbed: Testbed, own_cache: Pa
     assert torch.initial_seed() == 3  # the global random state is no business of a training's
     assert made.folder.parent == own_cache / "beliefs"
     assert (made.steps, made.cached) == (12, False)
-    assert [path.name for path in made.folder.parent.iterdir()] == [made.folder.name]
+    assert {path.name for path in made.folder.parent.iterdir()} == {made.folder.name, f".{made.folder.name}.lock"}
     record = json.loads((made.folder / "beliefs.json").read_text())
     assert record["settings"] == json.loads(json.dumps(testbed.settings))
     assert [point["step"] for point in record["course"]] == [4, 8, 12]
@@ -113,12 +115,20 @@ def test_a_training_that_was_cut_goes_on(testbed: Testbed, own_cache: Path, monk
     partial = testbed.folder.with_name(f"{testbed.folder.name}.partial")
     assert testbed.trained() is None
     assert [path.name for path in partial.iterdir()] == ["newest.ckpt"]
-    with pytest.raises(TimeoutError, match=r"the training is at step \d+ with an accuracy of .* goes on"):
-        testbed.train(max_minutes=1e-9)
-    done = testbed.train()
+    for _ in range(2):  # each of them goes on, although the one before has used up as many minutes
+        with pytest.raises(TimeoutError, match=r"the training is at step \d+ with an accuracy of .* goes on"):
+            testbed.train(max_minutes=1e-9)
     assert steps[:8] == [0, 1, 2, 3, 4, 5, 6, 4]  # from the last measurement on
+    assert steps[8:] == [5]
+    with (
+        FileLock(testbed.folder.with_name(f".{testbed.folder.name}.lock")),
+        pytest.raises(ArgumentError, match="another process is training this model"),
+    ):
+        testbed.train()
+    done = testbed.train()
     assert done.steps == 12
-    assert [point["step"] for point in json.loads((done.folder / "beliefs.json").read_text())["course"]] == [4, 8, 12]
+    course = json.loads((done.folder / "beliefs.json").read_text())["course"]
+    assert [point["step"] for point in course] == [4, 5, 6, 8, 12]  # also where the minutes were over
     assert not partial.exists()
 
 

@@ -105,7 +105,10 @@ def test_errors_are_one_line(study: list[str], tmp_path: Path, capsys: pytest.Ca
         (["--method", "method/d5s"], "method/d5s: no such file"),
         (["--method", "own.yaml", "./own.yaml"], "the name 'own' is taken"),
         (["--edits", "1000"], "--edits must be from 1 to"),
-        (["--triples", "bad.tsv"], "bad.tsv:1: expected subject, relation and object"),
+        (["--triples", "bad.tsv"], "--subjects is of the generated world"),
+        (["--facts", "10"], "--facts is of --triples"),
+        (["--layers", "2"], "--layers 2: the decoder has layers 0 to 1"),
+        (["--method", "method/grace", "--layers", "0", "1"], "method/grace edits one layer, got 0 1"),
         (["--gather"], "there is nothing of this study in"),
         (["--max-minutes", "0"], "--max-minutes must be positive"),
     ):
@@ -113,6 +116,38 @@ def test_errors_are_one_line(study: list[str], tmp_path: Path, capsys: pytest.Ca
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
+
+
+def test_triples_that_are_none(study: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.tsv").write_text("Ada\tspeaks\n")
+    at = study.index("--subjects")
+    assert main([*study[:at], *study[at + 2 :], "--triples", "bad.tsv"]) == 2
+    assert "bad.tsv:1: expected subject, relation and object" in capsys.readouterr().err
+
+
+def test_a_method_of_one_layer_is_put_at_its_relative_depth(study: list[str], tmp_path: Path) -> None:
+    editor = {"class_path": "lit_edit.editors.GRACE", "init_args": {"layer": 25}}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump({"model": {"editor": editor}}))
+    assert make_editor("one.yaml", tmp_path, 4, None).layer == 3  # type: ignore[attr-defined]
+    assert make_editor("one.yaml", tmp_path, 4, [1]).layer == 1  # type: ignore[attr-defined]
+
+
+def test_damaged_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs" / "studies" / "beliefs"
+    (folder / "cases").mkdir(parents=True)
+    gather = ["study", "beliefs", "--gather", "--runs_dir", str(tmp_path / "runs")]
+    (folder / "settings.json").write_text("{}")
+    assert main(gather) == 2
+    assert "settings.json is damaged (fields are missing)" in capsys.readouterr().err
+    told = {"testbed": {"training": {"preset": "micro"}}, "facts": 1, "edits": 1}
+    (folder / "settings.json").write_text(json.dumps(told | {"trained": {"accuracy": 1.0, "steps": 2}}))
+    (folder / "cases" / "x.jsonl").write_text('{"settings": {}}\n{}\n')
+    assert main(gather) == 2
+    assert "x.jsonl:2: damaged (KeyError: 'case')" in capsys.readouterr().err
+    rows = ['{"settings": {}}', *(json.dumps({"case": case, "logic/or": 0.1}) for case in (0, 0, 1))]
+    (folder / "cases" / "x.jsonl").write_text("\n".join(rows) + "\n")
+    assert main(gather) == 0
+    assert json.loads((folder / "beliefs.json").read_text())["rows"][0]["edits"] == 1  # each once, of so many asked for
 
 
 def test_a_case_file_refuses_other_settings(tmp_path: Path) -> None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 import torch
 from pyarrow import parquet
+from safetensors.torch import load_file, save_file
 
 from lit_edit.cli import main
 from lit_edit.models import ModelAdapter
 from lit_edit.testing import tiny_model, tiny_tokenizer
 from lit_edit.tracing import KnownFact, tokenize_fact
 from lit_edit.tracing.prompts import predict_next
+from lit_edit.tracing.trace import trace_fact
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +115,8 @@ def test_facts_by_several_threads_are_those_by_one(
         for path in out.glob("*"):
             if path.is_file():
                 path.unlink()
-    assert [fact["id"] for fact in found[1]] == ["0", "2", "3"]  # in the file's order
-    for one, other in zip(*found, strict=True):
+    for one, other in zip(found[0], sorted(found[1], key=lambda fact: fact["id"]), strict=True):
+        assert one["id"] == other["id"]
         for kind, rows in one["restored"].items():
             torch.testing.assert_close(torch.tensor(rows), torch.tensor(other["restored"][kind]), rtol=1e-5, atol=1e-7)
 
@@ -123,6 +128,40 @@ def test_facts_by_several_threads_are_those_by_one(
     assert "error: of one of them" in capsys.readouterr().err
     assert torch.get_num_threads() == threads
     assert not (out / "facts.jsonl").exists() or not (out / "facts.jsonl").read_text()
+
+
+def test_what_is_finished_is_kept_while_a_long_fact_is_traced(
+    trace: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = Event()
+
+    def first_is_long(*args: Any, **more: Any) -> Any:
+        if args[1].fact.id == "0":
+            assert others.wait(60)
+            raise FloatingPointError("at last")
+        made = trace_fact(*args, **more)
+        if args[1].fact.id == "3":
+            others.set()
+        return made
+
+    monkeypatch.setattr("lit_edit.tracing.study.trace_fact", first_is_long)
+    assert trace("--workers", "2") == 1
+    kept = [json.loads(line)["id"] for line in Path("out/facts.jsonl").read_text().splitlines()]
+    assert kept[:1] == ["2"]  # the second was made while the first was under way
+
+
+def test_another_model_of_the_same_name_is_not_gone_on_with(
+    trace: Callable[..., int], tiny_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    words = ["--model", str(folder), "--limit", "1"]
+    assert trace(*words) == 0
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "o_proj" in name)
+    save_file(weights | {name: 1.3 * weights[name]}, folder / "model.safetensors", {"format": "pt"})
+    assert trace(*words) == 2
+    assert "weights was" in capsys.readouterr().err
 
 
 def test_refused(trace: Callable[..., int], capsys: pytest.CaptureFixture[str], facts: Path) -> None:
