@@ -67,7 +67,8 @@ def _draw_singles(axis: Axes, trials: Sequence[Trial]) -> None:
     most = max((trial.edits for trial in trials), default=0)
     for name, (colour, style) in LINES.items():
         points = [(t.layers[0], getattr(t, name), t.edits == most) for t in trials if getattr(t, name) is not None]
-        xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
+        # Scores over different numbers of edits are no line.
+        xs, ys = [x for x, _, whole in points if whole], [y for _, y, whole in points if whole]
         axis.plot(xs, ys, style, color=colour, label=name, linewidth=2 if name == "score" else 1.3)
         for full in (True, False):
             of = [(x, y) for x, y, whole in points if whole == full]
@@ -75,7 +76,7 @@ def _draw_singles(axis: Axes, trials: Sequence[Trial]) -> None:
                 [x for x, _ in of], [y for _, y in of], s=26, zorder=3, edgecolors=colour,
                 facecolors=colour if full else "white",
             )  # fmt: skip
-    axis.legend(frameon=False, fontsize=9)
+    axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=len(LINES))
 
 
 def _draw_bars(axis: Axes, groups: Sequence[Trial], held_out: Sequence[Trial], default: Layers) -> None:
