@@ -336,5 +336,14 @@ def test_found_says_so_when_the_default_is_not_beaten() -> None:
     assert "default is proposed" in verdict(found)
     text = proposal_text(found, "some/model", {"class_path": "A", "init_args": {"layers": [9]}}, ["How."])
     assert yaml.safe_load(text)["model"]["editor"]["init_args"]["layers"] == [1, 2]
+    more = {"model": {"editor": {"class_path": "B"}, "statistics": {"tokens": 0}}, "data": {"target_window": 3}}
+    whole = yaml.safe_load(
+        proposal_text(found, "some/model", {"class_path": "A", "init_args": {"layers": [9]}}, [], more)
+    )
+    assert whole["model"].pop("editor") == yaml.safe_load(text)["model"]["editor"]
+    assert whole == {  # what else the trials were made with
+        "model": {"language_model": {"name": "some/model"}, "statistics": {"tokens": 0}},
+        "data": {"target_window": 3},
+    }
     assert "#   1-2 (default, proposed)  0.600  1.000" in text
     assert "#   3                        0.500  1.000     0.500           0.250     0.750      12.00" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -144,6 +145,25 @@ def test_the_whole_study(
                                                  (0.7, 0.2, "Trust measured")])  # fmt: skip
 def test_the_verdict(both: float, p: float, says: str) -> None:
     assert says in verdict(LocalizationFit(0.5, 0.1, both, 9.0, p))
+
+
+def test_where_nothing_can_be_regressed_the_edits_are_reported(
+    facts: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    edits = [LayerEdit(str(fact), layer, 0.1 * fact, 0.0, 1.0) for layer in (0, 2) for fact in range(3)]
+    traces = [FactTrace("0", "a b", ("a", " b"), (0, 1), "c", 0.9, 0.1, {"mlp": ((0.1, 0.1),)})]
+    told = {"model": "m", "data": hashlib.sha256(facts.read_bytes()).hexdigest()[:16]}
+    monkeypatch.setattr("lit_edit.commands.study_tracing._read_trace", lambda *args: (told, traces))
+    monkeypatch.setattr("lit_edit.commands.study_tracing._edit", lambda *args: edits)
+    command = ["study", "tracing", "--trace", "x", "--data", str(facts), "--out", "out"]
+    assert main(command) == 0
+    assert "There is nothing to regress: " in capsys.readouterr().out
+    assert (tmp_path / "out" / "edits.csv").read_text().count("\n") == 7
+    assert len(json.loads((tmp_path / "out" / "tracing.json").read_text())["layers"]) == 2
+    monkeypatch.setattr("lit_edit.commands.study_tracing._edit", lambda *args: [replace(e, after=None) for e in edits])
+    assert main(command) == 2
+    assert "none of the 6 edits could be made" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_tracing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

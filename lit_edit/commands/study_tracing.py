@@ -72,6 +72,8 @@ def run_tracing(args: list[str]) -> int:
     with run_lock(out, "--out"):
         edits = _edit(options, out, told, traces, file)
     kept = [edit for edit in edits if edit.score is not None]
+    if not kept:
+        raise ArgumentError(f"{out}: none of the {len(edits)} edits could be made; try another --method, or --layers")
     by_layer = layer_rows(kept)
     text = f"{as_markdown([{k: _cell(v) for k, v in row.items()} for row in by_layer])}\n"
     regression: dict[str, Any] = {}

@@ -169,13 +169,14 @@ def _trace(
 ) -> list[FactTrace]:
     from tqdm import tqdm
 
-    traces: list[FactTrace] = []
     done = sum(fact.fact.id in finished for fact in chosen)
     with tqdm(total=len(chosen), initial=done, desc="tracing", unit="fact") as bar:
-        for trace in tracer.trace_all(chosen, finished, lambda new: folder.append(new.as_dict()), workers):
-            traces.append(trace)
-            bar.update(trace.id not in finished)
-    return traces
+
+        def keep(trace: FactTrace) -> None:
+            folder.append(trace.as_dict())
+            bar.update()
+
+        return list(tracer.trace_all(chosen, finished, keep, workers))
 
 
 def _draw(
