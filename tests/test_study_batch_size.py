@@ -82,8 +82,10 @@ def test_a_study_from_its_runs_to_its_table(
     monkeypatch.setattr("lit_edit.commands.study_batch_size_report.draw_batches", lambda rows: Figure((1, 1)))
     pretended.failing.clear()
     pretended.commands.clear()
+    rows = (folder / "batch_size.csv").read_text().count("\n")
     assert main([*study, "--only", "d4s"]) == 0
     assert pretended.names == ["d4s+2"]
+    assert (folder / "batch_size.csv").read_text().count("\n") == rows  # beside what was done before
     assert main([*study, "--gather"]) == 0
     assert pretended.names == ["d4s+2"]
 

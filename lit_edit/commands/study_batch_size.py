@@ -30,6 +30,7 @@ def run_batch_size(args: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     grid = _grid(options)
     folder = Path(options.runs_dir).expanduser().resolve() / "studies" / grid.name
+    whole = grid
     grid = replace(grid, points=_chosen(grid, options.only))
     edits = _check_edits(grid, options)
 
@@ -49,6 +50,9 @@ def run_batch_size(args: list[str]) -> int:
         grid = replace(grid, points=[point for point in grid.points if (folder / point.name).is_dir()])
         if not grid.points:
             raise ArgumentError(f"nothing of this study is done yet in {folder}; leave --gather out")
+    if not options.gather:  # of --only: beside what other calls have done
+        there = [p for p in with_batches(whole, edits) if p in grid.points or (folder / p.name).is_dir()]
+        grid = replace(grid, points=there)
     sys.stdout.write(f"\n{write_report(grid, folder)}\n")
     sys.stdout.write(f"Everything is in {folder}/ (batch_size.md, batch_size.csv, batch_size.png)\n")
     if status > 128:
