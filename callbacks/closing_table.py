@@ -9,6 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
+from lit_edit.ability.course import mean_accuracy
+
 from .base import as_stream
 
 _ROWS = (
@@ -58,7 +60,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     for label, values in written:
         if any(value is not None for value in values):
             table.add_row(label, *map(_number, values))
-    ability = [mean_ability(summary, stage) for stage in ("base", "final")]
+    ability = [mean_accuracy(summary, stage) for stage in ("base", "final")]
     if ability[1] is not None:
         table.add_row("general ability (mean accuracy)", _number(ability[0]), "", _number(ability[1]))
     before, after = summary["base"]["perplexity"], summary["final"]["perplexity"]
@@ -66,14 +68,6 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("perplexity", _number(before, 1), "", _number(after, 1) + change)
     table.add_row("seconds per edit", "", "", _number(summary["seconds"]["per_edit"], 2))
     return table
-
-
-def mean_ability(summary: Mapping[str, Any], stage: str) -> float | None:
-    """Return the mean accuracy over tasks, by the likeliest option, if the callback Ability is there."""
-    tasks = ((summary.get("ability") or {}).get(stage) or {}).values()
-    found = [_at(task, ("likelihood", "accuracy")) for task in tasks if isinstance(task, Mapping)]
-    known = [value for value in found if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def layers_table(summary: Mapping[str, Any]) -> Table:

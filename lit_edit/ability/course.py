@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_edit.ability.measure import Record, compare_records
@@ -37,3 +37,25 @@ def _without_answers(records: dict[str, Record]) -> dict[str, Record]:
     return {
         task: {name: value for name, value in record.items() if name != "answers"} for task, record in records.items()
     }
+
+
+def mean_accuracy(summary: Mapping[str, Any], stage: str) -> float | None:
+    """Return the mean accuracy over tasks, by the likeliest option; ``None`` if none was measured.
+
+    Args:
+        summary: A run's, with what :func:`summarise_ability` returns under ``ability``.
+        stage: ``base`` or ``final``.
+
+    Example:
+        >>> tasks = {"a": {"likelihood": {"accuracy": 0.5}}, "b": {"likelihood": {"accuracy": 1.0}}}
+        >>> mean_accuracy({"ability": {"final": tasks}}, "final"), mean_accuracy({}, "final")
+        (0.75, None)
+    """
+    place: Any = summary
+    for name in ("ability", stage):
+        place = place.get(name) if isinstance(place, Mapping) else None
+    tasks = place.values() if isinstance(place, Mapping) else ()
+    found = [task.get("likelihood") for task in tasks if isinstance(task, Mapping)]
+    values = [scores.get("accuracy") for scores in found if isinstance(scores, Mapping)]
+    known = [value for value in values if isinstance(value, (int, float))]
+    return sum(known) / len(known) if known else None

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lit_edit.ability.course import mean_accuracy
 from lit_edit.report.charts import Chart, Series, as_plain, as_share, draw
 from lit_edit.report.curves import SHARES
 from lit_edit.report.figures import Headline, change_of_share, signed, value_at
@@ -56,13 +57,8 @@ def _means(summary: Mapping[str, Any], name: str) -> tuple[float, float | None] 
 
 
 def _ability_means(summary: Mapping[str, Any]) -> tuple[float, float | None] | None:
-    means = []
-    for stage in ("final", "base"):
-        tasks = _at(summary, "ability", stage)
-        values = [value_at(task, "likelihood", "accuracy") for task in tasks.values() if isinstance(task, Mapping)]
-        known = [value for value in values if value is not None]
-        means.append(sum(known) / len(known) if known else None)
-    return None if means[0] is None else (means[0], means[1])
+    now = mean_accuracy(summary, "final")
+    return None if now is None else (now, mean_accuracy(summary, "base"))
 
 
 def protocol_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
