@@ -25,16 +25,16 @@ import yaml
 from torch import Tensor
 
 from lit_edit import D4S, KeyStatistics, LanguageModel
-from lit_edit.commands.configs import find_config
+from lit_edit.console.configs import find_config
 from lit_edit.data.datamodule import EditDataModule
 from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import Stopwatch
-from lit_edit.ledger import EditLedger
+from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.models import ModelAdapter
 from lit_edit.targets.contexts import group_weights
 from lit_edit.targets.optimize import TargetSettings
 from lit_edit.targets.problem import TargetProblem, build_problem
-from lit_edit.tokens import pad_right, pad_token
+from lit_edit.text.tokens import pad_right, pad_token
 
 PHASES = ("targets", "keys", "solve")
 TEXTBOOKS = ("textbook", "textbook, same products")

@@ -24,7 +24,7 @@ import torch
 
 from lit_edit import D4S, KeyStatistics, LanguageModel
 from lit_edit.data.datamodule import EditDataModule
-from lit_edit.ledger import EditLedger
+from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.models import ModelAdapter
 from lit_edit.targets.problem import TargetProblem, build_problem
 

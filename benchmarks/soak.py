@@ -94,7 +94,7 @@ def check_journal(folder: Path) -> dict[str, Any]:
     """Replay the journal without a checkpoint and compare with what the run has left."""
     from safetensors.torch import load_file
 
-    from lit_edit.runs import open_for_change, read_history
+    from lit_edit.runs.folder import open_for_change, read_history
 
     history = read_history(folder)
     aside = folder / "checkpoints-aside"
@@ -128,8 +128,8 @@ def compare(one: Path, other: Path) -> dict[str, bool]:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from safetensors.torch import load_file
 
-    from lit_edit.checkpoints import load_tree
-    from tests.wandb_files import read_run
+    from lit_edit.stream.checkpoints import load_tree
+    from tests.loggers.wandb_files import read_run
 
     def rows(folder: Path) -> list[list[str]]:
         lines = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]

@@ -53,7 +53,7 @@ def plain_pass(
 ) -> dict[int, torch.Tensor]:
     import torch
 
-    from lit_edit.tokens import pad_right
+    from lit_edit.text.tokens import pad_right
 
     torch.set_grad_enabled(False)
     sums = {n: torch.zeros(*[adapter.shape(n)[1]] * 2, dtype=torch.float64) for n in layers}
@@ -79,7 +79,7 @@ def main() -> None:
     from lit_edit.models import ModelAdapter
     from lit_edit.stats.corpus import SampledText
     from lit_edit.stats.second_moment import accumulate
-    from lit_edit.tokens import pad_token
+    from lit_edit.text.tokens import pad_token
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")

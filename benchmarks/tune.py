@@ -22,8 +22,8 @@ from typing import Any
 
 from lit_edit import D4S, KeyStatistics, LanguageModel, TargetSettings
 from lit_edit.data.datamodule import EditDataModule
-from lit_edit.editors.located import DEFAULT_TARGET
-from lit_edit.ledger import EditLedger
+from lit_edit.editors.closed_form.located import DEFAULT_TARGET
+from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.metrics.evaluation import evaluate_edits, measure_perplexity, summarise
 from lit_edit.models import ModelAdapter
 

@@ -14,8 +14,8 @@ from lit_edit.ability.files import TaskData, items_digest, load_task
 from lit_edit.ability.measure import measure_tasks
 from lit_edit.ability.tasks import RESERVED, TASKS, find_tasks
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.precision import passes_of
-from lit_edit.stream import EditStream
+from lit_edit.stream.edit_stream import EditStream
+from lit_edit.stream.precision import passes_of
 
 from .base import CourseCallback, check_every
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.stream import EditStream
+from lit_edit.stream.edit_stream import EditStream
 
 
 def as_stream(module: LightningModule, callback: object) -> EditStream:

@@ -12,11 +12,11 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_edit.data.datamodule import perplexity_texts
-from lit_edit.devices import for_algebra
+from lit_edit.devices.algebra import for_algebra
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.metrics.evaluation import summarise
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.stream import EditStream
+from lit_edit.stream.edit_stream import EditStream
 
 from .base import as_stream, check_every, is_due
 

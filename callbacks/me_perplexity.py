@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_edit.data.datamodule import perplexity_texts
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.stream import EditStream
+from lit_edit.stream.edit_stream import EditStream
 
 from .base import CourseCallback, check_every
 

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_edit.data.files import expand
 from lit_edit.data.request import EditRequest
+from lit_edit.files.paths import write_atomically
 from lit_edit.metrics.ages import aged
 from lit_edit.metrics.evaluation import flatten
 from lit_edit.metrics.generated import (
@@ -28,8 +29,7 @@ from lit_edit.metrics.generated import (
 from lit_edit.metrics.published import PUBLISHED, ProtocolName, as_published
 from lit_edit.metrics.texts import fit_vectorizer, load_vectorizer, read_references
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.paths import write_atomically
-from lit_edit.stream import EditStream
+from lit_edit.stream.edit_stream import EditStream
 
 from .base import StagedCallback, check_every
 

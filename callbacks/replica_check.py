@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 
-from lit_edit.checksum import checksum
+from lit_edit.files.checksum import checksum
 from lit_edit.models.shards import part_of
-from lit_edit.stream import EditStream
+from lit_edit.stream.edit_stream import EditStream
 
 from .base import as_stream, check_every, is_due
 

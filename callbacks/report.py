@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_edit.report import write_report
 from lit_edit.report.reading import write_unfinished
-from lit_edit.stream import EditStream
+from lit_edit.stream.edit_stream import EditStream
 
 from .base import RunEndCallback
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_edit.data.request import EditRequest
 from lit_edit.metrics.evaluation import Summary, flatten, summarise
-from lit_edit.stream import EditStream
+from lit_edit.stream.edit_stream import EditStream
 
 from .base import as_stream, check_every, is_due
 

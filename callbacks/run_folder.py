@@ -6,11 +6,11 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-from lit_edit.answers import write_answers
-from lit_edit.paths import without_nan, write_json
+from lit_edit.files.paths import without_nan, write_json
 from lit_edit.report.reading import write_notes
-from lit_edit.run_files import write_run_files
-from lit_edit.stream import EditStream
+from lit_edit.runs.answers import write_answers
+from lit_edit.runs.files import write_run_files
+from lit_edit.stream.edit_stream import EditStream
 
 from .base import RunEndCallback
 

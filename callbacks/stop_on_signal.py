@@ -13,7 +13,7 @@ from typing import Any
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_edit.stream import EditStream
+from lit_edit.stream.edit_stream import EditStream
 
 from .base import as_stream
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from lit_edit.run_files import edit_rows
-from lit_edit.stream import EditStream
+from lit_edit.runs.files import edit_rows
+from lit_edit.stream.edit_stream import EditStream
 
 from .base import RunEndCallback
 

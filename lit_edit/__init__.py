@@ -9,29 +9,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_edit.api import Outcome, edit
     from lit_edit.data.datamodule import EditDataModule
     from lit_edit.data.request import EditRequest, Probe
-    from lit_edit.deltas import apply_delta
     from lit_edit.editors import D4S, MEMIT, TargetSettings
+    from lit_edit.export.delta import apply_delta
     from lit_edit.models import ArchSpec, LanguageModel
     from lit_edit.stats.second_moment import KeyStatistics
-    from lit_edit.stream import EditStream
+    from lit_edit.stream.edit import Outcome, edit
+    from lit_edit.stream.edit_stream import EditStream
 
 _HOMES = {
     "ArchSpec": "lit_edit.models",
     "D4S": "lit_edit.editors",
     "EditDataModule": "lit_edit.data.datamodule",
     "EditRequest": "lit_edit.data.request",
-    "EditStream": "lit_edit.stream",
+    "EditStream": "lit_edit.stream.edit_stream",
     "KeyStatistics": "lit_edit.stats.second_moment",
     "LanguageModel": "lit_edit.models",
     "MEMIT": "lit_edit.editors",
-    "Outcome": "lit_edit.api",
+    "Outcome": "lit_edit.stream.edit",
     "Probe": "lit_edit.data.request",
     "TargetSettings": "lit_edit.editors",
-    "apply_delta": "lit_edit.deltas",
-    "edit": "lit_edit.api",
+    "apply_delta": "lit_edit.export.delta",
+    "edit": "lit_edit.stream.edit",
 }
 
 __all__ = [

@@ -1,5 +1,5 @@
 """``python -m lit_edit`` is ``lit-edit``."""
 
-from lit_edit.cli import entry
+from lit_edit.cli.main import entry
 
 entry()

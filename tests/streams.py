@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lit_edit import D4S, EditDataModule, EditStream, KeyStatistics, LanguageModel, TargetSettings
-from lit_edit.loggers import RunCSVLogger
+from lit_edit.loggers.run_csv import RunCSVLogger
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 
 SETTINGS: dict[str, Any] = {"layers": [1, 2], "covariance_weight": 5.0, "target": TargetSettings(steps=6)}

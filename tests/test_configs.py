@@ -8,14 +8,14 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from lit_edit.cli import main
-from lit_edit.commands.configs import config_root, expand_arguments, find_config, shipped_configs
+from lit_edit.cli.main import main
+from lit_edit.console.configs import config_root, expand_arguments, find_config, shipped_configs
 from lit_edit.errors import ArgumentError
-from lit_edit.stream import EditStream
+from lit_edit.stream.edit_stream import EditStream
 
-# tests/test_sweep.py, tests/test_compare.py and tests/test_study_mqd.py
+# tests/sweeps/test_sweep.py, tests/sweeps/test_compare.py and tests/studies/test_mqd.py
 SWEEPS = [name for name in shipped_configs() if name.startswith(("sweep/", "studies/")) or name == "compare"]
-CLUSTER = [name for name in shipped_configs() if name.startswith("cluster/")]  # tests/test_cluster.py
+CLUSTER = [name for name in shipped_configs() if name.startswith("cluster/")]  # tests/console/test_cluster.py
 NETWORKS = [name for name in shipped_configs() if name.startswith("train/")]
 PUBLISHED = [name for name in shipped_configs() if name.startswith("published/")]
 RUNS = [name for name in shipped_configs() if name not in SWEEPS + CLUSTER + PUBLISHED + NETWORKS]

@@ -15,46 +15,64 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "lit_edit.errors",
-        "lit_edit.paths",
-        "lit_edit.results",
-        "lit_edit.versions",
-        "lit_edit.buckets",
-        "lit_edit.interrupts",
-        "lit_edit.memory",
-        "lit_edit.ranks",
-        "lit_edit.devices",
+        "lit_edit.files.paths",
+        "lit_edit.runs.results",
+        "lit_edit.runs.versions",
+        "lit_edit.text.buckets",
+        "lit_edit.files.interrupts",
+        "lit_edit.devices.host_memory",
+        "lit_edit.devices.ranks",
+        "lit_edit.devices.algebra",
     ),
-    ("lit_edit.checksum", "lit_edit.journal", "lit_edit.history", "lit_edit.tensor_files", "lit_edit.shared_journal"),
+    (
+        "lit_edit.files.checksum",
+        "lit_edit.ledger.journal",
+        "lit_edit.ledger.history",
+        "lit_edit.files.tensor_files",
+        "lit_edit.ledger.shared_journal",
+    ),
     ("lit_edit.data", "lit_edit.data.request", "lit_edit.data.files", "lit_edit.data.records", "lit_edit.data.sources"),
     ("lit_edit.data.events", "lit_edit.data.mqd"),
     ("lit_edit.testing",),
-    ("lit_edit.models.*", "lit_edit.tokens"),
+    ("lit_edit.models.*", "lit_edit.text.tokens"),
     ("lit_edit.targets.*", "lit_edit.solvers.*"),
-    ("lit_edit.stats.*", "lit_edit.tracing.*"),
-    ("lit_edit.ledger", "lit_edit.metrics.*", "lit_edit.generation", "lit_edit.workload", "lit_edit.speed"),
-    ("lit_edit.ability.*", "lit_edit.beliefs.*"),
-    ("lit_edit.editors.*",),
-    ("lit_edit.conflicts", "lit_edit.session", "lit_edit.planning"),
-    ("lit_edit.data.datamodule", "lit_edit.export", "lit_edit.deltas", "lit_edit.lora", "lit_edit.checkpoints"),
+    ("lit_edit.stats.*", "lit_edit.studies.tracing.*"),
     (
-        "lit_edit.precision",
-        "lit_edit.strategies",
-        "lit_edit.stream",
-        "lit_edit.training.*",
-        "lit_edit.run_files",
-        "lit_edit.answers",
-        "lit_edit.runs",
-        "lit_edit.api",
-        "lit_edit.hard",
-        "lit_edit.grids",
-        "lit_edit.layer_search.*",
+        "lit_edit.ledger.edit_ledger",
+        "lit_edit.metrics.*",
+        "lit_edit.models.generation",
+        "lit_edit.planning.workload",
+        "lit_edit.planning.speed",
     ),
-    ("lit_edit.loggers", "lit_edit.wandb_logger"),
+    ("lit_edit.ability.*", "lit_edit.studies.beliefs.*"),
+    ("lit_edit.editors.*",),
+    ("lit_edit.stream.conflicts", "lit_edit.stream.session", "lit_edit.planning.estimate"),
+    (
+        "lit_edit.data.datamodule",
+        "lit_edit.export.model",
+        "lit_edit.export.delta",
+        "lit_edit.export.lora",
+        "lit_edit.stream.checkpoints",
+    ),
+    (
+        "lit_edit.stream.precision",
+        "lit_edit.stream.strategies",
+        "lit_edit.stream.edit_stream",
+        "lit_edit.training.*",
+        "lit_edit.runs.files",
+        "lit_edit.runs.answers",
+        "lit_edit.runs.folder",
+        "lit_edit.stream.edit",
+        "lit_edit.studies.hard_facts.mining",
+        "lit_edit.sweeps.grids",
+        "lit_edit.studies.layers.*",
+    ),
+    ("lit_edit.loggers.run_csv", "lit_edit.loggers.run_wandb"),
     ("lit_edit.report", "lit_edit.report.*"),
     ("lit_edit.callbacks.*",),
     ("lit_edit.training.*",),
-    ("lit_edit.commands.*", "lit_edit.training.cli"),
-    ("lit_edit.cli",),
+    ("lit_edit.commands.*", "lit_edit.cli.train"),
+    ("lit_edit.cli.main",),
     ("lit_edit", "lit_edit.__main__"),
 )
 # May use none of these packages, neither themselves nor through what they import.
@@ -65,18 +83,18 @@ FORBIDDEN = {
     "lit_edit.models": {"lightning"},
     "lit_edit.targets": {"lightning"},
     "lit_edit.stats": {"lightning"},
-    "lit_edit.ledger": {"lightning", "datasets"},
-    "lit_edit.session": {"lightning", "wandb"},
-    "lit_edit.journal": {"lightning", "transformers", "datasets"},
+    "lit_edit.ledger.edit_ledger": {"lightning", "datasets"},
+    "lit_edit.stream.session": {"lightning", "wandb"},
+    "lit_edit.ledger.journal": {"lightning", "transformers", "datasets"},
     "lit_edit.metrics": {"lightning", "wandb"},
     "lit_edit.ability": {"lightning", "wandb"},
     "lit_edit.editors": {"lightning", "wandb", "torchmetrics"},
-    "lit_edit.deltas": {"lightning", "wandb", "torchmetrics"},
-    "lit_edit.lora": {"lightning", "wandb", "peft"},
-    "lit_edit.api": {"lightning", "wandb"},
+    "lit_edit.export.delta": {"lightning", "wandb", "torchmetrics"},
+    "lit_edit.export.lora": {"lightning", "wandb", "peft"},
+    "lit_edit.stream.edit": {"lightning", "wandb"},
     "lit_edit.errors": {"torch"},
-    "lit_edit.buckets": {"torch", "transformers", "lightning", "numpy"},
-    "lit_edit.cli": set(),
+    "lit_edit.text.buckets": {"torch", "transformers", "lightning", "numpy"},
+    "lit_edit.cli.main": set(),
 }
 
 
@@ -201,8 +219,15 @@ def test_modules_do_without_what_they_must_not_know(package: str) -> None:
     modules = [m for m in MODULES if m == package or m.startswith(f"{package}.")]
     assert modules
     for module in modules:
-        known = set(reached(module)) if module != "lit_edit.cli" else imports(module, eager=True)
-        forbidden = FORBIDDEN[package] or {"torch", "transformers", "lightning", "lit_edit.stream", "numpy", "rich"}
+        known = set(reached(module)) if module != "lit_edit.cli.main" else imports(module, eager=True)
+        forbidden = FORBIDDEN[package] or {
+            "torch",
+            "transformers",
+            "lightning",
+            "lit_edit.stream.edit_stream",
+            "numpy",
+            "rich",
+        }
         assert not known & forbidden, f"{module} reaches {sorted(known & forbidden)}"
 
 
@@ -212,20 +237,29 @@ def test_the_request_knows_neither_tokenizer_nor_model() -> None:
 
 
 def test_the_ledger_knows_neither_editors_nor_data() -> None:
-    assert not [n for n in reached("lit_edit.ledger") if n.startswith(("lit_edit.editors", "lit_edit.data"))]
+    assert not [
+        n for n in reached("lit_edit.ledger.edit_ledger") if n.startswith(("lit_edit.editors", "lit_edit.data"))
+    ]
 
 
 # ---- who writes weights -------------------------------------------------------------------------------------------
 
 # The second makes random models, the third reads them from files; the last has what the ledger writes with.
-WRITERS = {"lit_edit.ledger", "lit_edit.testing", "lit_edit.models.sharded_loading", "lit_edit.models.shards"}
+WRITERS = {
+    "lit_edit.ledger.edit_ledger",
+    "lit_edit.testing",
+    "lit_edit.models.sharded_loading",
+    "lit_edit.models.shards",
+}
 PLAIN = {  # tensors that belong to no model
     "lit_edit.stats.second_moment": ("sums[layer].copy_(",),
-    "lit_edit.ranks": ("tensor.copy_(moved)", "told.copy_("),
+    "lit_edit.devices.ranks": ("tensor.copy_(moved)", "told.copy_("),
     "lit_edit.targets.losses": ("losses.gradient.copy_(", "value.copy_(found)"),
-    "lit_edit.speed": ("target.copy_(source)",),
-    "lit_edit.editors.ft": ("leaf.copy_(within_ball(leaf",),  # the update that is being fitted
-    "lit_edit.editors.lora_tuning": ("factors(layers[int(layer)])[kind].data.copy_(factor)",),  # of stand-in layers
+    "lit_edit.planning.speed": ("target.copy_(source)",),
+    "lit_edit.editors.gradient.ft": ("leaf.copy_(within_ball(leaf",),  # the update that is being fitted
+    "lit_edit.editors.gradient.lora_tuning": (
+        "factors(layers[int(layer)])[kind].data.copy_(factor)",
+    ),  # of stand-in layers
 }
 NOT_WRITES = {"requires_grad_", "manual_seed_"}
 
@@ -264,7 +298,7 @@ def test_only_the_ledger_writes_weights(module: str) -> None:
     writes = [line for line in _writes(module) if not line.startswith(PLAIN.get(module, ("\0",)))]
     if module == "lit_edit.models.shards":
         assert len(writes) >= 2  # this test sees what it looks for
-    if "lit_edit.models.shards" in imports(module) and module != "lit_edit.ledger":
+    if "lit_edit.models.shards" in imports(module) and module != "lit_edit.ledger.edit_ledger":
         assert "write_(" not in ast.unparse(tree(module))
     assert module in WRITERS or not writes, f"{module}: {writes}"
 

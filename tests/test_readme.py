@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_edit.cli import main
+from lit_edit.cli.main import main
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import torch
 
-from lit_edit.cli import main
-from lit_edit.journal import Journal
-from lit_edit.run_files import journal_path
-from lit_edit.runs import carry_over, read_history
-from tests.test_cli import FAST
+from lit_edit.cli.main import main
+from lit_edit.ledger.journal import Journal
+from lit_edit.runs.files import journal_path
+from lit_edit.runs.folder import carry_over, read_history
+from tests.cli.test_main import FAST
 from tests.test_imports import MODULES, every_module, imports, tree
 
 # ---- no pickle in files ----------------------------------------------------------------------------------------------
@@ -188,8 +188,8 @@ def test_nothing_is_unpickled_at_work(tmp_path: Path, tiny_folder: Path) -> None
     args += ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"]
     code = f"""
 import sys
-import lit_edit.commands.training, lit_edit.callbacks, lit_edit.commands.taking
-from lit_edit.cli import main
+import lit_edit.cli.fit, lit_edit.callbacks, lit_edit.cli.export
+from lit_edit.cli.main import main
 seen = []
 sys.addaudithook(lambda event, given: seen.append(given) if event.startswith("pickle.") else None)
 args = {args!r}

@@ -15,11 +15,11 @@ from lit_edit.ability.files import TaskData
 from lit_edit.ability.metrics import NONE, accuracy_change, majority, score_choices
 from lit_edit.ability.tasks import Item, Task
 from lit_edit.errors import ArgumentError
-from lit_edit.generation import continue_rows
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.models.adapter import ModelAdapter
+from lit_edit.models.generation import continue_rows
 from lit_edit.models.memory import by_route
-from lit_edit.tokens import continuation, encode
+from lit_edit.text.tokens import continuation, encode
 
 NEW_TOKENS = 5  # that a model may say; as the published benchmarks have it
 

@@ -1,33 +1,33 @@
 """Editing methods, one small file each."""
 
-from lit_edit.editors.alphaedit import AlphaEdit
 from lit_edit.editors.base import Editor, EditorInfo, Proposal
-from lit_edit.editors.closed_form import ClosedFormEditor
-from lit_edit.editors.d4s import D4S
-from lit_edit.editors.emmet import EMMET
-from lit_edit.editors.encore import ENCORE
-from lit_edit.editors.ft import FT, FTL, FTM
-from lit_edit.editors.grace import GRACE
-from lit_edit.editors.gradient import GradientEditor
-from lit_edit.editors.ike import IKE
-from lit_edit.editors.interpolate import Interpolate
-from lit_edit.editors.lora_tuning import AdaLoRA, LoRA
-from lit_edit.editors.memit import MEMIT, MEMITSeq
-from lit_edit.editors.memory_editor import MemoryEditor
-from lit_edit.editors.mend import MEND
-from lit_edit.editors.norm_anchor import NormAnchor
-from lit_edit.editors.nse import NSE
-from lit_edit.editors.pmet import PMET
-from lit_edit.editors.prune import PRUNE
-from lit_edit.editors.rect import RECT
-from lit_edit.editors.rlsedit import RLSEdit
-from lit_edit.editors.rome import ROME, RROME
-from lit_edit.editors.saul import SAUL
-from lit_edit.editors.serac import SERAC
-from lit_edit.editors.simie import SimIE
-from lit_edit.editors.transforms import UpdateTransform
-from lit_edit.editors.ultraedit import UltraEdit
-from lit_edit.editors.wise import WISE
+from lit_edit.editors.closed_form.alphaedit import AlphaEdit
+from lit_edit.editors.closed_form.d4s import D4S
+from lit_edit.editors.closed_form.emmet import EMMET
+from lit_edit.editors.closed_form.encore import ENCORE
+from lit_edit.editors.closed_form.engine import ClosedFormEditor
+from lit_edit.editors.closed_form.memit import MEMIT, MEMITSeq
+from lit_edit.editors.closed_form.nse import NSE
+from lit_edit.editors.closed_form.pmet import PMET
+from lit_edit.editors.closed_form.rlsedit import RLSEdit
+from lit_edit.editors.closed_form.rome import ROME, RROME
+from lit_edit.editors.closed_form.simie import SimIE
+from lit_edit.editors.closed_form.ultraedit import UltraEdit
+from lit_edit.editors.gradient.engine import GradientEditor
+from lit_edit.editors.gradient.ft import FT, FTL, FTM
+from lit_edit.editors.gradient.lora_tuning import AdaLoRA, LoRA
+from lit_edit.editors.gradient.mend import MEND
+from lit_edit.editors.gradient.saul import SAUL
+from lit_edit.editors.memory.engine import MemoryEditor
+from lit_edit.editors.memory.grace import GRACE
+from lit_edit.editors.memory.ike import IKE
+from lit_edit.editors.memory.serac import SERAC
+from lit_edit.editors.memory.wise import WISE
+from lit_edit.editors.transforms.base import UpdateTransform
+from lit_edit.editors.transforms.interpolate import Interpolate
+from lit_edit.editors.transforms.norm_anchor import NormAnchor
+from lit_edit.editors.transforms.prune import PRUNE
+from lit_edit.editors.transforms.rect import RECT
 from lit_edit.targets.optimize import TargetSettings
 
 __all__ = [

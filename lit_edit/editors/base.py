@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lit_edit.data.request import EditRequest
 from lit_edit.errors import ArgumentError
-from lit_edit.interrupts import deferred_interrupts
-from lit_edit.ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
+from lit_edit.files.interrupts import deferred_interrupts
+from lit_edit.ledger.edit_ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

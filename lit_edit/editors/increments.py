@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
-from lit_edit.devices import algebra_device, for_algebra
+from lit_edit.devices.algebra import algebra_device, for_algebra
 from lit_edit.editors.base import Editor, Proposal, Status, silent
-from lit_edit.editors.transforms import UpdateTransform, transformed
+from lit_edit.editors.transforms.base import UpdateTransform, transformed
 from lit_edit.errors import ArgumentError
-from lit_edit.ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
-from lit_edit.tokens import check_tokenizer
+from lit_edit.ledger.edit_ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
+from lit_edit.text.tokens import check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.models.packed import TokenRows
-from lit_edit.tokens import continuation, pad_token
+from lit_edit.text.tokens import continuation, pad_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_edit.devices import for_algebra
+from lit_edit.devices.algebra import for_algebra
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.tokens import pad_right
+from lit_edit.text.tokens import pad_right
 
 BATCH_TOKENS = 2048
 """Tokens run forward and backward at a time, padding included: they bound the memory."""

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.data.request import EditRequest
-from lit_edit.generation import continue_rows
 from lit_edit.metrics.classes import Agreement, ExactAccuracy, ExactMatch, PortabilityAccuracy, TokenAccuracy
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.metrics.texts import consistency, fluency
 from lit_edit.models.adapter import ModelAdapter
+from lit_edit.models.generation import continue_rows
 from lit_edit.models.memory import by_route
-from lit_edit.tokens import continuation, encode, leading_tokens
+from lit_edit.text.tokens import continuation, encode, leading_tokens
 
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.data.request import EditRequest
-from lit_edit.ledger import EditLedger
+from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.metrics.evaluation import KINDS, evaluate_edits, summarise
 from lit_edit.metrics.functional import harmonic_score
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.memory import by_route
 from lit_edit.models.packed import Line, TokenRows
-from lit_edit.tokens import continuation, encode, leading_tokens, pad_token
+from lit_edit.text.tokens import continuation, encode, leading_tokens, pad_token
 
 
 @dataclass(frozen=True)

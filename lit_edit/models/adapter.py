@@ -16,14 +16,14 @@ from torch.func import functional_call
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_edit.devices import for_algebra
+from lit_edit.devices.algebra import for_algebra
+from lit_edit.devices.ranks import Ranks
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.models.families import SPECS
 from lit_edit.models.memory import Memory, Patch, Route
 from lit_edit.models.products import Products, bfloat16_pays, choose_kernel, use_kernel
 from lit_edit.models.shards import is_sharded, lend, stand_ins, whole, written_class
 from lit_edit.models.spec import ArchSpec
-from lit_edit.ranks import Ranks
 
 CACHE_NAMES = ("past_key_values", "layer_past")
 """What layers call the cache of attention keys and values."""

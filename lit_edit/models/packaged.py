@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from lit_edit.errors import UserError
-from lit_edit.paths import cache_dir, write_json
+from lit_edit.files.paths import cache_dir, write_json
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +262,7 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lit_edit.tensor_files import system_errors
+    from lit_edit.files.tensor_files import system_errors
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lit_edit.buckets import partition_by_length
 from lit_edit.models.adapter import CACHE_NAMES, ModelAdapter, UnknownArchitectureError
-from lit_edit.tokens import pad_right
+from lit_edit.text.buckets import partition_by_length
+from lit_edit.text.tokens import pad_right
 
 KeyValues = MutableMapping[int, tuple[Tensor, Tensor]]
 """Attention keys and values by layer, each ``(tokens, heads, head size)``."""

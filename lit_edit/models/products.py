@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from lit_edit.paths import cache_dir, write_json
+from lit_edit.files.paths import cache_dir, write_json
 
 Kernel = Literal["torch", "onednn"]
 Products = Literal["auto", "torch", "onednn"]

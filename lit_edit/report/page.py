@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from lit_edit.paths import write_atomically
+from lit_edit.files.paths import write_atomically
 from lit_edit.report.charts import as_share
 from lit_edit.report.curves import ages, charts_of, forgetting
 from lit_edit.report.edits import STATES, changed_neighbours, edits_of, failures, show_p

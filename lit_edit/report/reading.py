@@ -11,15 +11,15 @@ from typing import Any
 
 import yaml
 
-from lit_edit.answers import read_answers, write_answers
 from lit_edit.errors import UserError
-from lit_edit.history import EditHistory
-from lit_edit.journal import Journal
-from lit_edit.loggers import read_rows
-from lit_edit.paths import without_nan, write_json
-from lit_edit.run_files import edit_rows, journal_path
-from lit_edit.stream import EditStream
-from lit_edit.versions import versions
+from lit_edit.files.paths import without_nan, write_json
+from lit_edit.ledger.history import EditHistory
+from lit_edit.ledger.journal import Journal
+from lit_edit.loggers.run_csv import read_rows
+from lit_edit.runs.answers import read_answers, write_answers
+from lit_edit.runs.files import edit_rows, journal_path
+from lit_edit.runs.versions import versions
+from lit_edit.stream.edit_stream import EditStream
 
 KINDS = ("efficacy", "generalization", "locality")
 Values = dict[str, float]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_edit.devices import outside_autocast
+from lit_edit.devices.algebra import outside_autocast
 from lit_edit.errors import ArgumentError
 
 

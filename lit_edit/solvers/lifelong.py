@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_edit.devices import outside_autocast
+from lit_edit.devices.algebra import outside_autocast
 from lit_edit.solvers.functional import FactsError, solve_spd
 
 RidgeScale = Literal["absolute", "relative"]

@@ -12,9 +12,9 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from lit_edit.checksum import checksum
-from lit_edit.devices import algebra_dtype, without_autocast
+from lit_edit.devices.algebra import algebra_dtype, without_autocast
 from lit_edit.errors import ArgumentError
+from lit_edit.files.checksum import checksum
 from lit_edit.solvers.functional import (
     check_facts,
     constrained_update,

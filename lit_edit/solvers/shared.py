@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lit_edit.devices import algebra_device, algebra_dtype
+from lit_edit.devices.algebra import algebra_device, algebra_dtype
+from lit_edit.devices.ranks import Payload, Ranks
 from lit_edit.errors import ArgumentError
-from lit_edit.ranks import Payload, Ranks
 from lit_edit.solvers.functional import FactsError
 from lit_edit.solvers.ridge import Block, RidgeSolver, RidgeStep
 from lit_edit.solvers.subspace import SubspaceSolver

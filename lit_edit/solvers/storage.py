@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_edit.devices import algebra_device, algebra_dtype
-from lit_edit.paths import cache_dir
+from lit_edit.devices.algebra import algebra_device, algebra_dtype
+from lit_edit.files.paths import cache_dir
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_edit.devices import without_autocast
+from lit_edit.devices.algebra import without_autocast
 from lit_edit.errors import ArgumentError
 from lit_edit.solvers.functional import check_facts
 from lit_edit.solvers.ridge import Block, RidgeSolver, RidgeStep

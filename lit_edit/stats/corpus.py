@@ -14,7 +14,7 @@ from lit_edit.data.files import SUFFIXES, expand, read_file, read_text
 from lit_edit.data.request import DataError, find_fault
 from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.tokens import encode
+from lit_edit.text.tokens import encode
 
 STARTS = (
     "The city of", "The capital of", "The history of", "The author of", "The founder of", "The president of",

@@ -19,14 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lit_edit.buckets import partition_by_length
-from lit_edit.devices import algebra_dtype, for_algebra, without_autocast
+from lit_edit.devices.algebra import algebra_dtype, for_algebra, without_autocast
+from lit_edit.files.paths import cache_dir, write_atomically
+from lit_edit.files.tensor_files import save_tensors
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.shards import whole
-from lit_edit.paths import cache_dir, write_atomically
 from lit_edit.stats.corpus import Corpus, open_corpus
-from lit_edit.tensor_files import save_tensors
-from lit_edit.tokens import pad_right, pad_token
+from lit_edit.text.buckets import partition_by_length
+from lit_edit.text.tokens import pad_right, pad_token
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.tokens import encode, pad_token
+from lit_edit.text.tokens import encode, pad_token
 
 Templates: TypeAlias = tuple[tuple[str, ...], ...]
 """Groups of templates, each with one ``{}`` for the filled prompt."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lit_edit.memory import LARGE, release_free_memory
+from lit_edit.devices.host_memory import LARGE, release_free_memory
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.targets.window import Chunk, Window
 

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lit_edit.devices.host_memory import kept_memory
 from lit_edit.errors import ArgumentError
-from lit_edit.memory import kept_memory
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.targets.losses import TargetLoss
 from lit_edit.targets.problem import TargetProblem

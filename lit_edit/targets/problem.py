@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_edit.data.request import EditRequest
 from lit_edit.targets.contexts import Templates
-from lit_edit.tokens import LocatedPrompt, continuation, locate
+from lit_edit.text.tokens import LocatedPrompt, continuation, locate
 
 KL_PROMPT = "{} is a"
 """The prompt on which the target may not change the model's next word (MEMIT, ROME)."""

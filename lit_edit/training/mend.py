@@ -30,16 +30,16 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lit_edit.data.request import EditRequest
+from lit_edit.editors.gradient.mend_network import MENDNetwork, NetworkOrigin
 from lit_edit.editors.layer_choice import chosen_layers
 from lit_edit.editors.lessons import Lesson, target_lesson
-from lit_edit.editors.mend_network import MENDNetwork, NetworkOrigin
 from lit_edit.editors.token_gradients import collect_gradients
 from lit_edit.errors import ArgumentError
 from lit_edit.metrics.evaluation import EditMetrics, EditResult, evaluate_edits
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.packed import TokenRows
-from lit_edit.tokens import continuation, pad_token
+from lit_edit.text.tokens import continuation, pad_token
 from lit_edit.training.data import RecordBatch
 
 
@@ -104,7 +104,7 @@ class Exam:
 
 
 class MENDTraining(LightningModule):
-    """Trains a :class:`~lit_edit.editors.mend_network.MENDNetwork` for a model; see :mod:`lit_edit.training.mend`.
+    """Trains a :class:`~lit_edit.editors.gradient.mend_network.MENDNetwork` for a model; see this module.
 
     Validation edits each record that is held out, by itself, and measures it as a stream does: success, accuracy and
     magnitude of the edit, its paraphrases and its neighbours, and the drawdown, the neighbours' accuracy that is lost.

@@ -13,11 +13,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.classification import BinaryAccuracy
 
 from lit_edit.editors.lessons import LessonLoss, target_lesson
-from lit_edit.editors.serac_network import SeracNetwork, fingerprint, record_number, stated
+from lit_edit.editors.memory.serac_network import SeracNetwork, fingerprint, record_number, stated
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.encoder import MINILM, Encoder, load_encoder
 from lit_edit.models.language_model import LanguageModel
-from lit_edit.tokens import continuation, pad_token
+from lit_edit.text.tokens import continuation, pad_token
 from lit_edit.training.scope_data import ScopePair
 
 SMALL = LanguageModel()

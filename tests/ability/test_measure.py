@@ -25,7 +25,7 @@ from lit_edit.ability.tasks import TASKS
 from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
-from lit_edit.tokens import encode
+from lit_edit.text.tokens import encode
 
 COLA = TASKS["cola"]
 TOKENIZER = tiny_tokenizer()

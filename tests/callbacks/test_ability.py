@@ -16,10 +16,10 @@ from lit_edit.ability.course import ability_metrics, summarise_ability
 from lit_edit.ability.files import load_task
 from lit_edit.ability.measure import measure_tasks
 from lit_edit.ability.tasks import TASKS
-from lit_edit.cli import main
+from lit_edit.cli.main import main
 from lit_edit.data.request import DataError
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.stream import EditStream
+from lit_edit.stream.edit_stream import EditStream
 from lit_edit.testing import tiny_model, tiny_tokenizer
 from tests.streams import make_data, make_stream, make_trainer
 

@@ -20,10 +20,10 @@ from lit_edit.callbacks.figures import draw_all
 from rich.console import Console
 from rich.table import Table
 
-from lit_edit.history import EditHistory, LedgerEntry
+from lit_edit.ledger.history import EditHistory, LedgerEntry
 from lit_edit.metrics.evaluation import EditResult, ProbeResult
-from lit_edit.run_files import edit_rows
-from lit_edit.stream import EditStream
+from lit_edit.runs.files import edit_rows
+from lit_edit.stream.edit_stream import EditStream
 
 NAME = "model.layers.2.mlp.down_proj.weight"
 

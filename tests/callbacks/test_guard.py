@@ -12,10 +12,10 @@ from lit_edit.callbacks.guard import Health
 
 from lit_edit import EditStream
 from lit_edit.editors.base import Proposal
-from lit_edit.editors.d4s import D4S
-from lit_edit.editors.facts import Facts
+from lit_edit.editors.closed_form.d4s import D4S
+from lit_edit.editors.closed_form.facts import Facts
 from lit_edit.errors import ArgumentError
-from lit_edit.ledger import EditRefusedError
+from lit_edit.ledger.edit_ledger import EditRefusedError
 from tests.streams import make_data, make_stream, make_trainer
 
 HARM = 2  # the place of the harmful edit in the stream
@@ -187,8 +187,8 @@ def test_bad_bounds(options: dict[str, Any], message: str) -> None:
 def test_a_guarded_run_that_is_cut_comes_to_the_same_end(tmp_path: Path) -> None:
     from lightning.pytorch.callbacks import ModelCheckpoint
 
+    from tests.stream.test_edit_stream import StopAfter
     from tests.streams import state_of
-    from tests.test_stream import StopAfter
 
     whole = harmful()
     fit(tmp_path / "whole", whole, on_harm="undo", max_growth=2)

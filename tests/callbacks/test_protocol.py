@@ -17,7 +17,7 @@ from lit_edit.callbacks.closing_table import summary_table
 from rich.console import Console
 
 from lit_edit.data.request import DataError, EditRequest, Probe
-from lit_edit.loggers import read_rows
+from lit_edit.loggers.run_csv import read_rows
 from lit_edit.metrics.evaluation import measure_perplexity
 from lit_edit.metrics.generated import (
     evaluate_generation,
@@ -26,7 +26,7 @@ from lit_edit.metrics.generated import (
     summarise_portability,
 )
 from lit_edit.metrics.texts import fit_vectorizer
-from lit_edit.stream import EditStream
+from lit_edit.stream.edit_stream import EditStream
 from lit_edit.testing import tiny_requests
 from tests.streams import make_data, make_stream, make_trainer
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lit_edit.cli import main
+from lit_edit.cli.main import main
 from lit_edit.data.events import Event, read_events
 from lit_edit.data.mqd import KINDS, LETTERS, WORDINGS, build_mqd
 from lit_edit.data.request import DataError, EditRequest

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lit_edit.journal import Journal
-from lit_edit.run_files import journal_path
+from lit_edit.ledger.journal import Journal
+from lit_edit.runs.files import journal_path
 
 from .conftest import SECONDS, SETTINGS, Fit, at, several
 
@@ -63,7 +63,7 @@ def _compare(found: Any, wanted: Any, name: str = "") -> None:
 def test_many_ranks_make_the_same_edits(strategy: str, devices: int, fit: Fit, single: Path, place: Path) -> None:
     name = f"{strategy}{devices}"
     export = ["--trainer.callbacks+=rank_helpers.Export", f"--trainer.callbacks.folder={place / f'exported-{name}'}"]
-    wandb = "--trainer.logger+=lit_edit.wandb_logger.RunWandbLogger"
+    wandb = "--trainer.logger+=lit_edit.loggers.RunWandbLogger"
     done = fit(*several(strategy, devices), f"--run_name={name}", *export, wandb)
     assert done.returncode == 0, done.stderr
     assert_same_run(single.parent / name, single)

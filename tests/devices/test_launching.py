@@ -9,7 +9,7 @@ import pytest
 
 BUSY = """
 import subprocess, sys, time
-from lit_edit.commands.launching import watch
+from lit_edit.console.launching import watch
 other = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit({status})"])
 watch([other], "lit-edit fit --resume auto", grace={grace}, every=0.05)
 time.sleep({busy})

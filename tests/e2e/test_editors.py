@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_edit.cli import main
-from lit_edit.commands.configs import shipped_configs
+from lit_edit.cli.main import main
+from lit_edit.console.configs import shipped_configs
 
 NETWORKS = {"method/serac": "train/serac", "method/mend": "train/mend"}
 """Methods that need a network, and how it is trained."""

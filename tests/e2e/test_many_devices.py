@@ -41,7 +41,7 @@ def test_two_processes_make_the_edits_of_one(strategy: str, single: Path) -> Non
     ours, theirs = (load_file(r / "ledger" / "deltas.safetensors") for r in (run, single))
     for name, delta in theirs.items():
         assert float((ours[name] - delta).norm() / delta.norm()) < 1e-4
-    from lit_edit.runs import open_run
+    from lit_edit.runs.folder import open_run
 
     for one, other in zip(open_run(run).ledger.adapter.model.parameters(),
                           open_run(single).ledger.adapter.model.parameters(), strict=True):  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_edit.cli import main
+from lit_edit.cli.main import main
 
 pytestmark = pytest.mark.model
 
@@ -20,7 +20,7 @@ RUN = ["--config", "quickstart", "--data.limit=16", "--trainer.accelerator=cpu"]
 MEASURED = """
 import re, sys
 from pathlib import Path
-from lit_edit.cli import main
+from lit_edit.cli.main import main
 status = main(sys.argv[2:])
 Path(sys.argv[1]).write_text(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 sys.exit(status)

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_edit import LanguageModel
-from lit_edit.cli import main
-from lit_edit.generation import continue_greedily
+from lit_edit.cli.main import main
 from lit_edit.models import ModelAdapter
+from lit_edit.models.generation import continue_greedily
 from lit_edit.models.packaged import PACKAGED, ModelUnavailableError, _check_hash
 
 pytestmark = pytest.mark.model

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lit_edit import D4S, EditRequest, KeyStatistics, LanguageModel, TargetSettings
 from lit_edit.data.sources import load_requests
-from lit_edit.generation import continue_greedily
-from lit_edit.ledger import EditLedger
+from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.metrics.evaluation import evaluate_edits
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.session import EditSession
+from lit_edit.models.generation import continue_greedily
+from lit_edit.stream.session import EditSession
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 EDITS = 30

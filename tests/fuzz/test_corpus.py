@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lit_edit.cli import main
+from lit_edit.cli.main import main
 from lit_edit.data.request import DataError
 from lit_edit.data.sources import load_requests
 from tests.fuzz.corpus import BrokenConfig, BrokenFile, broken_configs, broken_files

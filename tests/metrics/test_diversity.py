@@ -10,7 +10,7 @@ import torch
 from lit_edit.metrics.diversity import describe_targets, distinct, entropy
 from lit_edit.models import ModelAdapter
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
-from lit_edit.tokens import continuation
+from lit_edit.text.tokens import continuation
 
 
 def test_distinct_counts_different_ngrams() -> None:

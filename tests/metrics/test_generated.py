@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from lit_edit.data.request import EditRequest, Probe
-from lit_edit.generation import continue_rows
 from lit_edit.metrics import PortabilityAccuracy
 from lit_edit.metrics.generated import (
     Answer,
@@ -25,6 +24,7 @@ from lit_edit.metrics.generated import (
 )
 from lit_edit.metrics.texts import consistency, fit_vectorizer, fluency
 from lit_edit.models.adapter import ModelAdapter
+from lit_edit.models.generation import continue_rows
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 
 MODEL = tiny_model()

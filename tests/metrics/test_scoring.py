@@ -9,7 +9,7 @@ from torch import Tensor
 from lit_edit.metrics.scoring import score_continuations, text_nlls
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
-from lit_edit.tokens import continuation
+from lit_edit.text.tokens import continuation
 
 PAIRS = [
     ("The capital of Italy is", "Rome"),

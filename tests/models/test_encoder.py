@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from lit_edit.cli import main
+from lit_edit.cli.main import main
 from lit_edit.models import encoder as encoder_module
 from lit_edit.models.encoder import MINILM, Remembering, SentenceEncoder
 from lit_edit.models.packaged import ENCODERS, ModelUnavailableError, PackagedFolder, fetch

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from lit_edit.data.records import parse_record
 from lit_edit.data.request import EditRequest
 from lit_edit.editors import D4S, MEMIT, ClosedFormEditor, TargetSettings
-from lit_edit.ledger import EditLedger
+from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.models import ModelAdapter
 from lit_edit.solvers.functional import ridge_update
 from lit_edit.targets.contexts import check_templates

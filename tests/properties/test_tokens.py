@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lit_edit.data.request import DataError, EditRequest, find_subject
-from lit_edit.tokens import continuation, encode, leading_tokens, locate, pad_right
-from tests.test_tokens import BUILDERS, build
+from lit_edit.text.tokens import continuation, encode, leading_tokens, locate, pad_right
+from tests.text.test_tokens import BUILDERS, build
 
 MANY = settings(max_examples=60, deadline=None, database=None, derandomize=True)
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lit_edit.devices.ranks import Ranks
 from lit_edit.editors import MEMIT, Editor, LoRA, SimIE
 from lit_edit.editors.base import commit_proposal
-from lit_edit.ledger import EditLedger
+from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.ranks import Ranks
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
-from tests.editors.test_closed_forms import ENGINE, editor_of, moment_of
+from tests.editors.closed_form.test_closed_forms import ENGINE, editor_of, moment_of
 from tests.ranks.together import Found, together
 
 REQUESTS = tiny_requests()

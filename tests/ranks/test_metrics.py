@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lit_edit.devices.ranks import Ranks
 from lit_edit.metrics.classes import Agreement, ExactAccuracy, Success, TextPerplexity
-from lit_edit.ranks import Ranks
 from tests.ranks.together import Found, together
 
 EDITS = 5  # which neither two nor three ranks divide

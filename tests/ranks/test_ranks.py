@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_edit.devices.ranks import RankError, Ranks, _lives
 from lit_edit.errors import ArgumentError
-from lit_edit.ranks import RankError, Ranks, _lives
 from tests.ranks.together import Found, raised, together
 
 SIZES = [2, 3]

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lit_edit.ledger import EditLedger, LayerUpdate
+from lit_edit.devices.ranks import Ranks
+from lit_edit.ledger.edit_ledger import EditLedger, LayerUpdate
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.sharded_loading import load_in_parts
-from lit_edit.ranks import Ranks
 from lit_edit.testing import tiny_model
 from tests.ranks.together import Found, raised, together
 

@@ -10,10 +10,10 @@ import torch
 from torchmetrics import Metric
 
 from lit_edit.data.request import EditRequest
+from lit_edit.devices.ranks import Ranks
 from lit_edit.metrics.evaluation import EditMetrics, evaluate_edits, flatten, measure_perplexity, summarise
 from lit_edit.metrics.scoring import score_continuations, text_nlls
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.ranks import Ranks
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 from tests.metrics.test_scoring import PAIRS, TEXTS
 from tests.ranks.together import Found, together

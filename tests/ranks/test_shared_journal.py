@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from lit_edit.journal import Journal
-from lit_edit.ranks import Ranks
-from lit_edit.shared_journal import SharedJournal
+from lit_edit.devices.ranks import Ranks
+from lit_edit.ledger.journal import Journal
+from lit_edit.ledger.shared_journal import SharedJournal
+from tests.ledger.test_journal import RECORDS, flip, frames, same_tensors, tensors_of, with_room
 from tests.ranks.together import Found, raised, together
-from tests.test_journal import RECORDS, flip, frames, same_tensors, tensors_of, with_room
 
 SIZES = [2, 3]
 

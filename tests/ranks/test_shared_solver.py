@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_edit.ranks import Ranks
+from lit_edit.devices.ranks import Ranks
 from lit_edit.solvers.ridge import Block, RidgeSolver, RidgeStep
 from lit_edit.solvers.shared import SharedSolver, Solver
 from lit_edit.solvers.storage import SolverStorage

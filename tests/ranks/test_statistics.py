@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lit_edit.devices.ranks import Ranks
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.ranks import Ranks
 from lit_edit.stats.corpus import DocumentText, SampledText
 from lit_edit.stats.second_moment import KeyStatistics, accumulate
 from lit_edit.testing import tiny_model, tiny_tokenizer

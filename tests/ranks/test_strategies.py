@@ -21,8 +21,8 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lit_edit.ranks import Ranks
-from lit_edit.strategies import ShardedStrategy, cut_of, join_ranks
+from lit_edit.devices.ranks import Ranks
+from lit_edit.stream.strategies import ShardedStrategy, cut_of, join_ranks
 from tests.ranks.together import Found, together
 from tests.streams import make_data, make_stream, make_trainer
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from lit_edit.devices.ranks import Ranks
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.ranks import Ranks
 from lit_edit.targets import window as window_module
 from lit_edit.targets.losses import TargetLoss
 from lit_edit.targets.optimize import DivergedError, TargetSettings, optimise_targets

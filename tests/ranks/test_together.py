@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from lit_edit.ranks import Ranks
+from lit_edit.devices.ranks import Ranks
 from tests.ranks.together import RankFailedError, together
 
 

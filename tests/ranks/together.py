@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_edit.ranks import Ranks
+from lit_edit.devices.ranks import Ranks
 
 Found = dict[str, Any]
 """What a rank has found: tensors, and plain data as JSON has it."""
@@ -36,7 +36,7 @@ _CONTEXT.set_forkserver_preload(
     [
         "pytest",
         "lit_edit.models.sharded_loading",
-        "lit_edit.stream",
+        "lit_edit.stream.edit_stream",
         "lit_edit.testing",
         "transformers.generation.utils",
         "transformers.models.gpt2.modeling_gpt2",

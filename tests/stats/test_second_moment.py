@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_edit.data.request import DataError
-from lit_edit.ledger import EditLedger, LayerUpdate
+from lit_edit.ledger.edit_ledger import EditLedger, LayerUpdate
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.stats.corpus import DocumentText, SampledText
 from lit_edit.stats.second_moment import KeyStatistics, accumulate, weights_hash

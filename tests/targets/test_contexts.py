@@ -10,7 +10,7 @@ from lit_edit.models import ModelAdapter
 from lit_edit.targets.contexts import PLAIN, STARTS, check_templates, group_weights, sample_templates
 from lit_edit.targets.problem import build_problem
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
-from lit_edit.tokens import continuation
+from lit_edit.text.tokens import continuation
 
 
 def sample(seed: int, **settings: object) -> tuple[tuple[str, ...], ...]:

@@ -19,7 +19,7 @@ from lit_edit.targets import window as window_module
 from lit_edit.targets.optimize import Target, TargetSettings, optimise_targets
 from lit_edit.targets.problem import TargetProblem, build_problem
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
-from lit_edit.tokens import continuation, locate
+from lit_edit.text.tokens import continuation, locate
 
 TEMPLATES = (("{}",), ("I say. {}", "Then the man of the house went. {}"))
 LAYER = 1

@@ -1,0 +1,84 @@
+"""``build``: make a data set that is not to be had as a file. A new one is a line in :data:`DATA_SETS`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.parts import choose_part
+from lit_edit.files.paths import write_json
+
+if TYPE_CHECKING:
+    from lit_edit.data.request import EditRequest
+
+DATA_SETS = MappingProxyType(
+    {
+        "mqd": (
+            "lit_edit.cli.build:build_mqd_files",
+            "one set of questions in three kinds, from ATOMIC-style events",
+        )
+    }
+)
+"""By name: the function that takes the arguments behind it, and what the help says."""
+
+
+def run_build(args: list[str]) -> None:
+    """Make a data set."""
+    build = choose_part("build", "Make a data set.", ("data set", "data sets"), DATA_SETS, args)
+    if build is not None:
+        build(args[1:])
+
+
+def build_mqd_files(args: list[str]) -> None:
+    """``build mqd``: write the three files of MQD."""
+    parser = make_parser(
+        "build mqd",
+        "Make MQD, the Multi-Question Dataset: the same knowledge about everyday events asked by direct generation "
+        "(mqd_direct.json), multiple choice (mqd_choice.json) and true or false (mqd_truth.json). The three files have "
+        "the same events in the same order; lit-edit fit reads each with --data.source file --data.path FILE.",
+    )
+    add_mqd_arguments(parser)
+    parser.add_argument(
+        "--count", type=positive, default=None, help="requests of each kind; by default all that the events allow"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the files are written")
+    options = parser.parse_args(args)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+    from lit_edit.data.events import read_events
+    from lit_edit.data.mqd import build_mqd
+
+    made = build_mqd(read_events(options.events, options.split), options.count, options.seed)
+    paths = write_mqd(options.out.expanduser(), made)
+    for kind, requests in made.items():
+        first = requests[0]
+        sys.stdout.write(f"{paths[kind]}: {len(requests)} requests, the first:\n")
+        sys.stdout.write("".join(f"    {line}\n" for line in f"{first.text} -> {first.target_new}".split("\n")))
+
+
+def add_mqd_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says which events MQD is made of, and how."""
+    add = parser.add_argument
+    add(
+        "--events",
+        default=None,
+        metavar="FILE|ID",
+        help="tuples in ATOMIC's form: a file with tabs between head, relation and tail, or the id (owner/name) of a "
+        "hub data set with these columns; by default the events that ship",
+    )
+    add("--split", default="train", help="split of the hub data set")
+    add("--seed", type=int, default=0, help="seed of order, wrong answers, and places of right ones")
+
+
+def write_mqd(folder: Path, made: Mapping[str, Sequence[EditRequest]]) -> dict[str, Path]:
+    """Write the files of MQD; return them by kind."""
+    paths = {kind: folder / f"mqd_{kind}.json" for kind in made}
+    for kind, requests in made.items():
+        write_json(paths[kind], [request.as_dict() for request in requests])
+    return paths

@@ -1,0 +1,307 @@
+"""``choose-layers``: which layers a method should edit on a model that nobody has tuned."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_edit.console.arguments import make_parser, positive
+from lit_edit.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from lit_edit.console.fit_parser import FitParser
+    from lit_edit.data.request import EditRequest
+    from lit_edit.editors.base import Editor
+    from lit_edit.studies.layers.bench import Bench
+    from lit_edit.studies.layers.search import Found, Plan
+    from lit_edit.studies.layers.trial import Trial
+
+BASE = "counterfact"
+"""The config that the proposal is for; what is not the method's comes from it."""
+
+
+def _options(args: list[str]) -> argparse.Namespace:
+    parser = make_parser(
+        "choose-layers",
+        "Find the layers that a method should edit on a model: single layers on a grid that gets finer around the "
+        "best, then groups of layers around these. Each candidate makes the same edits from the original weights and "
+        "is measured by what they do (efficacy, generalization, locality). The best and the default layers are "
+        "compared on edits that the search has not seen, and the better are proposed. A search that was cut goes on "
+        "with the same command.",
+    )
+    parser.epilog = (
+        "In OUT: results.jsonl (the trials, as they come), layers.png, and proposal.yaml for lit-edit fit --config "
+        f"{BASE} --config OUT/proposal.yaml. docs/choose_layers.md explains them."
+    )
+    parser.add_argument("--model", default="smollm2-135m", help="packaged model, folder or hub id")
+    parser.add_argument(
+        "--data",
+        default="builtin",
+        metavar="FILE",
+        help="edits with target_true, paraphrases and neighborhood, CounterFact for one; 'builtin': facts that come "
+        "with lit-edit",
+    )
+    parser.add_argument("--method", default="method/d4s", help="the editor: a YAML file, or the name of one that ships")
+    parser.add_argument("--edits", type=positive, default=12, help="edits to choose by")
+    parser.add_argument("--held-out", type=positive, default=12, help="edits to compare choice and default on")
+    parser.add_argument(
+        "--widths",
+        type=positive,
+        nargs="+",
+        default=None,
+        help="layers in a group (default: 1 3 5 as far as there are)",
+    )
+    parser.add_argument(
+        "--stride", type=_stride, default=None, help="distance of the first grid's layers; auto: an eighth of the depth"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of the edits, and of the method")
+    parser.add_argument("--out", type=Path, default=None, help="folder to write to (default: runs/layers/MODEL)")
+    return parser.parse_args(args)
+
+
+def _stride(text: str) -> int | None:
+    return None if text == "auto" else positive(text)
+
+
+def run_choose_layers(args: list[str]) -> None:
+    """Run ``lit-edit choose-layers``."""
+    options = _options(args)
+
+    from lit_edit.data.sources import load_requests
+    from lit_edit.runs.files import run_lock
+    from lit_edit.studies.layers.sample import draw_samples
+
+    source = {"source": "builtin"} if options.data == "builtin" else {"source": "file", "path": options.data}
+    requests, _ = load_requests(**source)
+    samples = draw_samples(requests, options.edits, options.held_out, options.seed)
+    method = Method(options.method, options.model, options.seed)
+    out = options.out or Path("runs") / "layers" / re.sub(r"[^\w.-]+", "-", options.model).strip("-.")
+    out.mkdir(parents=True, exist_ok=True)
+    with run_lock(out, "--out"):
+        found = _search(options, out, method, *samples)
+    _report(*found, out)
+
+
+class Method:
+    """A method's config, and the editors made of it for any layers.
+
+    Args:
+        config: A YAML file, or the name of one that ships.
+        model: Name of the model.
+        seed: For all that is drawn at random.
+
+    Raises:
+        ArgumentError: If ``lit-edit fit`` would refuse it, or it has no layers to choose.
+    """
+
+    def __init__(self, config: str, model: str, seed: int) -> None:
+        from lit_edit.console.fit_parser import FitParser
+        from lit_edit.studies.layers.proposal import place_of_layers
+
+        self.parser: FitParser = FitParser()
+        words = ["--config", BASE, "--config", config, "--model.language_model.name", model]
+        settings = self.parser.parse([*words, "--seed_everything", str(seed), "--data.source", "builtin"])
+        self.config, self.editor = config, settings["model"]["editor"]
+        self.statistics = settings["model"]["statistics"]
+        self.window: int = settings["data"]["target_window"]
+        if not self.editor or place_of_layers(self.editor) is None:
+            name = str((self.editor or {}).get("class_path", "the method")).rpartition(".")[2]
+            raise ArgumentError(
+                f"--method {config}: {name} has no setting 'layers' to choose; use a method that edits the weights of "
+                "layers (lit-edit editors)"
+            )
+        self.stream = self.parser.make()["model"]
+
+    def content(self) -> dict[str, Any]:
+        """Return what the method's own file says."""
+        import yaml
+
+        from lit_edit.console.configs import find_config
+
+        return yaml.safe_load(Path(find_config(self.config)).read_text(encoding="utf-8")) or {}
+
+    def settings(self) -> dict[str, str]:
+        """Return all settings that results depend on, but for the layers."""
+        import copy
+
+        from lit_edit.studies.layers.proposal import place_of_layers
+
+        editor = copy.deepcopy(self.editor)
+        place: Any = place_of_layers(editor)
+        place.pop("layers")
+        statistics = {name: value for name, value in self.statistics.items() if name not in ("cache", "force")}
+        return {"window": str(self.window), **_flat("editor", editor), **_flat("statistics", statistics)}
+
+    def make(self, layers: Sequence[int] | None) -> Editor:
+        """Make an editor; ``None``: of the layers that it takes by itself.
+
+        Raises:
+            ValueError: If it does not edit so many layers.
+        """
+        from lit_edit.studies.layers.proposal import place_of_layers
+
+        place: Any = place_of_layers(self.parser.config["fit"]["model"]["editor"])
+        place["layers"] = None if layers is None else list(layers)
+        editor: Editor = self.parser.make()["model"].editor
+        return editor
+
+
+def _search(
+    options: argparse.Namespace, out: Path, method: Method, sample: list[EditRequest], held_out: list[EditRequest]
+) -> tuple[Found, Plan, list[Trial]]:
+    from functools import partial
+
+    from tqdm import tqdm
+
+    from lit_edit.data.datamodule import perplexity_texts
+    from lit_edit.files.paths import write_atomically
+    from lit_edit.models import ModelAdapter
+    from lit_edit.runs.results import ResultsFolder
+    from lit_edit.studies.layers.bench import Bench
+    from lit_edit.studies.layers.candidates import automatic_stride, check_widths
+    from lit_edit.studies.layers.figures import draw_search
+    from lit_edit.studies.layers.key_statistics import StatisticsOfAll
+    from lit_edit.studies.layers.proposal import proposal_text
+    from lit_edit.studies.layers.search import Plan, search_layers
+    from lit_edit.studies.layers.trial import Trial
+
+    model, tokenizer = method.stream.language_model.load()
+    adapter = ModelAdapter(model)
+    widths = check_widths(options.widths, adapter.n_layers)
+    stride = automatic_stride(adapter.n_layers) if options.stride is None else options.stride
+    statistics = StatisticsOfAll.like(method.stream.statistics, range(adapter.n_layers))
+    with tqdm(desc="layers", unit="candidate", bar_format=_BAR) as bar:
+        bench = Bench(
+            adapter,
+            tokenizer,
+            method.make,
+            statistics,
+            perplexity_texts(),
+            method.window,
+            method.stream.on_conflict,
+            progress=partial(_show_tokens, bar),
+        )
+        plan = Plan(
+            adapter.n_layers,
+            stride,
+            widths if bench.takes_groups() else (1,),
+            options.edits,
+            options.held_out,
+            bench.default_layers(),
+        )
+        folder = ResultsFolder(out, Trial.from_dict)
+        trials = folder.open(_settings(options, method, bench, plan, sample + held_out))
+        kept = {trial.key: trial for trial in trials}
+        found = search_layers(plan, _measurer(bench, folder, kept, sample, held_out), partial(_show, bar))
+    trials = list(kept.values())
+    figure = draw_search(trials, plan.default, f"{options.model}, {options.method}")
+    write_atomically(out / "layers.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    how = [
+        f"Layers of {options.model} for {options.method}, proposed by lit-edit choose-layers: {len(trials)} trials, "
+        f"{options.edits} edits to choose by, {options.held_out} held out, seed {options.seed}.",
+        f"  lit-edit fit --config {BASE} --config {out / 'proposal.yaml'} --data.path FILE",
+    ]
+    text = proposal_text(found, options.model, method.editor, how, method.content())
+    write_atomically(out / "proposal.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+    return found, plan, trials
+
+
+_BAR = "{desc}: {n_fmt}/{total_fmt} [{elapsed}]{postfix}"
+
+
+def _show(bar: tqdm[Any], what: str, number: int, of: int) -> None:
+    bar.total, bar.n = of, number
+    bar.set_description_str(what)
+
+
+def _show_tokens(bar: tqdm[Any], done: int, total: int) -> None:
+    bar.set_postfix_str(f"key statistics of all layers: {done} of {total} tokens" if done < total else "")
+
+
+def _measurer(
+    bench: Bench,
+    folder: Any,
+    kept: dict[Any, Trial],
+    sample: list[EditRequest],
+    held_out: list[EditRequest],
+) -> Any:
+    """Return what tries a candidate, unless its trial is on record."""
+    from dataclasses import replace
+
+    from lit_edit.studies.layers.trial import Trial
+
+    def measure(stage: Any, layers: tuple[int, ...], edits: int) -> Trial:
+        key = Trial(stage, layers, edits).key
+        if key not in kept:
+            requests = held_out if stage == "held out" else sample
+            kept[key] = bench.measure(stage, layers, requests[:edits])
+            folder.append(kept[key].as_dict())
+        return replace(kept[key], stage=stage)
+
+    return measure
+
+
+def _settings(
+    options: argparse.Namespace, method: Method, bench: Bench, plan: Plan, requests: Sequence[EditRequest]
+) -> dict[str, Any]:
+    """Return all that decides about the numbers, as JSON can hold it."""
+    import json
+
+    data = json.dumps([request.as_dict() for request in requests], sort_keys=True)
+    return {
+        "model": options.model,
+        "weights": bench.base_hash,
+        "sample": hashlib.sha256(data.encode()).hexdigest()[:16],
+        "edits": plan.edits,
+        "held_out": plan.held_out,
+        "widths": list(plan.widths),
+        "stride": plan.stride,
+        "seed": options.seed,
+        "default": list(plan.default),
+        **method.settings(),
+    }
+
+
+def _flat(name: str, value: Any) -> dict[str, str]:
+    """Return settings by their full names, as text: they may be infinite, which JSON is not."""
+    if isinstance(value, Mapping) and value:
+        return {k: v for key, part in value.items() for k, v in _flat(f"{name}.{key}", part).items()}
+    return {name: repr(value)}
+
+
+def _report(found: Found, plan: Plan, trials: Sequence[Trial], out: Path) -> None:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from lit_edit.console.tables import print_whole
+    from lit_edit.studies.layers.figures import thorough
+    from lit_edit.studies.layers.proposal import COLUMNS, as_cell, verdict
+
+    table = Table(title="Layers, best first (each over most edits)", title_justify="left", box=SIMPLE)
+    for heading in ("layers", "edits", *COLUMNS, "refused", ""):
+        table.add_column(heading, no_wrap=True)
+    searched = thorough([trial for trial in trials if trial.stage != "held out"])
+    searched.sort(key=lambda trial: (trial.edits, trial.rank), reverse=True)
+    both = [found.best_held_out]
+    if found.default_held_out.layers != found.best_held_out.layers:
+        both.append(found.default_held_out)
+    for section in (searched, both):
+        for trial in section:
+            marks = ["held out"] if section is both else []
+            marks += ["default"] if trial.layers == plan.default else []
+            marks += ["proposed"] if section is both and trial.layers == found.proposed.layers else []
+            marks += ["cannot be edited"] if trial.error else ["breaks the model"] if trial.broken else []
+            cells = (as_cell(trial, name) for name in COLUMNS)
+            table.add_row(trial.name, str(trial.edits), *cells, str(trial.refused or ""), ", ".join(marks))
+        table.add_section()
+    print_whole(table)
+    sys.stdout.write(f"{verdict(found)}\n")
+    sys.stdout.write(f"Everything is in {out}/ (results.jsonl, layers.png, proposal.yaml); use it with\n")
+    sys.stdout.write(f"  lit-edit fit --config {BASE} --config {out / 'proposal.yaml'} --data.path FILE\n")

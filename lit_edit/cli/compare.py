@@ -1,0 +1,204 @@
+"""``compare``: several editors on one stream, each a ``lit-edit fit`` of its own; one table and one figure.
+
+A comparison is a sweep of one axis: same file, same folders, and ``lit-edit sweep`` takes it as well (for an array).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_edit.cli.sweep import command_again, folder_of
+from lit_edit.console.arguments import make_parser
+from lit_edit.console.configs import find_config
+from lit_edit.data.request import shorten
+from lit_edit.errors import ArgumentError
+from lit_edit.sweeps.grids import Grid, Point, read_grid, with_changes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+AXIS = "editor"
+
+SAME = ("data.", "model.language_model", "seed_everything", "trainer.precision", "trainer.max_")
+"""Settings that make the stream, by how their names begin: one editor's are those of all."""
+OWN = ("data.batch_size", "data.target_window")
+"""Settings of the data that are an editor's own: how many edits it makes at once."""
+
+
+def run_compare(args: list[str]) -> int:
+    """Compare editors; return the exit status: 0 all well, 1 an editor has failed, 128 and more for a signal."""
+    options, settings = _options(args)
+    grid = _grid(options, settings)
+    folder = folder_of(grid, options.runs_dir)
+    chosen = _chosen(grid, options.only)
+
+    from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
+
+    if options.gather:
+        _report(grid, folder, options.measure)
+        return 0
+    parsed = parse_points(grid, chosen)
+    check_one_stream(grid, parsed)
+    check_begun(folder, chosen, parsed)
+    if options.dry_run:
+        sys.stdout.write(list_points(grid, chosen, folder))
+        return 0
+    status = run_points(grid, folder, chosen, parsed)
+    sys.stdout.write("\n")
+    _report(grid, folder, options.measure)
+    if status > 128:
+        again = command_again("compare", options.config, options.runs_dir, *_words(options, settings))
+        sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {again}\n")
+    return status
+
+
+def _options(args: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    parser = make_parser(
+        "compare",
+        "Run several editors on one stream (same edits, order, model and seed), each as a 'lit-edit fit' of its own, "
+        "and write one table and one figure. What is done is not done again; what was cut goes on; an editor that "
+        "fails does not stop the others.",
+    )
+    parser.usage = "%(prog)s --config CONFIG [options] [--data FILE] [--NAME.OF.A.SETTING VALUE ...]"
+    parser.epilog = (
+        "Settings are named as for lit-edit fit and hold for every editor, for example --data.limit 100 or "
+        "--model.language_model.name gpt2-xl. Everything is in RUNS_DIR/sweeps/<name>/: compare.md, .csv, .json and "
+        ".png, and the editors' runs. lit-edit sweep takes the same file (--array slurm)."
+    )
+    parser.add_argument("--config", required=True, help="the editors: a YAML file, or the name of one that ships")
+    parser.add_argument("--runs_dir", default="runs", help="everything goes to RUNS_DIR/sweeps/<name>")
+    parser.add_argument("--name", default=None, help="name of the comparison in place of the config's")
+    parser.add_argument(
+        "--data", default=None, metavar="FILE", help="a CounterFact file, in place of the config's data"
+    )
+    parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help="these editors; --dry-run lists them")
+    parser.add_argument(
+        "--measure", choices=["success", "accuracy"], default="success", help="what the figure shows of the edits"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="list editors and their commands; run nothing")
+    what.add_argument("--gather", action="store_true", help="write table and figure of what is there; run nothing")
+    options, rest = parser.parse_known_args(args)
+    settings = {} if options.data is None else {"data.source": "file", "data.path": str(Path(options.data).resolve())}
+    return options, settings | _settings(parser, rest)
+
+
+def _settings(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, str]:
+    """Read settings as on the command line of ``lit-edit fit``: ``--data.limit 3`` or ``--data.limit=3``."""
+    found, rest = {}, list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if not re.fullmatch(r"--(\w+(\.\w+)+|seed_everything)", name):
+            parser.error(f"unrecognized argument: {word} (a setting is named in full, as --data.limit 100)")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                parser.error(f"argument {word}: expected a value")
+            value = rest.pop(0)
+        found[name[2:]] = value
+    return found
+
+
+def _grid(options: argparse.Namespace, settings: Mapping[str, str]) -> Grid:
+    """Read the editors to compare.
+
+    Raises:
+        ArgumentError: If the file is no comparison.
+    """
+    if options.data is not None and not Path(options.data).is_file():
+        raise ArgumentError(f"--data {shorten(options.data)}: no such file")
+    grid = read_grid(Path(find_config(options.config)))
+    if list(grid.axes) != [AXIS]:
+        raise ArgumentError(
+            f"{grid.path}: grid: a comparison has one axis, {AXIS}, got {', '.join(grid.axes)}; for more of them use "
+            "lit-edit sweep"
+        )
+    return with_changes(grid, "the command line", options.name, settings)
+
+
+def _chosen(grid: Grid, only: Sequence[str] | None) -> list[Point]:
+    if only is None:
+        return grid.points
+    names = {point.name: point for point in grid.points}
+    names |= {point.labels[AXIS]: point for point in grid.points}
+    for name in only:
+        if name not in names:
+            near = get_close_matches(name, names, 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ArgumentError(
+                f"--only {shorten(name)}: {grid.path} has the editors {', '.join(p.name for p in grid.points)}{meant}"
+            )
+    wanted = {names[name].index for name in only}
+    return [point for point in grid.points if point.index in wanted]
+
+
+def check_one_stream(grid: Grid, settings: Mapping[str, Any]) -> None:
+    """Check that all editors get the same edits, in the same order, on the same model.
+
+    Args:
+        grid: The comparison.
+        settings: What its runs are given, by name.
+
+    Raises:
+        ArgumentError: If not; names the editor and the setting.
+    """
+    from lit_edit.console.fit_parser import changes
+
+    first, *others = settings
+    for name in others:
+        for setting, (one, other) in changes(settings[first], settings[name]).items():
+            if setting.startswith(SAME) and setting not in OWN:
+                raise ArgumentError(
+                    f"{grid.path}: grid: {AXIS}: {name} has {setting}={shorten(str(other))}, {first} has "
+                    f"{shorten(str(one))}: a comparison is on one stream, set it under 'settings' or 'base'"
+                )
+
+
+def _words(options: argparse.Namespace, settings: Mapping[str, str]) -> list[str]:
+    """Return the arguments of this comparison behind its config."""
+    words = [] if options.name is None else ["--name", options.name]
+    words += [] if options.only is None else ["--only", *options.only]
+    return [*words, *(f"--{name}={value}" for name, value in settings.items())]
+
+
+def _report(grid: Grid, folder: Path, measure: str) -> None:
+    """Write table and figure, and print the table."""
+    from lit_edit.console.tables import print_whole
+    from lit_edit.sweeps.comparison import write_comparison
+
+    rows = write_comparison(grid, folder, measure)
+    print_whole(_table(grid.name, rows))
+    for row in rows:
+        if row["error"]:
+            sys.stdout.write(f"{row[AXIS]} failed: {row['error']}\n")
+    sys.stdout.write(f"Everything is in {folder}/ (compare.md, compare.csv, compare.json, compare.png)\n")
+
+
+def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table for a terminal: as that of ``compare.md``, with success and accuracy in one cell."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    from lit_edit.sweeps.comparison import shown
+    from lit_edit.sweeps.gathering import COSTS
+
+    table = Table(title=f"{name}: success / accuracy", title_justify="left", box=SIMPLE)
+    for heading in (AXIS, "state", "edits", "efficacy", "right after\nthe edit", "generalization", "locality"):
+        table.add_column(heading, justify="left" if heading in (AXIS, "state") else "right", no_wrap=True)
+    for heading in ("agreement", "perplexity", "mean |W|", "seconds\nper edit"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for line in shown(rows):
+        pairs = [
+            f"{line[f'{kind} success{when}']} / {line[f'{kind} accuracy{when}']}"
+            for kind, when in (("efficacy", ""), ("efficacy", " at the edit"), ("generalization", ""), ("locality", ""))
+        ]
+        cells = (line[AXIS], line["state"], line["edits"], *pairs, line["agreement"], *(line[name] for name in COSTS))
+        table.add_row(*map(Text, cells))
+    return table

@@ -1,0 +1,148 @@
+"""``sweep``: every point of a grid, each a ``lit-edit fit`` of its own, and one table of all."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from lit_edit.console.arguments import make_parser
+from lit_edit.console.configs import find_config
+from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import write_atomically
+from lit_edit.sweeps.grids import Grid, Point, read_grid
+
+SCRIPT = """\
+#!/bin/bash
+# The points of the sweep {name}, each a task of a SLURM array. Set the resources of one point, then
+#   sbatch {script}
+# A point that is done ends at once; one that was cut goes on. Afterwards, or meanwhile, the table:
+#   {command} --gather
+#SBATCH --job-name={name}
+# 0-{last}%4 runs four at a time.
+#SBATCH --array=0-{last}
+#SBATCH --output={folder}/slurm-%A_%a.out
+# One process and one device per point; take one # away for a GPU.
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=4
+##SBATCH --gpus-per-node=1
+#SBATCH --time=04:00:00
+# Two minutes before the time is up the run saves itself and is queued again.
+#SBATCH --signal=SIGUSR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+cd {here} || exit 1
+srun --cpus-per-task="${{SLURM_CPUS_PER_TASK:-1}}" {command} --only "$SLURM_ARRAY_TASK_ID"
+"""
+
+
+def run_sweep(args: list[str]) -> int:
+    """Run a sweep; return the exit status: 0 all well, 1 a point has failed, 128 and more for a signal."""
+    options = _options(args)
+    grid = read_grid(Path(find_config(options.config)))
+    folder = folder_of(grid, options.runs_dir)
+    chosen = _chosen(grid, options.only)
+
+    from lit_edit.sweeps.gathering import gather
+    from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
+
+    if options.gather:
+        sys.stdout.write(gather(grid, folder))
+        return 0
+    settings = parse_points(grid, chosen)
+    check_begun(folder, chosen, settings)
+    if options.dry_run:
+        sys.stdout.write(list_points(grid, chosen, folder))
+        return 0
+    if options.array:
+        script = write_script(grid, folder, _command(options))
+        sys.stdout.write(f"{len(grid.points)} points; set their resources in the script, then\n  sbatch {script}\n")
+        return 0
+    status = run_points(grid, folder, chosen, settings)
+    sys.stdout.write(f"\n{gather(grid, folder)}\nEverything is in {folder}/\n")
+    if status > 128:
+        sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {_command(options)}{_only(options)}\n")
+    return status
+
+
+def folder_of(grid: Grid, runs_dir: str) -> Path:
+    """Return where a sweep keeps its runs and tables."""
+    return Path(runs_dir).expanduser().resolve() / "sweeps" / grid.name
+
+
+def _options(args: list[str]) -> argparse.Namespace:
+    parser = make_parser(
+        "sweep",
+        "Run every point of a grid, each as a 'lit-edit fit' of its own, and gather one table. What is done is not "
+        "done again; what was cut goes on.",
+    )
+    parser.add_argument("--config", required=True, help="the grid: a YAML file, or the name of one that ships")
+    parser.add_argument("--runs_dir", default="runs", help="runs and table go to RUNS_DIR/sweeps/<name of the grid>")
+    parser.add_argument(
+        "--only", type=_indexes, default=None, metavar="INDEX[,INDEX]", help="these points; --dry-run lists them"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="list points and their commands; run nothing")
+    what.add_argument("--gather", action="store_true", help="gather the table; run nothing")
+    what.add_argument(
+        "--array", choices=["slurm"], default=None, help="write a script that runs the points as a SLURM array"
+    )
+    return parser.parse_args(args)
+
+
+def _indexes(text: str) -> list[int]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"expected numbers of points (3 or 0,2,5), got {text!r}")
+    return [int(part) for part in text.split(",")]
+
+
+def _chosen(grid: Grid, only: list[int] | None) -> list[Point]:
+    if only is None:
+        return grid.points
+    for index in only:
+        if index >= len(grid.points):
+            raise ArgumentError(f"--only {index}: {grid.path} has the points 0 to {len(grid.points) - 1}")
+    return [grid.points[index] for index in dict.fromkeys(only)]
+
+
+def write_script(grid: Grid, folder: Path, command: str) -> Path:
+    """Write the script of a SLURM array into the sweep's folder; one that is there keeps what was set in it.
+
+    Args:
+        grid: The sweep.
+        folder: Its folder.
+        command: What runs it.
+
+    Returns:
+        Where the script is.
+    """
+    script, last = folder / "sweep.sbatch", len(grid.points) - 1
+    if script.is_file():
+        old = script.read_text(encoding="utf-8")
+        text = re.sub(r"(?m)^#SBATCH --array=\d+-\d+", f"#SBATCH --array=0-{last}", old)
+    else:
+        text = SCRIPT.format(
+            name=grid.name, last=last, folder=folder, command=command, script=script, here=shlex.quote(str(Path.cwd()))
+        )
+    write_atomically(script, lambda path: path.write_text(text, encoding="utf-8"))
+    return script
+
+
+def _command(options: argparse.Namespace) -> str:
+    return command_again("sweep", options.config, options.runs_dir)
+
+
+def command_again(command: str, name: str, runs_dir: str, *words: str) -> str:
+    """Return the command of a sweep, for use in any folder."""
+    config = str(Path(name).resolve()) if os.path.isfile(name) else name
+    runs = str(Path(runs_dir).expanduser().resolve())
+    return shlex.join(["lit-edit", command, "--config", config, "--runs_dir", runs, *words])
+
+
+def _only(options: argparse.Namespace) -> str:
+    return "" if options.only is None else f" --only {','.join(map(str, options.only))}"

@@ -1,0 +1,232 @@
+"""``trace``: where in a model the recall of facts passes, by causal tracing."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import re
+import sys
+from collections.abc import Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lit_edit.console.arguments import make_parser, positive
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_edit.models import ModelAdapter
+    from lit_edit.studies.tracing import FactTrace, KnownFact, TokenizedFact
+    from lit_edit.studies.tracing.files import TraceFolder
+    from lit_edit.studies.tracing.study import Tracer
+    from lit_edit.studies.tracing.summary import AverageEffect
+
+KINDS = ("hidden", "mlp", "attn")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "trace",
+        "Causal tracing (Meng et al. 2022): corrupt the subject of a fact with noise, put single clean states back, "
+        "and see where that brings the answer back. Only facts that the model knows are traced: its most probable next "
+        "token is the attribute's first. A tracing that was cut goes on with the same command, and with a larger "
+        "--limit.",
+    )
+    parser.epilog = (
+        "In OUT: facts.jsonl (the finished facts, as they come), effects, average and fraction_restored (.csv, and "
+        ".parquet), average.png, facts/*.png. docs/tracing.md explains them."
+    )
+    parser.add_argument(
+        "--data",
+        default="builtin",
+        metavar="FILE",
+        help="facts as JSON, JSONL or CSV with prompt, subject, attribute (known_1000.json of ROME), or CounterFact; "
+        "'known_facts': such a file in the working folder; 'builtin': thirty facts that come with lit-edit",
+    )
+    parser.add_argument("--model", default="smollm2-135m", help="packaged model, folder or hub id")
+    parser.add_argument("--limit", type=positive, default=50, help="trace so many facts that the model knows")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=list(KINDS),
+        help="what is restored: one hidden state, MLP outputs or attention outputs over a window of layers",
+    )
+    parser.add_argument("--samples", type=positive, default=10, help="draws of the noise per fact")
+    parser.add_argument(
+        "--noise", type=float, default=3.0, help="its standard deviation, in those of the subjects' embeddings"
+    )
+    parser.add_argument(
+        "--window", type=positive, default=10, help="layers restored together (mlp, attn), around the layer named"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    parser.add_argument(
+        "--precision",
+        choices=["fastest", "exact"],
+        default="fastest",
+        help="'fastest' multiplies in bfloat16 where the machine is clearly faster at it; 'exact' in float32",
+    )
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=None,
+        help="facts traced at a time, by threads that share the cores (default: up to 4 on a CPU, 1 on a GPU)",
+    )
+    parser.add_argument("--out", type=Path, default=None, help="folder to write to (default: runs/traces/MODEL)")
+    parser.add_argument("--no-fact-figures", action="store_true", help="draw the averages only")
+    return parser
+
+
+def run_trace(args: list[str]) -> None:
+    """Run ``lit-edit trace``."""
+    parser = _parser()
+    options = parser.parse_args(args)
+
+    from lit_edit.models import LanguageModel, ModelAdapter
+    from lit_edit.runs.files import run_lock
+    from lit_edit.stats.second_moment import weights_hash
+    from lit_edit.studies.tracing import average_effects, read_facts
+    from lit_edit.studies.tracing.facts import find_file
+    from lit_edit.studies.tracing.files import TraceFolder
+    from lit_edit.studies.tracing.study import Tracer, TraceSettings, as_settings, workers_for
+
+    kinds = tuple(sorted(options.kinds, key=KINDS.index))
+    settings = TraceSettings(kinds, options.samples, options.noise, options.window, options.seed)
+    file = find_file(options.data)
+    facts = read_facts(file)
+    out = options.out or Path("runs") / "traces" / re.sub(r"[^\w.-]+", "-", options.model).strip("-.")
+    out.mkdir(parents=True, exist_ok=True)
+    with run_lock(out, "--out"):
+        model, tokenizer = LanguageModel(options.model).load()
+        adapter = ModelAdapter(model)
+        tokenized = _tokenize(file, facts, tokenizer)
+        tracer = Tracer(adapter, tokenizer, tokenized, settings, options.precision == "fastest")
+        folder = TraceFolder(out)
+        earlier = folder.open(
+            as_settings(
+                settings,
+                model=options.model,
+                weights=weights_hash(adapter.model),
+                data=hashlib.sha256(file.read_bytes()).hexdigest()[:16],
+                products="bfloat16" if tracer.rounds else str(adapter.dtype).removeprefix("torch."),
+            )
+        )
+        finished = {trace.id: trace for trace in earlier}
+        chosen = _choose(adapter, tokenizer, tokenized, options.limit)
+        traces = _trace(tracer, chosen, finished, folder, options.workers or workers_for(adapter))
+        averages = average_effects(traces)
+        files = folder.write_tables(traces, averages)
+        title = f"{options.model}, {len(traces)} facts, {options.samples} samples, noise of {options.noise:g} sd"
+        _draw(folder, traces, averages, settings.window, title, not options.no_fact_figures)
+    _report(traces, averages, out, files)
+
+
+def _tokenize(file: Path, facts: Sequence[KnownFact], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedFact]:
+    from lit_edit.data.request import DataError
+    from lit_edit.studies.tracing import tokenize_fact
+    from lit_edit.text.tokens import check_tokenizer
+
+    check_tokenizer(tokenizer)
+    made = []
+    for fact in facts:
+        try:
+            made.append(tokenize_fact(tokenizer, fact))
+        except DataError as error:
+            raise DataError(f"{file}: fact {fact.id}: {error}") from None
+    return made
+
+
+def _choose(
+    adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, facts: Sequence[TokenizedFact], limit: int
+) -> list[TokenizedFact]:
+    """Return the first facts that the model knows."""
+    from tqdm import tqdm
+
+    from lit_edit.errors import ArgumentError
+    from lit_edit.studies.tracing.prompts import known_facts
+
+    with tqdm(total=len(facts), desc="which facts are known", unit="fact", leave=False) as bar:
+
+        def show(tried: int) -> None:
+            bar.update(tried - bar.n)
+
+        chosen = list(islice(known_facts(adapter, tokenizer, facts, progress=show), limit))
+    if not chosen:
+        raise ArgumentError(
+            f"the model knows none of the {len(facts)} facts (its first choice is never the attribute's first token): "
+            "there is nothing to trace; use other facts (--data) or another --model"
+        )
+    if len(chosen) < limit:
+        sys.stderr.write(f"the model knows {len(chosen)} of the {len(facts)} facts; --limit {limit} asked for more\n")
+    return chosen
+
+
+def _trace(
+    tracer: Tracer, chosen: Sequence[TokenizedFact], finished: dict[str, FactTrace], folder: TraceFolder, workers: int
+) -> list[FactTrace]:
+    from tqdm import tqdm
+
+    done = sum(fact.fact.id in finished for fact in chosen)
+    with tqdm(total=len(chosen), initial=done, desc="tracing", unit="fact") as bar:
+
+        def keep(trace: FactTrace) -> None:
+            folder.append(trace.as_dict())
+            bar.update()
+
+        return list(tracer.trace_all(chosen, finished, keep, workers))
+
+
+def _draw(
+    folder: TraceFolder,
+    traces: Sequence[FactTrace],
+    averages: Sequence[AverageEffect],
+    window: int,
+    title: str,
+    each: bool,
+) -> None:
+    from tqdm import tqdm
+
+    from lit_edit.files.paths import write_atomically
+    from lit_edit.studies.tracing.figures import draw_averages, draw_fact
+
+    figure = draw_averages(averages, window, title)
+    write_atomically(folder.path / "average.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    for number, trace in enumerate(tqdm(traces, desc="figures", unit="fact", leave=False, disable=not each)):
+        name = re.sub(r"[^\w-]+", "-", trace.prompt).strip("-")[:60]
+        path = folder.path / "facts" / f"{number:03d}-{name}.png"
+        if each and not path.exists():
+            of_fact = draw_fact(trace, window)
+            write_atomically(path, partial(of_fact.savefig, format="png", dpi=100))
+
+
+def _report(traces: Sequence[FactTrace], averages: Sequence[AverageEffect], out: Path, files: Sequence[str]) -> None:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from lit_edit.console.tables import print_whole
+    from lit_edit.studies.tracing.prompts import ROLES
+    from lit_edit.studies.tracing.summary import total_effect
+
+    effect, error = total_effect(traces)
+    sys.stdout.write(f"{len(traces)} facts; average total effect {_with_error(effect, error)}\n")
+    table = Table(title="Highest average indirect effect (at layer)", title_justify="left", box=SIMPLE)
+    kinds = list(traces[0].restored)
+    for heading in ("token", *kinds):
+        table.add_column(heading, no_wrap=True)
+    for role in ROLES:
+        cells = []
+        for kind in kinds:
+            found = [a for a in averages if (a.kind, a.role) == (kind, role)]
+            best = max(found, key=lambda a: a.effect, default=None)
+            cells.append("" if best is None else f"{_with_error(best.effect, best.error)} ({best.layer})")
+        table.add_row(role, *cells)
+    print_whole(table)
+    facts = ", facts/" if (out / "facts").is_dir() else ""
+    sys.stdout.write(f"Everything is in {out}/ (facts.jsonl, {', '.join(files)}, average.png{facts})\n")
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:.3f}" if math.isnan(error) else f"{value:.3f} ± {error:.3f}"

@@ -1,0 +1,114 @@
+"""The parser of ``lit-edit fit`` alone: many command lines are checked, and nothing is run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+import yaml
+from lightning.pytorch.cli import LightningCLI
+
+from lit_edit.cli.fit import TRAINER_DEFAULTS, EditCLI
+from lit_edit.console.configs import expand_arguments, explain
+from lit_edit.data.datamodule import EditDataModule
+from lit_edit.errors import ArgumentError, UserError
+from lit_edit.stream.edit_stream import EditStream
+
+_OF_ONE_RUN = (
+    "config", "run_name", "runs_dir", "resume", "overwrite", "ckpt_path", "weights_only",
+    "trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir",
+)  # fmt: skip
+
+
+class FitParser(EditCLI):
+    """Parses command lines of ``lit-edit fit`` as that command does; building it takes longer than using it."""
+
+    def __init__(self) -> None:
+        os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about Lightning's calls
+        argv, sys.argv = sys.argv, [sys.argv[0]]  # LightningCLI warns when both carry arguments
+        try:
+            super().__init__(
+                EditStream,
+                EditDataModule,
+                args=["fit"],
+                parser_kwargs={"parser_mode": "omegaconf", "exit_on_error": False, "fit": {"exit_on_error": False}},
+                trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                save_config_callback=None,
+                load_from_checkpoint_support=False,
+            )
+        finally:
+            sys.argv = argv
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return what is parsed for: ``fit`` alone."""
+        return {"fit": LightningCLI.subcommands()["fit"]}
+
+    def parse(self, args: list[str]) -> dict[str, Any]:
+        """Return all settings that arguments of ``lit-edit fit`` lead to.
+
+        Raises:
+            ArgumentError: If the command would refuse them.
+        """
+        argv, sys.argv = sys.argv, [sys.argv[0]]
+        try:
+            self.parse_arguments(self.parser, ["fit", *expand_arguments(args)])
+        except argparse.ArgumentTypeError as error:
+            raise ArgumentError(explain(str(error))) from None
+        finally:
+            sys.argv = argv
+        text = self._parser("fit").dump(self.config["fit"], skip_none=False)
+        settings = yaml.safe_load(text)
+        assert isinstance(settings, dict)  # noqa: S101 - for the type checker
+        return settings
+
+    def make(self) -> Any:
+        """Make the stream, the data module, the callbacks and the loggers of what was parsed last; no Trainer.
+
+        Raises:
+            ArgumentError: If a constructor refuses its values.
+        """
+        try:
+            return self.parser.instantiate_classes(self.config)["fit"]
+        except UserError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise ArgumentError(explain(str(error))) from error
+
+    def before_instantiate_classes(self) -> None:
+        """Touch no run folder."""
+
+    def instantiate_classes(self) -> None:
+        """Make nothing unasked."""
+
+    def _set_seed(self) -> None:
+        """Leave the global random state alone."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+def changes(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ and change what comes of a run, by name.
+
+    Example:
+        >>> changes({"data": {"limit": 1}, "run_name": "a"}, {"data": {"limit": 2}, "run_name": "b"})
+        {'data.limit': (1, 2)}
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    _collect(before, after, "", found)
+    return found
+
+
+def _collect(before: Any, after: Any, name: str, found: dict[str, tuple[Any, Any]]) -> None:
+    if name in _OF_ONE_RUN or before == after:
+        return
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in dict.fromkeys([*before, *after]):
+            _collect(before.get(key), after.get(key), f"{name}.{key}" if name else str(key), found)
+    else:
+        found[name] = before, after

@@ -1,0 +1,1 @@
+"""Ranks, where algebra is done, and the memory of the host."""

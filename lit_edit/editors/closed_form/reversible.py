@@ -1,0 +1,165 @@
+"""Taking edits out of closed-form solvers and putting them back, from the facts on record."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from lit_edit.data.request import EditRequest
+from lit_edit.devices.algebra import algebra_device
+from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
+from lit_edit.editors.closed_form.facts import Facts, join_facts
+from lit_edit.editors.closed_form.key_index import KeyIndex
+from lit_edit.editors.closed_form.key_rows import KeyRows
+from lit_edit.editors.closed_form.located import asked
+from lit_edit.editors.closed_form.trial import Group, Trial, by_block
+from lit_edit.editors.closed_form.walk import as_columns
+from lit_edit.ledger.edit_ledger import Change, EditLedger, LedgerEntry, RecordedFacts
+from lit_edit.models.adapter import ModelAdapter
+from lit_edit.solvers.shared import Solver
+from lit_edit.targets.optimize import Target
+
+
+class ReversibleEditor(Editor):
+    """An editor whose edits are facts in least-squares solvers.
+
+    Attributes:
+        ledger: Where its edits are.
+        solvers: By layer.
+        known: Finds edits by their keys.
+        on_original: Targets and keys are those of the original weights.
+    """
+
+    ledger: EditLedger
+    solvers: dict[int, Solver]
+    known: KeyIndex | None
+    on_original: bool
+
+    @abstractmethod
+    def _model(self, trial: Trial, edited: bool) -> ModelAdapter:
+        """Return the model that targets and keys are measured on."""
+
+    @abstractmethod
+    def _optimise(self, requests: Sequence[EditRequest], adapter: ModelAdapter, status: Status) -> list[Target]:
+        """Fit targets."""
+
+    @abstractmethod
+    def _make_key_rows(self, requests: Sequence[EditRequest]) -> KeyRows:
+        """Return the prompts of some edits at the input of the first edited layer."""
+
+    @abstractmethod
+    def _find(
+        self,
+        rows: KeyRows,
+        names: Sequence[str],
+        targets: Tensor,
+        shifts: Tensor,
+        model: ModelAdapter,
+        trial: Trial,
+        watch: Stopwatch,
+    ) -> Facts:
+        """Find keys and residuals of some edits and add them to the trial."""
+
+    @abstractmethod
+    def _proposal(
+        self,
+        trial: Trial,
+        change: Change,
+        facts: Facts | None,
+        entries: tuple[LedgerEntry, ...] = (),
+        requests: tuple[EditRequest, ...] = (),
+        seconds: Mapping[str, float] | None = None,
+    ) -> Proposal:
+        """Return what a trial has come to as a proposal."""
+
+    def replay(self, change: Change, entries: Sequence[LedgerEntry], old: Sequence[RecordedFacts]) -> Proposal:
+        """Do again what is on record; see :meth:`Editor.replay`."""
+        trial, groups = Trial(self.solvers), self._read(old)
+        if change.restored:
+            trial.restore(groups)
+            facts: Facts | None = join_facts([group.meant for group in groups])
+        else:
+            trial.remove(groups)
+            facts = None
+        if change.tensors:
+            facts = Facts.from_tensors(change.tensors, algebra_device(self.ledger.adapter.device))
+            trial.add_blocks(facts)
+        return self._proposal(trial, change, facts, tuple(entries))
+
+    def retract(self, facts: Sequence[RecordedFacts], reason: str = "", exact: bool = False) -> Proposal:
+        """Work out the updates without some edits; see :meth:`Editor.retract`."""
+        numbers = tuple(sorted(number for recorded in facts for number in recorded.numbers))
+        later = self._touched(numbers) if exact and not self.exact_undo else []
+        trial = Trial(self.solvers)
+        trial.remove(self._read(self.ledger.facts_of([*numbers, *later])))
+        if not later:
+            return self._proposal(trial, Change("undo", removed=numbers, reason=reason), None)
+        blocks = by_block(self.ledger.facts_of(later))
+        joined = join_facts([self._make_again(block, trial) for block in blocks])
+        order = tuple(number for block in blocks for number in block.numbers)
+        change = Change("undo", removed=numbers, rewritten=order, tensors=joined.as_tensors(), reason=reason)
+        return self._proposal(trial, change, joined)
+
+    def _touched(self, numbers: Sequence[int]) -> list[int]:
+        """Return the edits that hold and bear some others in them: the later ones, and those of the same blocks."""
+        undone = self.ledger.history.undone
+        near = {n for number in numbers for n in self.ledger.history.beside(number) if n not in undone}
+        blocks = by_block(self.ledger.facts_of(sorted(near)))
+        mates = {n for block in blocks if set(block.numbers) & set(numbers) for n in block.numbers}
+        held = [entry.number for entry in self.ledger.entries if entry.number not in numbers]
+        return [number for number in held if number > min(numbers) or number in mates]
+
+    def _make_again(self, block: RecordedFacts, trial: Trial) -> Facts:
+        """Find keys and residuals of some edits anew, on what a trial has come to, and add them to it."""
+        requests = [EditRequest.from_dict(self.ledger.history.entry(n).request) for n in block.numbers]
+        model = self._model(trial, edited=True)
+        before = Group.of(block, self.ledger.adapter.device).meant
+        targets, shifts = before.targets, before.shifts
+        if not self.on_original:
+            fitted = self._optimise(requests, model, silent)
+            targets, shifts = as_columns([t.value for t in fitted]), as_columns([t.delta for t in fitted])
+        with self.ledger.adapter.fast_products():
+            rows = self._make_key_rows(requests)
+            return self._find(rows, [asked(r) for r in requests], targets, shifts, model, trial, Stopwatch())
+
+    def reinstate(self, facts: Sequence[RecordedFacts]) -> Proposal:
+        """Work out the updates with some edits put back; see :meth:`Editor.reinstate`."""
+        numbers = tuple(number for block in by_block(facts) for number in block.numbers)
+        return self.replay(Change("redo", restored=numbers), (), facts)
+
+    def deviation(self, proposal: Proposal, sample: int = 4) -> float:
+        """Estimate how far a retraction is from a stream without the edits; see :meth:`Editor.deviation`.
+
+        Keys and residuals of some later edits, those next in line and those with the nearest keys, are found anew
+        without the retracted ones: by how much they move, relative to their lengths, at most.
+        """
+        removed = proposal.change.removed
+        later = [] if self.exact_undo else self._touched(removed)
+        if not later or self.known is None:
+            return 0.0
+        first = self.ledger.layers[0]
+        near: list[int] = []
+        for group in self._read(self.ledger.facts_of(removed)):
+            keys = group.meant.keys[first]
+            near += [n for c in range(keys.shape[1]) for n, _ in self.known.nearest(keys[:, c], 64) if n in later]
+        chosen = dict.fromkeys([*near[:sample], *later[:sample]])
+        moved = 0.0
+        for block in by_block(self.ledger.facts_of(list(chosen))):
+            found = []
+            for out in ((), removed):
+                trial = Trial(self.solvers)
+                trial.remove(self._read(self.ledger.facts_of([*out, *block.numbers])))
+                found.append(self._make_again(block, trial))
+            moved = max(moved, _distance(*found))
+        return moved
+
+    def _read(self, recorded: Sequence[RecordedFacts]) -> list[Group]:
+        return [Group.of(block, self.ledger.adapter.device) for block in by_block(recorded)]
+
+
+def _distance(one: Facts, other: Facts) -> float:
+    """Return by how much keys or residuals differ, relative to their lengths, at most."""
+    pairs = [(a[n], b[n]) for a, b in ((one.keys, other.keys), (one.residuals, other.residuals)) for n in a]
+    return max(float(((b - a).norm(dim=0) / a.norm(dim=0).clamp(min=1e-300)).max()) for a, b in pairs)

@@ -1,0 +1,200 @@
+r"""MEND (Mitchell et al., arXiv 2110.11309): one backward pass, and a trained network that makes an edit of it.
+
+The gradient of the target's cross entropy, on the current weights, is taken apart into the factors of each token; the
+network (:mod:`lit_edit.editors.gradient.mend_network`) maps them to those of a better update, which is added. Nothing
+is fitted per edit: what an edit costs is one pass forward and backward (and one to measure it).
+
+The network has to be trained first, for one model, on edits that are not those of the stream
+(:mod:`lit_edit.training.mend`)::
+
+    lit-edit fit --config train/mend --data.path counterfact.json --run_name mend
+
+By nature it holds for few edits in a row: it is trained on single edits of the original weights, and each edit here
+begins where the earlier ones have left the model. The paper edits several at once by the gradient of their joint loss;
+here each edit of a step has a loss of its own and the increments are summed, so that they can be told apart and taken
+out one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lit_edit.data.request import EditRequest
+from lit_edit.devices.algebra import for_algebra
+from lit_edit.editors.base import EditorInfo, Proposal, Status, Stopwatch, silent
+from lit_edit.editors.gradient.mend_network import HOW_TO_TRAIN, MENDNetwork
+from lit_edit.editors.increments import Deltas, IncrementEditor, plus
+from lit_edit.editors.lessons import LessonLoss, target_lesson
+from lit_edit.editors.token_gradients import collect_gradients
+from lit_edit.editors.transforms.base import UpdateTransform
+from lit_edit.errors import ArgumentError
+from lit_edit.ledger.edit_ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
+from lit_edit.text.tokens import continuation, pad_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_edit.models.adapter import ModelAdapter
+    from lit_edit.stats.second_moment import KeyStatistics
+
+
+class MEND(IncrementEditor):
+    """Edits by a hyper-network on gradients, trained beforehand; see :mod:`lit_edit.editors.gradient.mend`.
+
+    The layers are those that the network was trained for. It holds for few edits in a row: it was trained on single
+    ones.
+
+    Args:
+        network: The run folder of ``lit-edit fit --config train/mend``, or the ``network.safetensors`` in it.
+        same_weights: Refuse a network that was trained on other weights than the model's original ones. Without, only
+            its kind and size are looked at, for a model that has been fine-tuned or edited since.
+        transforms: Applied to what is written. The next step goes on from what is written.
+
+    Raises:
+        ArgumentError: If no network is given; says how to train one.
+    """
+
+    about: ClassVar[EditorInfo] = EditorInfo(
+        title="MEND",
+        paper="Fast Model Editing at Scale, arXiv 2110.11309",
+        kind="hyper-network",
+        cost="two forward passes and one backward, after a training of minutes to hours for the model",
+        state="the weights; on record the tokens' factors, d_in + d_out numbers per token and layer",
+        batch=True,
+        undo="approximate",
+        lora=True,
+        devices=False,
+        lacks="long streams: trained on single edits, it holds for few in a row; a network for each model",
+    )
+    separable = True
+
+    def __init__(
+        self, network: str | None = None, same_weights: bool = True, transforms: Sequence[UpdateTransform] = ()
+    ) -> None:
+        super().__init__(transforms)
+        if not network:
+            raise ArgumentError(
+                "MEND needs a trained network (model.editor.init_args.network, a run folder). "
+                f"Train one for the model with: {HOW_TO_TRAIN}"
+            )
+        self.path, self.same_weights = Path(network).expanduser(), same_weights
+
+    # ---- before the stream -------------------------------------------------------------------------------------------
+
+    def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
+        """Return the layers that the network was trained for.
+
+        Raises:
+            ArgumentError: If there is no network at the path, or one for another kind or size of model.
+        """
+        self.network = MENDNetwork.load(self.path)
+        self.network.origin.check_shapes(adapter)
+        return self.network.layers
+
+    def prepare(
+        self,
+        ledger: EditLedger,
+        tokenizer: PreTrainedTokenizerBase,
+        statistics: KeyStatistics | Mapping[int, Tensor],
+        status: Status = silent,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Take the ledger, and compare the model with the network's.
+
+        Raises:
+            ArgumentError: If the network was trained on other weights.
+        """
+        super().prepare(ledger, tokenizer, statistics, status, progress)
+        if self.same_weights:
+            self.network.origin.check_weights({layer: ledger.base[name] for layer, name in ledger.names.items()})
+        self.network.to(ledger.adapter.device)
+
+    def settings(self) -> dict[str, Any]:
+        """Return all settings that a result depends on."""
+        return {**super().settings(), "network": self.network.digest}
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def propose(
+        self,
+        requests: Sequence[EditRequest],
+        window: Sequence[EditRequest] = (),
+        status: Status = silent,
+        replaced: Sequence[RecordedFacts] = (),
+    ) -> Proposal:
+        """Work out the updates for some requests; see :meth:`Editor.propose`."""
+        watch, adapter = Stopwatch(), self.ledger.adapter
+        sums = self._added(self.sums, replaced, -1)
+        with watch("gradients"):
+            rows = [continuation(self.tokenizer, request.text, request.target_new) for request in requests]
+            model = self._model(sums) if replaced else adapter
+            found = collect_gradients(model, rows, self.ledger.layers, pad_token(self.tokenizer), everywhere=True)
+        record = {"owner": found.owner}
+        with watch("network"), torch.no_grad():
+            self.network.to(adapter.device)
+            for layer in self.ledger.layers:
+                place = adapter.device
+                factors = self.network(layer, found.inputs[layer].to(place), found.gradients[layer].to(place))
+                record[f"inputs.{layer}"], record[f"values.{layer}"] = map(adapter.ranks.same, factors)
+        increments = self.increments(record)
+        sums = plus(sums, increments, 1)
+        with watch("measuring"), torch.no_grad(), adapter.fast_products():
+            lessons = [[target_lesson(*row)] for row in rows]
+            after = LessonLoss(self._model(sums), lessons, self.ledger.layers[0], pad_token(self.tokenizer))({})
+        facts = [
+            {
+                "target_probability_before": math.exp(-before),
+                "target_probability": math.exp(-loss),
+                "target_loss": loss,
+                "increment_norm": size,
+            }
+            for before, loss, size in zip(
+                found.losses.tolist(), after.tolist(), self._sizes(record, len(requests)), strict=True
+            )
+        ]
+        entries = tuple(
+            LedgerEntry(r.id, r.subject, r.text, r.target_new, own, r.as_dict())
+            for r, own in zip(requests, facts, strict=True)
+        )
+        numbers = tuple(number for recorded in replaced for number in recorded.numbers)
+        change = Change(removed=numbers, tensors=record)
+        return self._proposal(sums, change, entries, record, tuple(requests), watch.seconds)
+
+    def _model(self, sums: Deltas) -> ModelAdapter:
+        """Return the model with other sums than its own."""
+        written = self._written(sums)
+        return self.ledger.preview([LayerUpdate(n, self.ledger.names[n], delta) for n, delta in written.items()])
+
+    def _sizes(self, record: Mapping[str, Tensor], edits: int) -> list[float]:
+        """Return the norm of each edit's increment over all layers."""
+        sizes = []
+        for edit in range(edits):
+            own = self._increments(record, [edit])
+            sizes.append(math.sqrt(sum(float(increment.square().sum()) for increment in own.values())))
+        return sizes
+
+    # ---- what a step has added ---------------------------------------------------------------------------------------
+
+    def increments(self, record: Mapping[str, Tensor]) -> Deltas:
+        """Return what a step has added to the updates, from its record."""
+        return self._increments(record, range(int(record["owner"].max()) + 1))
+
+    def share(self, recorded: RecordedFacts) -> Deltas:
+        """Return what some edits of a step have added."""
+        return self._increments(recorded.tensors, recorded.columns)
+
+    def _increments(self, record: Mapping[str, Tensor], edits: Sequence[int]) -> Deltas:
+        owner = record["owner"]
+        chosen = torch.isin(owner, torch.tensor(list(edits)).to(owner)).nonzero()[:, 0]
+        increments = {}
+        for layer in self.ledger.layers:
+            inputs, values = (for_algebra(self._here(record[f"{part}.{layer}"])) for part in ("inputs", "values"))
+            own = chosen.to(inputs.device)
+            increments[layer] = values[own].T @ inputs[own]
+        return increments

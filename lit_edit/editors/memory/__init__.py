@@ -1,0 +1,1 @@
+"""Editors that keep their edits beside the weights, and what they share."""

@@ -1,0 +1,225 @@
+"""The engine of the editors that keep their edits beside the weights: they write no layer.
+
+What an edit leaves is on record; the memory (:mod:`lit_edit.models.memory`) is made of what is on record of the edits
+that hold, in their order. So a journal is taken up without learning anything anew, and a checkpoint holds all that the
+memory is made of. An edit that is taken out leaves no trace, unless a later one was learnt on top of it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_edit.data.request import EditRequest
+from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
+from lit_edit.errors import ArgumentError
+from lit_edit.ledger.edit_ledger import Change, EditLedger, LedgerEntry, RecordedFacts
+from lit_edit.models.memory import Memory
+from lit_edit.text.tokens import check_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_edit.models.adapter import ModelAdapter
+    from lit_edit.stats.second_moment import KeyStatistics
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What an edit leaves.
+
+    Attributes:
+        tensors: By name, of the same shapes for every edit of a step.
+        facts: Numbers for the ledger.
+    """
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An edit that holds.
+
+    Attributes:
+        entry: What the ledger says of it.
+        tensors: What it has left.
+    """
+
+    entry: LedgerEntry
+    tensors: Mapping[str, Tensor]
+
+
+class MemoryEditor(Editor):
+    """Keep edits in a memory that the model computes with.
+
+    Several processes each do all of the work, with the same result.
+
+    Attributes:
+        kept: The edits that hold, by number, in order.
+    """
+
+    kept: dict[int, Kept]
+
+    # ---- what a method says ------------------------------------------------------------------------------------------
+
+    def set_up(self, status: Status) -> None:
+        """Load what is needed once, beside the model and the tokenizer (``self.ledger``, ``self.tokenizer``)."""
+
+    @abstractmethod
+    def learn(self, requests: Sequence[EditRequest], kept: Sequence[Kept], status: Status) -> list[Learnt]:
+        """Return what each of some edits leaves; nothing is changed.
+
+        Where that depends on the edits that hold, taking one out is not exact: override :attr:`exact_undo` and refuse
+        it in :meth:`retract`.
+
+        Args:
+            requests: The edits of a step; the first has the number ``self.ledger.made + 1``.
+            kept: The edits that hold, in order, without those that are replaced in the step.
+            status: Receives a line about what is going on.
+
+        Raises:
+            FloatingPointError: If one cannot be learnt.
+        """
+
+    @abstractmethod
+    def memory_of(self, kept: Sequence[Kept]) -> Memory:
+        """Return what some edits, in order, make of the model; must not fail."""
+
+    # ---- the stream --------------------------------------------------------------------------------------------------
+
+    @property
+    def exact_undo(self) -> bool:
+        """Whether an edit that is taken out leaves what a stream without it would have made."""
+        return True
+
+    def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
+        """Return no layers: none is written."""
+        return ()
+
+    def prepare(
+        self,
+        ledger: EditLedger,
+        tokenizer: PreTrainedTokenizerBase,
+        statistics: KeyStatistics | Mapping[int, Tensor],
+        status: Status = silent,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Put the memory, empty, beside the ledger's model; no statistics are needed."""
+        check_tokenizer(tokenizer)
+        self.check_whole(ledger.adapter)
+        self.ledger, self.tokenizer = ledger, tokenizer
+        self.set_up(status)
+        self._hold({})
+
+    def propose(
+        self,
+        requests: Sequence[EditRequest],
+        window: Sequence[EditRequest] = (),
+        status: Status = silent,
+        replaced: Sequence[RecordedFacts] = (),
+    ) -> Proposal:
+        """Learn some edits; see :meth:`Editor.propose`."""
+        watch = Stopwatch()
+        with watch("targets"):
+            gone = _numbers(replaced)
+            learnt = self.learn(requests, [kept for n, kept in self.kept.items() if n not in gone], status)
+        same = self.ledger.adapter.ranks.same
+        stacked = {name: torch.stack([one.tensors[name] for one in learnt], -1) for name in learnt[0].tensors}
+        tensors = {name: same(tensor).cpu() for name, tensor in stacked.items()}
+        entries = tuple(
+            LedgerEntry(r.id, r.subject, r.text, r.target_new, dict(one.facts), r.as_dict())
+            for r, one in zip(requests, learnt, strict=True)
+        )
+        change = Change(removed=gone, tensors=tensors)
+        return Proposal(tuple(requests), (), entries, _columns(tensors, len(entries)), watch.seconds, change)
+
+    def accept(self, proposal: Proposal) -> None:
+        """Take edits in or out, and make the memory of those that hold."""
+        self._hold(self._kept_after(proposal))
+
+    def memory_after(self, proposal: Proposal) -> Memory:
+        """Return the memory as a proposal would make it."""
+        return self.memory_of(list(self._kept_after(proposal).values()))
+
+    def _kept_after(self, proposal: Proposal) -> dict[int, Kept]:
+        entries = proposal.entries or [self.ledger.history.entry(number) for number in proposal.change.restored]
+        added: list[dict[str, Tensor]] = proposal.pending
+        fresh = self.ledger.made + 1  # of entries that have no number yet: they are not committed
+        numbers = [entry.number or fresh + i for i, entry in enumerate(entries)]
+        new = {
+            number: Kept(replace(entry, number=number), tensors)
+            for number, entry, tensors in zip(numbers, entries, added, strict=True)
+        }
+        gone = set(proposal.change.removed)
+        return dict(sorted((n, kept) for n, kept in {**self.kept, **new}.items() if n not in gone))
+
+    def _hold(self, kept: dict[int, Kept]) -> None:
+        self.kept = kept
+        self.ledger.adapter.memory = self.memory_of(list(kept.values()))
+
+    def replay(self, change: Change, entries: Sequence[LedgerEntry], old: Sequence[RecordedFacts]) -> Proposal | None:
+        """Do again what is on record; see :meth:`Editor.replay`."""
+        if entries:
+            return Proposal((), (), tuple(entries), _columns(change.tensors, len(entries)), {}, change)
+        by_number = _by_number(old)
+        return Proposal((), (), (), [by_number[number] for number in change.restored], {}, change)
+
+    def retract(self, facts: Sequence[RecordedFacts], reason: str = "", exact: bool = False) -> Proposal:
+        """Leave some edits out of the memory; see :meth:`Editor.retract`."""
+        return Proposal((), (), (), [], {}, Change("undo", removed=_numbers(facts), reason=reason))
+
+    def reinstate(self, facts: Sequence[RecordedFacts]) -> Proposal:
+        """Take some edits into the memory again; see :meth:`Editor.reinstate`."""
+        by_number = dict(sorted(_by_number(facts).items()))
+        return Proposal((), (), (), list(by_number.values()), {}, Change("redo", restored=tuple(by_number)))
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def recall(self) -> None:
+        """Make the memory of the edits that hold in the ledger, from its journal."""
+        live = [entry.number for entry in self.ledger.entries]
+        found = _by_number(self.ledger.facts_of(live))
+        self._hold({number: Kept(self.ledger.history.entry(number), found[number]) for number in live})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what each edit that holds has left."""
+        kept = {str(number): dict(kept.tensors) for number, kept in self.kept.items()}
+        return {"editor": type(self).__name__, "kept": kept}
+
+    def check_state(self, state: Mapping[str, Any], layers: Sequence[int]) -> None:
+        """Raise :class:`ArgumentError` if a saved state is of another method."""
+        if state.get("editor") != type(self).__name__:
+            raise ArgumentError(
+                f"the checkpoint was made by {state.get('editor', 'another editing method')}, this editor is "
+                f"{type(self).__name__}; use the config that it was made with"
+            )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the memory on a prepared editor whose ledger has its history already."""
+        self.check_state(state, self.ledger.layers)
+        entry = self.ledger.history.entry
+        numbers = sorted(map(int, state["kept"]))
+        self._hold({number: Kept(entry(number), state["kept"][str(number)]) for number in numbers})
+
+
+def _columns(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """Take what some edits have left, a column each, apart."""
+    return [{name: tensor[..., column].clone() for name, tensor in tensors.items()} for column in range(count)]
+
+
+def _by_number(facts: Sequence[RecordedFacts]) -> dict[int, dict[str, Tensor]]:
+    return {
+        number: {name: tensor[..., column].clone() for name, tensor in recorded.tensors.items()}
+        for recorded in facts
+        for number, column in zip(recorded.numbers, recorded.columns, strict=True)
+    }
+
+
+def _numbers(facts: Sequence[RecordedFacts]) -> tuple[int, ...]:
+    return tuple(sorted(number for recorded in facts for number in recorded.numbers))

@@ -1,0 +1,1 @@
+"""Taking edits away: a model, a delta, a LoRA adapter."""

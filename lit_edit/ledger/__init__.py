@@ -1,0 +1,1 @@
+"""The only writer of weights, its journal, and the history that the journal tells."""

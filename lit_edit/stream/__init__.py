@@ -1,0 +1,1 @@
+"""The LightningModule, and what makes one transaction of an edit."""

@@ -1,0 +1,1 @@
+"""Does it matter in how large steps edits are made?"""

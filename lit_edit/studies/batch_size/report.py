@@ -1,0 +1,130 @@
+"""The table and figure of ``study batch-size``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_edit.files.paths import write_atomically
+from lit_edit.studies.batch_size.run import ALL, BATCH, EDITOR
+from lit_edit.sweeps.comparison import COLOURS, LOGARITHMIC, MARKERS
+from lit_edit.sweeps.gathering import COSTS, METRICS, as_csv, as_markdown, as_number, row_of
+from lit_edit.sweeps.grids import Grid
+from lit_edit.sweeps.points import LOG, last_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHOWN = (EDITOR, "batch", "state", "edits", *METRICS, "score", *COSTS)
+PANELS = {
+    "efficacy success": "Efficacy success",
+    "efficacy accuracy": "Efficacy accuracy",
+    "generalization success": "Generalization success",
+    "locality success": "Locality success",
+    "score": "Score (harmonic mean of the successes)",
+    "perplexity change": "Perplexity (unedited: 1)",
+    "largest growth of mean |W|": "Growth of mean |W| (unedited: 1)",
+    "seconds per edit": "Seconds per edit",
+}
+"""By column of the table: the heading of its panel."""
+SHARES = tuple(PANELS)[:5]
+_CHANGES = ("perplexity change", "largest growth of mean |W|")
+
+Row = dict[str, Any]
+
+
+def write_report(grid: Grid, folder: Path) -> str:
+    """Write ``batch_size.md``, ``.csv`` and ``.png`` of the study.
+
+    Args:
+        grid: Its runs.
+        folder: Their folder.
+
+    Returns:
+        The table as Markdown.
+    """
+    rows = [_row(point, folder / point.name) for point in grid.points]
+    text = f"# {grid.name}\n\n{as_markdown([{name: as_number(name, row[name]) for name in SHOWN} for row in rows])}"
+    if failures := [f"- {row[EDITOR]}, {row['batch']}: {row['error']}\n" for row in rows if row["error"]]:
+        text += f"\nFailed:\n\n{''.join(failures)}"
+    figure = draw_batches(rows)
+    write_atomically(folder / "batch_size.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(folder / "batch_size.csv", lambda path: path.write_text(as_csv(rows), encoding="utf-8"))
+    write_atomically(folder / "batch_size.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    return text
+
+
+def _row(point: Any, run: Path) -> Row:
+    row = row_of(point, run)
+    batch = row.pop(BATCH)
+    row = {EDITOR: row.pop(EDITOR), "batch": batch, **row, "score": None, "error": None}
+    if row["edits"] is not None:
+        row["score"] = json.loads((run / "summary.json").read_text(encoding="utf-8"))["final"].get("score")
+    if row["state"].startswith("failed"):
+        row["error"] = last_line(run / LOG) if (run / LOG).is_file() else row["state"]
+    return row
+
+
+def lines_of(rows: Sequence[Mapping[str, Any]], column: str) -> dict[str, list[tuple[int, float]]]:
+    """Return by editor the points of a panel: edits in a step, and the value; changes are relative to 1.
+
+    Example:
+        >>> rows = [{"editor": "d4s", "batch": b, "edits": 64, "score": s} for b, s in (("all", 0.5), ("4", 0.25))]
+        >>> lines_of(rows, "score")
+        {'d4s': [(4, 0.25), (64, 0.5)]}
+    """
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        line = lines.setdefault(row[EDITOR], [])
+        if row["edits"] is None or row[column] is None:
+            continue
+        size = row["edits"] if row["batch"] == ALL else int(row["batch"])
+        line.append((size, row[column] + (column in _CHANGES)))
+    return {editor: sorted(line) for editor, line in lines.items()}
+
+
+def draw_batches(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw a panel per quantity with a line per editor over the edits in a step; the largest step holds them all."""
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
+
+    figure = Figure(figsize=(16, 7.6), layout="constrained")
+    for place, (column, heading) in enumerate(PANELS.items(), 1):
+        axis = figure.add_subplot(2, 4, place, gid=column)
+        axis.set_title(heading, loc="left", fontsize=11)
+        axis.grid(alpha=0.25, linewidth=0.7)
+        axis.spines[["top", "right"]].set_visible(False)
+        if place > 4:
+            axis.set_xlabel("edits in a step")
+        _draw_panel(axis, lines_of(rows, column), is_share=column in SHARES)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def _draw_panel(axis: Axes, lines: Mapping[str, Sequence[tuple[int, float]]], is_share: bool) -> None:
+    for number, (editor, line) in enumerate(lines.items()):
+        seen = [(size, value) for size, value in line if math.isfinite(value)]
+        look: Any = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        # The first lie below and are broader: what coincides stays visible.
+        share = number / max(1, len(lines) - 1)
+        look |= {"markersize": 11 - 5 * share, "linewidth": 4.5 - 3 * share, "markeredgecolor": "white"}
+        axis.plot(*zip(*seen, strict=True) if seen else ((), ()), label=editor, gid=editor, **look)
+    sizes = sorted({size for line in lines.values() for size, _ in line})
+    values = [value for line in lines.values() for _, value in line if math.isfinite(value)]
+    if not values:
+        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="0.5")
+        return
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.minorticks_off()
+    if is_share:  # differences of some hundredths are no mountains
+        low, high = min(values), max(values)
+        room = max(0.01, (0.2 - (high - low)) / 2)
+        axis.set_ylim(max(-0.02, low - room), min(1.02, high + room))
+    elif 0 < min(values) * LOGARITHMIC < max(values):
+        axis.set_yscale("log")

@@ -1,0 +1,160 @@
+"""``study batch-size``: the same edits in larger and larger steps (arXiv 2405.00664, 2403.14236)."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.configs import find_config
+from lit_edit.errors import ArgumentError
+from lit_edit.sweeps.grids import Choice, Grid, Point, read_grid, with_changes
+
+EDITOR, BATCH = "editor", "data.batch_size"
+AXES = [EDITOR, BATCH]
+ALL = "all"
+"""Label of the step that holds every edit."""
+
+
+def run_batch_size(args: list[str]) -> int:
+    """Run the study; return the exit status: 0 all well, 1 a run has failed, 128 and more for a signal."""
+    options = _options(args)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    grid = _grid(options)
+    folder = Path(options.runs_dir).expanduser().resolve() / "studies" / grid.name
+    whole = grid
+    grid = replace(grid, points=_chosen(grid, options.only))
+    edits = _check_edits(grid, options)
+
+    from lit_edit.studies.batch_size.report import write_report
+    from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
+
+    status = 0
+    if not options.gather:
+        grid = replace(grid, points=with_batches(grid, edits))
+        parsed = parse_points(grid, grid.points)
+        check_begun(folder, grid.points, parsed)
+        if options.dry_run:
+            sys.stdout.write(list_points(grid, grid.points, folder))
+            return 0
+        status = run_points(grid, folder, grid.points, parsed)
+    else:
+        grid = replace(grid, points=[point for point in grid.points if (folder / point.name).is_dir()])
+        if not grid.points:
+            raise ArgumentError(f"nothing of this study is done yet in {folder}; leave --gather out")
+    if not options.gather:  # of --only: beside what other calls have done
+        there = [p for p in with_batches(whole, edits) if p in grid.points or (folder / p.name).is_dir()]
+        grid = replace(grid, points=there)
+    sys.stdout.write(f"\n{write_report(grid, folder)}\n")
+    sys.stdout.write(f"Everything is in {folder}/ (batch_size.md, batch_size.csv, batch_size.png)\n")
+    if status > 128:
+        again = shlex.join(["lit-edit", "study", "batch-size", *args])
+        sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {again}\n")
+    return status
+
+
+def _options(args: list[str]) -> argparse.Namespace:
+    parser = make_parser(
+        "study batch-size",
+        "How many edits to make in a step: the same edits in steps of 1, 4, 16, 64, 256 and all at once, for ROME "
+        "(steps of 1), MEMIT, EMMET, AlphaEdit and D4S, each a 'lit-edit fit' of its own; one table and one figure. "
+        "What is done is not done again; what was cut goes on.",
+    )
+    parser.add_argument("--edits", type=positive, default=None, help="edits of each run; by default the config's, 64")
+    parser.add_argument("--data", type=Path, default=None, metavar="FILE", help="a CounterFact file with as many edits")
+    parser.add_argument("--model", default=None, help="packaged model, folder or hub id; by default the config's")
+    parser.add_argument("--only", nargs="+", default=None, metavar="EDITOR", help="these editors of the config")
+    parser.add_argument("--config", default="studies/batch_size", help="the runs: a YAML file, or one that ships")
+    parser.add_argument("--runs_dir", default="runs", help="everything goes to RUNS_DIR/studies/<name>")
+    parser.add_argument("--name", default=None, help="name of the study in place of the config's")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="list the runs and their commands; run nothing")
+    what.add_argument("--gather", action="store_true", help="write table and figure of what is there; run nothing")
+    options = parser.parse_args(args)
+    if options.data is None and not options.gather:
+        raise ArgumentError("--data is missing: a CounterFact file with as many edits as a run makes")
+    if options.data is not None and not options.data.is_file():
+        raise ArgumentError(f"--data {options.data}: no such file")
+    return options
+
+
+def _grid(options: argparse.Namespace) -> Grid:
+    """Read the runs.
+
+    Raises:
+        ArgumentError: If the file has other axes.
+    """
+    grid = read_grid(Path(find_config(options.config)))
+    if list(grid.axes) != AXES:
+        raise ArgumentError(f"{grid.path}: grid: this study has the axes {', '.join(AXES)}; got {', '.join(grid.axes)}")
+    settings: dict[str, Any] = {} if options.data is None else {"data.path": str(options.data.resolve())}
+    settings |= {} if options.edits is None else {"data.limit": options.edits}
+    settings |= {} if options.model is None else {"model.language_model.name": options.model}
+    return with_changes(grid, "the command line", options.name, settings)
+
+
+def _chosen(grid: Grid, only: Sequence[str] | None) -> list[Point]:
+    """Return the points of some editors."""
+    known = [choice.label for choice in grid.axes[EDITOR]]
+    if unknown := [name for name in only or () if name not in known]:
+        raise ArgumentError(
+            f"--only {unknown[0]}: there is no such editor in {grid.path}; there are {', '.join(known)}"
+        )
+    return [point for point in grid.points if only is None or point.labels[EDITOR] in only]
+
+
+def _check_edits(grid: Grid, options: argparse.Namespace) -> int:
+    """Return how many edits each run makes.
+
+    Raises:
+        ArgumentError: If the file has fewer: the runs would be of another size than their table says.
+    """
+    edits = grid.settings.get("data.limit")
+    if not isinstance(edits, int) or edits < 1:
+        raise ArgumentError(f"{grid.path}: settings: data.limit must say how many edits each run makes, got {edits!r}")
+    if options.data is not None:
+        from lit_edit.data.sources import load_requests
+
+        found = len(load_requests("file", str(options.data), edits, grid.settings.get("data.offset", 0))[0])
+        if found < edits:
+            raise ArgumentError(f"--edits {edits}: {options.data} has only {found}")
+    return edits
+
+
+def with_batches(grid: Grid, edits: int) -> list[Point]:
+    """Return the points that can be and that differ.
+
+    Left out are methods of one edit at a time in larger steps, and numbered steps of as many edits as there are, or
+    more: they are "all".
+
+    Args:
+        grid: The study.
+        edits: Of each run.
+    """
+    from lit_edit.console.catalogue import known_editors
+
+    one_by_one = {editor.name for editor in known_editors() if not editor.about.get("batch", True)}
+    single = {choice.label: _class_of(grid, choice) in one_by_one for choice in grid.axes[EDITOR]}
+    kept = []
+    for point in grid.points:
+        size, is_all = int(point.choices[1].settings[BATCH]), point.labels[BATCH] == ALL
+        if (size == 1) if single[point.labels[EDITOR]] else (is_all or size < edits):
+            kept.append(point)
+    return kept
+
+
+def _class_of(grid: Grid, choice: Choice) -> str:
+    """Return the class of an editor, from the configs."""
+    name = ""
+    for config in (*grid.base, *choice.configs):
+        content = yaml.safe_load(Path(find_config(config)).read_text(encoding="utf-8")) or {}
+        name = ((content.get("model") or {}).get("editor") or {}).get("class_path", name)
+    return str(name).rpartition(".")[2]

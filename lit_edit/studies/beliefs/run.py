@@ -1,0 +1,405 @@
+"""``study beliefs``: edit a small model of a known world, and hold its beliefs against an ideal reader's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.configs import find_config
+from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import write_json
+from lit_edit.runs.results import append_line, read_lines
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_edit.console.fit_parser import FitParser
+    from lit_edit.editors.base import Editor
+    from lit_edit.models import ModelAdapter
+    from lit_edit.studies.beliefs.agent import Agent
+    from lit_edit.studies.beliefs.coherence import Case
+    from lit_edit.studies.beliefs.model import Testbed, Trained
+    from lit_edit.studies.beliefs.world import World
+
+METHODS = ("method/d4s", "method/memit", "method/lora")
+BEFORE, UNEDITED = "before", "unedited"
+"""The rows without an editor: the model against the ideal reader before the edit, and behind it."""
+DEPTH = 30
+"""Layers of the model that the configs that ship are written for."""
+
+
+def run_beliefs(args: list[str]) -> int:
+    """Run the study; return the exit status."""
+    options = _options(args)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    methods = _methods(options.method)
+    folder = Path(options.runs_dir).expanduser().resolve() / "studies" / options.name
+    again = shlex.join(["lit-edit", "study", "beliefs", *args])
+    try:
+        return _run(options, methods, folder)
+    except TimeoutError as error:  # of the training, by --max-minutes
+        sys.stderr.write(f"\nlit-edit: {error}:\n  {again}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {again}\n")
+        return 130
+
+
+def _run(options: argparse.Namespace, methods: Mapping[str, str], folder: Path) -> int:
+    from lit_edit.runs.files import run_lock
+    from lit_edit.studies.beliefs.report import write_report
+
+    if options.gather:
+        settings = _read_settings(folder)
+    else:
+        from lit_edit.studies.beliefs.agent import Agent
+        from lit_edit.studies.beliefs.coherence import draw_cases
+        from lit_edit.studies.beliefs.corpus import write_sentences
+        from lit_edit.studies.beliefs.presets import PRESETS
+
+        _check_methods(methods, PRESETS[options.preset].layers, options.layers)
+        testbed = _testbed(options)
+        agent = Agent.of(testbed.world, write_sentences(testbed.world, testbed.corpus))
+        cases = draw_cases(testbed.world, agent, options.edits, options.probes, options.seed)
+        known = testbed.trained()
+        if known is None:
+            sys.stdout.write(f"training a model of {len(testbed.world.facts)} facts, once ...\n")
+            sys.stdout.flush()
+        trained = known or testbed.train(options.max_minutes, progress=sys.stderr.isatty())
+        _say_trained(trained)
+        if options.train_only:
+            return 0
+        folder.mkdir(parents=True, exist_ok=True)
+        with run_lock(folder, "--name"):
+            settings = _keep_settings(folder, testbed, trained, options)
+            _measure_all(folder / "cases", trained, methods, agent, cases, options.layers)
+    sys.stdout.write(f"\n{write_report(folder, settings)}\n")
+    sys.stdout.write(f"Everything is in {folder}/ (beliefs.md, beliefs.csv, beliefs.json, beliefs.png)\n")
+    return 0
+
+
+def _options(args: list[str]) -> argparse.Namespace:
+    from lit_edit.studies.beliefs.presets import PRESETS
+
+    parser = make_parser(
+        "study beliefs",
+        "How rational a model's beliefs are behind an edit (arXiv 2406.19354): makes a world of facts with known "
+        "probabilities and text about it, trains a small decoder on it (once, then kept), makes each edit on the "
+        "trained model, and compares its beliefs with those of an ideal reader, and with each other. What is done is "
+        "not done again; what was cut goes on.",
+    )
+    add = parser.add_argument
+    add("--edits", type=positive, default=50, help="edits, each on the unedited model")
+    add("--method", nargs="+", default=list(METHODS), help="the editors: YAML files, or names of those that ship")
+    add("--layers", nargs="+", type=int, default=None, help="layers to edit; by default at the config's relative depth")
+    add("--probes", type=positive, default=10, help="other subjects' facts asked behind an edit, of each of two kinds")
+    add("--subjects", type=positive, default=None, help="of the generated world (200), with five facts each")
+    add("--triples", default=None, metavar="FILE", help="make the world of these: subject, relation, object with tabs")
+    add("--facts", type=positive, default=None, help="facts taken of --triples, at most (1000)")
+    add("--preset", choices=tuple(PRESETS), default="base", help="size of the decoder")
+    add("--max-steps", type=positive, default=3000, help="steps of the training, at most")
+    add("--max-minutes", type=float, default=None, help="stop the training after so long; given again, it goes on")
+    add("--seed", type=int, default=0, help="seed of world, text, training, and edits")
+    add("--runs_dir", default="runs", help="everything goes to RUNS_DIR/studies/<name>")
+    add("--name", default="beliefs", help="name of the study")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--train-only", action="store_true", help="train the model, and measure nothing")
+    what.add_argument("--gather", action="store_true", help="write table and figure of what is there; run nothing")
+    options = parser.parse_args(args)
+    if options.max_minutes is not None and not options.max_minutes > 0:
+        raise ArgumentError(f"--max-minutes must be positive, got {options.max_minutes}")
+    if options.triples is not None and options.subjects is not None:
+        raise ArgumentError("--subjects is of the generated world; with --triples say --facts")
+    if options.triples is None and options.facts is not None:
+        raise ArgumentError("--facts is of --triples; the generated world has five facts for each of --subjects")
+    return options
+
+
+def _methods(names: Sequence[str]) -> dict[str, str]:
+    """Return the editors' configs by short name.
+
+    Raises:
+        ArgumentError: If one is missing, or two have one name.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        find_config(name)
+        label = Path(name).stem
+        if label in found or label in (BEFORE, UNEDITED):
+            raise ArgumentError(f"--method: {name}: the name {label!r} is taken; rename the file")
+        found[label] = name
+    return found
+
+
+def _testbed(options: argparse.Namespace) -> Testbed:
+    from lit_edit.studies.beliefs.corpus import CorpusConfig
+    from lit_edit.studies.beliefs.model import Testbed, TrainingConfig
+
+    world = _world(options)
+    training = TrainingConfig(preset=options.preset, max_steps=options.max_steps, seed=options.seed)
+    return Testbed(world, CorpusConfig(seed=options.seed), training)
+
+
+def _world(options: argparse.Namespace) -> World:
+    from lit_edit.studies.beliefs.world import WorldConfig, generate_world, read_triples, world_of_triples
+
+    if options.triples is None:
+        return generate_world(WorldConfig(subjects=options.subjects or 200, seed=options.seed))
+    return world_of_triples(read_triples(options.triples), facts=options.facts or 1000, seed=options.seed)
+
+
+def _say_trained(trained: Trained) -> None:
+    made = f"trained in {trained.seconds / 60:.1f} minutes, {trained.cpu / 60:.1f} of CPU"
+    where = "from the cache" if trained.cached else made
+    sys.stdout.write(
+        f"the model says {trained.accuracy:.1%} of all facts after {trained.steps} steps ({where}: {trained.folder})\n"
+    )
+    sys.stdout.flush()
+
+
+# ---- what is kept -------------------------------------------------------------------------------------------------
+
+
+def _keep_settings(folder: Path, testbed: Testbed, trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
+    """Note what the study is about.
+
+    Raises:
+        ArgumentError: If the folder is about something else.
+    """
+    fixed = {"testbed": testbed.settings, "probes": options.probes, "seed": options.seed, "layers": options.layers}
+    path = folder / "settings.json"
+    if path.is_file():
+        then = _read_settings(folder)
+        if other := [name for name in fixed if then.get(name) != fixed[name]]:
+            raise ArgumentError(
+                f"{folder} was begun with other settings ({', '.join(other)}): give the study another --name, or "
+                "delete the folder"
+            )
+    settings = {
+        **fixed,
+        "edits": options.edits,
+        "facts": len(testbed.world.facts),
+        "trained": {name: value for name, value in asdict(trained).items() if name not in ("folder", "cached")},
+    }
+    write_json(path, settings)
+    return settings
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArgumentError(f"there is nothing of this study in {folder} yet; leave --gather out") from None
+    except ValueError as error:
+        raise ArgumentError(f"{folder / 'settings.json'} is damaged ({error}): delete it") from None
+    if not isinstance(found, dict) or not {"testbed", "facts", "trained", "edits"} <= set(found):
+        raise ArgumentError(f"{folder / 'settings.json'} is damaged (fields are missing): delete the folder")
+    return found
+
+
+def cases_of(path: Path) -> dict[int, dict[str, Any]]:
+    """Return the measurements of a file by case.
+
+    Raises:
+        UserError: If a line is damaged; names file and line.
+    """
+
+    def read(line: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(line) if "settings" in line else {**line, "case": int(line["case"])}
+
+    return {line["case"]: line for line in read_lines(path, read) if "case" in line}
+
+
+class CaseFile:
+    """Measurements of one editor, a JSON line per case, the editor's settings in the first.
+
+    Args:
+        path: The file; it need not be there.
+        settings: Of the editor.
+
+    Raises:
+        ArgumentError: If the file was begun with others.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.settings = json.loads(json.dumps(settings))
+        lines = list(read_lines(path, dict))
+        if lines and lines[0].get("settings") != self.settings:
+            raise ArgumentError(
+                f"{path} was begun with other settings of the editor: give the study another --name, or delete the file"
+            )
+        self.rows = cases_of(path)
+        self.begun = bool(lines)
+
+    def add(self, case: int, row: Mapping[str, Any]) -> None:
+        """Put a case on file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.begun:
+            append_line(self.path, {"settings": self.settings})
+            self.begun = True
+        self.rows[case] = {"case": case, **row}
+        append_line(self.path, self.rows[case])
+
+
+# ---- edits --------------------------------------------------------------------------------------------------------
+
+
+def _measure_all(
+    folder: Path,
+    trained: Trained,
+    methods: Mapping[str, str],
+    agent: Agent,
+    cases: Sequence[Case],
+    layers: Sequence[int] | None,
+) -> None:
+    from lit_edit.console.fit_parser import FitParser
+    from lit_edit.models import ModelAdapter
+    from lit_edit.models.language_model import LanguageModel
+    from lit_edit.studies.beliefs.coherence import ModelBeliefs, measure_case, revised
+
+    model, tokenizer = LanguageModel(str(trained.folder)).load()
+    adapter = ModelAdapter(model)
+    before, unedited = (CaseFile(folder / f"{name}.jsonl", {}) for name in (BEFORE, UNEDITED))
+    beliefs = ModelBeliefs(adapter, tokenizer)
+    for number, case in enumerate(cases):
+        if number not in before.rows:
+            before.add(number, measure_case(beliefs, case, agent, agent))
+        if number not in unedited.rows:
+            unedited.add(number, measure_case(beliefs, case, agent, revised(agent, case)))
+    parser = FitParser()
+    for label, method in methods.items():
+        editor = make_editor(method, trained.folder, adapter.n_layers, layers, parser)
+        bench = Bench(editor, adapter, tokenizer, trained.folder)
+        file = CaseFile(folder / f"{label}.jsonl", editor.settings())
+        left = [number for number in range(len(cases)) if number not in file.rows]
+        for done, number in enumerate(left, len(cases) - len(left)):
+            if sys.stderr.isatty():
+                sys.stderr.write(f"\r{label}: edit {done + 1} of {len(cases)} ")
+            file.add(number, bench.measure(cases[number], number, agent))
+        sys.stdout.write(f"{label}: {len(file.rows)} edits measured\n")
+        sys.stdout.flush()
+
+
+def make_editor(
+    method: str, folder: Path, n_layers: int, layers: Sequence[int] | None, parser: FitParser | None = None
+) -> Editor:
+    """Return the editor of a config, on the testbed's layers and with its sentences before prompts.
+
+    Args:
+        method: A YAML file, or the name of one that ships.
+        folder: The trained model.
+        n_layers: Its depth.
+        layers: To edit; by default those at the config's relative depth.
+        parser: To use again: building one takes longer than parsing.
+    """
+    from lit_edit.console.fit_parser import FitParser
+    from lit_edit.targets.contexts import check_templates
+
+    parser = parser or FitParser()
+    _parse_editor(method, folder, n_layers, layers, parser)
+    editor: Editor = parser.make().model.editor
+    if getattr(editor, "contexts", None) == "sampled":
+        # The words that samples would begin with are none of this model's.
+        texts = _sentences(folder)[: getattr(editor, "context_count", 5)]
+        editor.contexts = check_templates([["{}"], [f"{text} . {{}}" for text in texts]])  # type: ignore[attr-defined]
+    return editor
+
+
+def _check_methods(methods: Mapping[str, str], n_layers: int, layers: Sequence[int] | None) -> None:
+    """Refuse before the training what cannot be edited with behind it.
+
+    Raises:
+        ArgumentError: If a config is none, or an editor has no such layers.
+    """
+    from lit_edit.console.fit_parser import FitParser
+
+    if wrong := [layer for layer in layers or () if not 0 <= layer < n_layers]:
+        raise ArgumentError(f"--layers {wrong[0]}: the decoder has layers 0 to {n_layers - 1}")
+    parser = FitParser()
+    for method in methods.values():
+        _parse_editor(method, Path("decoder"), n_layers, layers, parser)
+
+
+def _parse_editor(method: str, folder: Path, n_layers: int, layers: Sequence[int] | None, parser: FitParser) -> None:
+    """Parse an editor's config, with its layers at the testbed's depth."""
+    args = ["--config", "quickstart", "--config", method, f"--model.language_model.name={folder}"]
+    arguments = parser.parse(args)["model"]["editor"]["init_args"]
+    single = "layer" in arguments and "layers" not in arguments
+    if single and layers is not None and len(layers) != 1:
+        raise ArgumentError(f"--layers: {method} edits one layer, got {' '.join(map(str, layers))}")
+    chosen = arguments.get("layer" if single else "layers")
+    if layers is not None:
+        chosen = layers[0] if single else sorted(set(layers))
+    elif isinstance(chosen, list):
+        chosen = scaled_layers(chosen, n_layers)
+    elif single and chosen is not None:
+        [chosen] = scaled_layers([chosen], n_layers)
+    if chosen is not None:
+        parser.parse([*args, f"--model.editor.init_args.{'layer' if single else 'layers'}={json.dumps(chosen)}"])
+
+
+def scaled_layers(layers: Sequence[int], n_layers: int, depth: int = DEPTH) -> list[int]:
+    """Return the layers at the same relative depth of another model: those that the given ones begin in.
+
+    Example:
+        >>> scaled_layers([6, 7, 8, 9, 10], 4), scaled_layers([21], 4)
+        ([0, 1], [2])
+    """
+    return sorted({min(layer * n_layers // depth, n_layers - 1) for layer in layers})
+
+
+def _sentences(folder: Path) -> list[str]:
+    from lit_edit.studies.beliefs.model import CORPUS
+
+    first = (folder / CORPUS).read_text(encoding="utf-8").partition("\n")[0]
+    return [text for text in first.split(" . ") if text.strip(" .")]
+
+
+class Bench:
+    """Makes one edit at a time on the unedited model, and takes it back.
+
+    Args:
+        editor: The method.
+        adapter: The trained model.
+        tokenizer: Its tokenizer.
+        folder: Where it is, with its text.
+    """
+
+    def __init__(self, editor: Editor, adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        from lit_edit.ledger.edit_ledger import EditLedger
+        from lit_edit.stats.second_moment import KeyStatistics
+        from lit_edit.studies.beliefs.model import CORPUS
+
+        self.editor, self.adapter, self.tokenizer = editor, adapter, tokenizer
+        self.ledger = EditLedger(adapter, editor.resolve_layers(adapter))
+        editor.prepare(self.ledger, tokenizer, KeyStatistics(corpus=str(folder / CORPUS)))
+        self.clean = deepcopy(editor.state_dict())
+
+    def measure(self, case: Case, number: int, agent: Agent) -> dict[str, float | str]:
+        """Make a case's edit, measure, and take it back; an edit that is refused is measured as none."""
+        from lit_edit.editors.base import commit_proposal
+        from lit_edit.ledger.edit_ledger import EditRefusedError
+        from lit_edit.solvers.functional import FactsError
+        from lit_edit.studies.beliefs.coherence import ModelBeliefs, measure_case, revised
+
+        refused: dict[str, str] = {}
+        try:
+            try:
+                commit_proposal(self.ledger, self.editor, self.editor.propose([case.request(number)]))
+            except (FloatingPointError, EditRefusedError, FactsError) as error:
+                refused = {"refused": str(error)}
+            found = measure_case(ModelBeliefs(self.adapter, self.tokenizer), case, agent, revised(agent, case))
+        finally:
+            self.ledger.restore_base()
+            self.editor.load_state_dict(deepcopy(self.clean))
+        return {**found, **refused}

@@ -1,0 +1,1 @@
+"""The questions of the D4S paper."""

@@ -1,0 +1,270 @@
+"""The tables and figures of ``study d4s``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
+
+from lit_edit.files.paths import write_atomically
+from lit_edit.sweeps.comparison import COLOURS, COMPARED, MARKERS, Course, draw_comparison, read_course
+from lit_edit.sweeps.gathering import COSTS, as_csv, as_markdown, as_number, is_done, row_of
+from lit_edit.sweeps.grids import Grid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ACCURACY, GROWTH = "efficacy/accuracy", "mean |W|"
+
+Row = dict[str, Any]
+
+
+def write_part(part: str, grid: Grid, folder: Path) -> str:
+    """Write ``<part>.md``, ``.csv`` and ``.png`` of a part of the study.
+
+    Args:
+        part: ``a`` to ``e``.
+        grid: Its runs.
+        folder: Their folder.
+
+    Returns:
+        The table as Markdown, with a line above that says what it shows.
+    """
+    said, rows, figure = _PARTS[part](grid, folder)
+    text = f"{said}\n\n{as_markdown(rows)}" if rows else f"{said}\n\nNothing has been measured yet.\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / f"{part}.md", lambda path: path.write_text(text, encoding="utf-8"))
+    if rows:
+        write_atomically(folder / f"{part}.csv", lambda path: path.write_text(as_csv(rows), encoding="utf-8"))
+    write_atomically(folder / f"{part}.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    return text
+
+
+def _courses(grid: Grid, folder: Path) -> list[Course]:
+    [axis] = grid.axes
+    states = [row_of(point, folder / point.name, COMPARED)["state"] for point in grid.points]
+    return [
+        read_course(point.labels[axis], state, folder / point.name)
+        for point, state in zip(grid.points, states, strict=True)
+    ]
+
+
+# ---- a: what is kept, b: mean |W| -----------------------------------------------------------------------------------
+
+
+def _kept(grid: Grid, folder: Path) -> tuple[str, list[Row], Figure]:
+    courses = _courses(grid, folder)
+    said = (
+        "Accuracy over the edits made so far (all target words first choices), by the number of edits; of more than a "
+        "hundred a sample of a hundred, at the end all:"
+    )
+    return said, curve_table(courses, ACCURACY), draw_comparison(courses, "accuracy", title="What is kept of a stream")
+
+
+def curve_table(courses: Sequence[Course], quantity: str) -> list[Row]:
+    """Return a row per number of edits, with a column per editor.
+
+    Example:
+        >>> curve_table([Course("d4s", "done", series={"x": [(25, 1.0), (50, 0.5)]})], "x")
+        [{'edits': '25', 'd4s': '1.000'}, {'edits': '50', 'd4s': '0.500'}]
+    """
+    by_editor = {course.editor: dict(course.series.get(quantity, ())) for course in courses}
+    numbers = sorted({number for series in by_editor.values() for number in series})
+    return [
+        {"edits": str(number)} | {name: _number(series.get(number)) for name, series in by_editor.items()}
+        for number in numbers
+    ]
+
+
+def _norms(grid: Grid, folder: Path) -> tuple[str, list[Row], Figure]:
+    courses = _courses(grid, folder)
+    rows = []
+    pairs: dict[str, list[tuple[float, float]]] = {course.editor: growth_and_accuracy(course) for course in courses}
+    pairs["all together"] = [pair for own in pairs.values() for pair in own]
+    for name, own in pairs.items():
+        pearson, spearman = correlations(own)
+        last = own[-1] if own and name != "all together" else (None, None)
+        rows.append(
+            {
+                "editor": name,
+                "points": str(len(own)),
+                "growth of mean |W| at the end": "–" if last[0] is None else f"{last[0] - 1:+.1%}",
+                "accuracy at the end": _number(last[1]),
+                "Pearson": _number(pearson, "+.2f"),
+                "Spearman": _number(spearman, "+.2f"),
+            }
+        )
+    said = "Growth of mean |W| (of the edited layer that has grown most) and accuracy at the same numbers of edits:"
+    return said, rows if pairs["all together"] else [], _draw_norms(courses, pairs)
+
+
+def growth_and_accuracy(course: Course) -> list[tuple[float, float]]:
+    """Return mean |W| relative to the unedited model and accuracy, wherever both were measured."""
+    accuracy = dict(course.series.get(ACCURACY, ()))
+    return [(value, accuracy[number]) for number, value in course.series.get(GROWTH, ()) if number in accuracy]
+
+
+def correlations(pairs: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:
+    """Return Pearson's and Spearman's coefficient; ``None`` where one of the two does not vary, or points are few.
+
+    Example:
+        >>> correlations([(1.0, 1.0), (1.1, 0.9), (1.5, 0.8)])
+        (-0.945, -1.0)
+        >>> correlations([(1.0, 1.0), (1.1, 1.0), (1.2, 1.0)])
+        (None, None)
+    """
+    if len(pairs) < 3 or any(len(set(column)) < 2 for column in zip(*pairs, strict=True)):
+        return None, None
+    one, other = torch.tensor(pairs, dtype=torch.float64).T
+    found = pearson_corrcoef(one, other), spearman_corrcoef(one, other)
+    return round(float(found[0]), 3), round(float(found[1]), 3)
+
+
+def _draw_norms(courses: Sequence[Course], pairs: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure, axes = _new_figure(3)
+    for axis, quantity, heading in (
+        (axes[0], ACCURACY, "Accuracy over the edits so far"),
+        (axes[1], GROWTH, "Growth of mean |W| (unedited: 1)"),
+    ):
+        for course, look in zip(courses, _looks(len(courses)), strict=True):
+            points = [(n, v) for n, v in course.series.get(quantity, ()) if math.isfinite(v)]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=course.label, markevery=max(1, len(points) // 12), **look)
+        axis.set(xlabel="edits")
+        axis.set_title(heading, loc="left", fontsize=11)
+    for course, look in zip(courses, _looks(len(courses)), strict=True):
+        if own := pairs[course.editor]:
+            axes[2].plot(*zip(*own, strict=True), linestyle="", **look)
+    axes[2].set(xlabel="growth of mean |W|", xscale="log")
+    axes[2].xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0), numticks=12))
+    axes[2].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes[2].xaxis.set_minor_formatter(NullFormatter())
+    axes[2].set_title("Accuracy against growth", loc="left", fontsize=11)
+    if any(pairs.values()):
+        axes[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
+# ---- c and d: general ability ---------------------------------------------------------------------------------------
+
+
+def _ability(grid: Grid, folder: Path) -> tuple[str, list[Row], Figure]:
+    [axis] = grid.axes
+    found = {point.labels[axis]: read_points(folder / point.name) for point in grid.points}
+    rows: list[Row] = []
+    tasks = list(dict.fromkeys(task for points in found.values() for values in points.values() for task in values))
+    for task in [*tasks, *(["mean"] if tasks else [])]:
+        for name, points in found.items():
+            cells = {number: _of_task(values, task) for number, values in points.items()}
+            numbers = {f"after {number}" if number else "before": _number(value) for number, value in cells.items()}
+            rows.append({"task": task, axis: name, **numbers})
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    rows = [{name: row.get(name, "–") for name in columns} for row in rows]
+    figure, axes = _new_figure(1)
+    for (name, points), look in zip(found.items(), _looks(len(found)), strict=True):
+        if points:
+            means = [_of_task(values, "mean") for values in points.values()]
+            items = read_items(folder / _point_of(grid, name))
+            bars = [1.96 * mean_error(values, items) for values in points.values()]
+            axes[0].errorbar(list(points), means, bars, capsize=3, elinewidth=0.8, label=name, **look)
+    axes[0].set(xlabel="edits")
+    axes[0].set_title("Mean accuracy over the tasks (95 %)", loc="left", fontsize=11)
+    if tasks:
+        axes[0].legend(frameon=False)
+    return "Accuracy on few-shot tasks (the likeliest option), by the number of edits:", rows, figure
+
+
+def _point_of(grid: Grid, label: str) -> str:
+    [axis] = grid.axes
+    return next(point.name for point in grid.points if point.labels[axis] == label)
+
+
+def _read_ability(run: Path) -> dict[str, Any]:
+    """Return what was measured of a finished run, in the run (part c) or afterwards (part d)."""
+    if not is_done(run):
+        return {}
+    measured = run / "ability" / "ability.json"
+    if measured.is_file():
+        found: dict[str, Any] = json.loads(measured.read_text(encoding="utf-8"))
+        return found
+    return json.loads((run / "summary.json").read_text(encoding="utf-8")).get("ability") or {}
+
+
+def read_items(run: Path) -> dict[str, int]:
+    """Return the number of items of each task that a finished run was measured on."""
+    return {task: int(values["items"]) for task, values in (_read_ability(run).get("base") or {}).items()}
+
+
+def mean_error(values: Mapping[str, float], items: Mapping[str, int]) -> float:
+    """Return the standard error of a mean accuracy over tasks, from the binomial one of each.
+
+    Example:
+        >>> mean_error({"a": 0.5, "b": 1.0}, {"a": 100, "b": 100})
+        0.025
+    """
+    known = [(value, items[task]) for task, value in values.items() if items.get(task)]
+    return math.sqrt(sum(p * (1 - p) / n for p, n in known)) / max(1, len(known))
+
+
+def read_points(run: Path) -> dict[int, dict[str, float]]:
+    """Return a finished run's accuracies by number of edits and task."""
+    found = _read_ability(run)
+    points: dict[int, dict[str, float]] = {}
+    for point in found.get("points", ()):
+        parts = {name.split("/")[1]: value for name, value in point.items() if name.endswith("/accuracy")}
+        points[int(point["edits"])] = {task: float(value) for task, value in parts.items()}
+    return points
+
+
+def _of_task(values: Mapping[str, float], task: str) -> float | None:
+    if task != "mean":
+        return values.get(task)
+    return sum(values.values()) / len(values) if values else None
+
+
+# ---- e: the ablation ------------------------------------------------------------------------------------------------
+
+
+def _ablation(grid: Grid, folder: Path) -> tuple[str, list[Row], Figure]:
+    [axis] = grid.axes
+    rows = [row_of(point, folder / point.name, COMPARED) for point in grid.points]
+    names = [axis, "state", "edits", *COMPARED, *COSTS]
+    shown = [{name: as_number(name, row[name]) for name in names} for row in rows]
+    return "Each line changes one thing of the first:", shown, draw_comparison(_courses(grid, folder), "accuracy")
+
+
+_PARTS: dict[str, Callable[[Grid, Path], tuple[str, list[Row], Any]]] = {
+    "a": _kept,
+    "b": _norms,
+    "c": _ability,
+    "d": _ability,
+    "e": _ablation,
+}
+
+
+def _new_figure(columns: int) -> tuple[Figure, list[Any]]:
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
+
+    figure = Figure(figsize=(4.6 * columns, 3.8), layout="constrained")
+    axes = [figure.add_subplot(1, columns, place + 1) for place in range(columns)]
+    for axis in axes:
+        axis.grid(alpha=0.25, linewidth=0.7)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _looks(count: int) -> list[dict[str, Any]]:
+    return [
+        {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5} for i in range(count)
+    ]
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "–" if value is None else format(value, form)

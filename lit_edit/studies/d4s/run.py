@@ -1,0 +1,206 @@
+"""``study d4s``: the questions of the D4S paper (arXiv 2410.23843), asked again of a model of one's own."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+
+from lit_edit.cli.ability import Asked, measure_run
+from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.configs import find_config
+from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import write_atomically
+from lit_edit.sweeps.grids import Choice, Grid, Point, read_grid, with_changes
+
+PARTS = MappingProxyType(
+    {
+        "a": ("stream", "what five editors have kept of a stream, every 25 edits"),
+        "b": ("stream", "mean |W| of the edited layers beside it (the same runs), and the correlation of the two"),
+        "c": ("questions", "what edits of MQD's kinds of questions do to general ability"),
+        "d": ("ability", "general ability of D4S and MEMIT along a stream (two of the runs of part a)"),
+        "e": ("ablation", "D4S with other residuals, layers, lambda and statistics"),
+    }
+)
+"""By name: the runs (``configs/studies/d4s``), and the question."""
+_TASKS = ("c", "d")
+
+
+def run_d4s(args: list[str]) -> int:
+    """Run parts of the study; return the exit status: 0 all well, 1 a run has failed, 128 and more for a signal."""
+    options = _options(args)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    status = 0
+    for part in dict.fromkeys(options.part):
+        status = max(status, _run_questions(options) if part == "c" else _run_part(options, part))
+        if status > 128:
+            again = shlex.join(["lit-edit", "study", "d4s", *args])
+            sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {again}\n")
+            break
+    return status
+
+
+def _options(args: list[str]) -> argparse.Namespace:
+    parser = make_parser(
+        "study d4s",
+        "The questions of the D4S paper, part by part; each part is a few 'lit-edit fit' runs and writes a table and "
+        "a figure. What is done is not done again; what was cut goes on.",
+    )
+    parser.epilog = "parts: " + "; ".join(f"{name}: {question}" for name, (_, question) in PARTS.items())
+    parser.add_argument("--part", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="by default all of them")
+    parser.add_argument("--data", type=Path, default=None, metavar="FILE", help="a CounterFact file (all parts but c)")
+    parser.add_argument("--tasks", type=Path, default=None, metavar="FOLDER", help="a file per task (parts c and d)")
+    parser.add_argument(
+        "--text", type=Path, default=None, metavar="FILE", help="plain text for key statistics, a line more in part e"
+    )
+    parser.add_argument("--edits", type=positive, default=None, help="edits of each run; by default the config's")
+    parser.add_argument(
+        "--model",
+        default=None,
+        help="packaged model, folder or hub id, edited at the layers of the methods' configs; by default the config's",
+    )
+    parser.add_argument("--runs_dir", default="runs", help="everything goes to RUNS_DIR/studies/d4s-...")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="list the runs and their commands; run nothing")
+    what.add_argument("--gather", action="store_true", help="write tables and figures of what is there; run nothing")
+    options = parser.parse_args(args)
+    for name in ("data", "text"):
+        if (path := getattr(options, name)) is not None and not path.is_file():
+            raise ArgumentError(f"--{name} {path}: no such file")
+    if options.tasks is not None and not options.tasks.is_dir():
+        raise ArgumentError(f"--tasks {options.tasks}: no such folder")
+    if options.data is None and not options.gather and set(options.part) - {"c"}:
+        raise ArgumentError("--data is missing: a CounterFact file with as many edits as a run makes")
+    return options
+
+
+def _run_part(options: argparse.Namespace, part: str) -> int:
+    """Run what is left of a part, and write its table and figure."""
+    grid = read_grid(Path(find_config(f"studies/d4s/{PARTS[part][0]}")))
+    folder = folder_of(options.runs_dir, grid)
+    settings: dict[str, Any] = {}
+    if options.data is not None:
+        settings |= {"data.path": str(options.data.resolve())}
+    if options.edits is not None:
+        settings["data.limit"] = options.edits
+    if options.model is not None:
+        settings["model.language_model.name"] = options.model
+    grid = with_changes(grid, "the command line", None, settings)
+    if part == "e" and options.text is not None:
+        grid = with_text(grid, options.text.resolve())
+
+    from lit_edit.studies.d4s.report import write_part
+    from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
+
+    status = 0
+    if options.gather:
+        _check_there(grid, folder)
+    else:
+        parsed = parse_points(grid, grid.points)
+        check_begun(folder, grid.points, parsed)
+        if options.dry_run:
+            sys.stdout.write(list_points(grid, grid.points, folder))
+            return 0
+        status = run_points(grid, folder, grid.points, parsed)
+        if part == "d" and status <= 128:
+            measure_ability(grid, folder, options.tasks)
+    sys.stdout.write(f"\n{write_part(part, grid, folder)}\n")
+    sys.stdout.write(f"Everything is in {folder}/ ({part}.md, {part}.csv, {part}.png)\n")
+    return status
+
+
+def _check_there(grid: Grid, folder: Path) -> None:
+    """Refuse to gather nothing.
+
+    Raises:
+        ArgumentError: If none of the runs was begun.
+    """
+    if not any((folder / point.name).is_dir() for point in grid.points):
+        raise ArgumentError(f"nothing of this part is done yet in {folder}; leave --gather out")
+
+
+def measure_ability(grid: Grid, folder: Path, tasks: Path | None) -> None:
+    """Measure general ability on the finished runs of a part, before the first edit, every 100, and at the end.
+
+    Args:
+        grid: The runs.
+        folder: Theirs.
+        tasks: A folder with a file per task; ``None`` takes them from the hub.
+    """
+    from lit_edit.ability.tasks import TASKS
+    from lit_edit.runs.folder import read_history
+    from lit_edit.sweeps.gathering import is_done
+
+    for point in grid.points:
+        run = folder / point.name
+        if is_done(run):
+            made = len(read_history(run).made)
+            numbers = sorted({*range(0, made, 100), made})
+            measure_run(run, numbers, Asked(tuple(TASKS), tasks), run / "ability")
+
+
+def _run_questions(options: argparse.Namespace) -> int:
+    """Run the study of MQD with tasks, and write what became of them."""
+    from lit_edit.studies.d4s.report import write_part
+    from lit_edit.studies.mqd.run import run_mqd
+
+    grid = read_grid(Path(find_config("studies/d4s/questions")))
+    folder = folder_of(options.runs_dir, grid)
+    if options.gather:
+        _check_there(grid, folder)
+    # A listing writes the config too: its commands read it.
+    config = _with_own_base(grid, folder, None if options.gather else options.tasks)
+    words = ["--config", str(config), "--runs_dir", options.runs_dir]
+    words += [] if options.edits is None else ["--edits", str(options.edits)]
+    words += [] if options.model is None else ["--model", options.model]
+    words += [f"--{name}" for name in ("gather", "dry-run") if getattr(options, name.replace("-", "_"))]
+    status = run_mqd(words)
+    if not options.dry_run:
+        sys.stdout.write(f"\n{write_part('c', grid, folder)}\n")
+        sys.stdout.write(f"Everything is in {folder}/ (c.md, c.csv, c.png)\n")
+    return status
+
+
+def folder_of(runs_dir: str, grid: Grid) -> Path:
+    """Return where a part keeps its runs and tables."""
+    return Path(runs_dir).expanduser().resolve() / "studies" / grid.name
+
+
+def _with_own_base(grid: Grid, folder: Path, tasks: Path | None) -> Path:
+    """Return the file of a grid, or of a copy of it whose tasks come from a folder."""
+    if tasks is None:
+        return grid.path
+    _write_callbacks(folder / "ability.yaml", tasks)
+    content = yaml.safe_load(grid.path.read_text(encoding="utf-8"))
+    base = [str(folder / "ability.yaml") if config == "callbacks/ability" else config for config in content["base"]]
+    _write(folder / "grid.yaml", {**content, "base": base})
+    return folder / "grid.yaml"
+
+
+def _write_callbacks(path: Path, tasks: Path) -> None:
+    config = yaml.safe_load(Path(find_config("callbacks/ability")).read_text(encoding="utf-8"))
+    for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"].endswith(".Ability"):
+            callback["init_args"]["folder"] = str(tasks.resolve())
+    _write(path, config)
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+def with_text(grid: Grid, text: Path) -> Grid:
+    """Return the grid with one more point: key statistics from a text in place of what the model samples."""
+    [axis] = grid.axes
+    choice = Choice(axis, "statistics of text", "statistics-of-text", (), {"model.statistics.corpus": str(text)})
+    point = Point(len(grid.points), choice.part, (choice,))
+    return replace(grid, axes={axis: [*grid.axes[axis], choice]}, points=[*grid.points, point])

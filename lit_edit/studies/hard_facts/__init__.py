@@ -1,0 +1,1 @@
+"""Single edits that break a model."""

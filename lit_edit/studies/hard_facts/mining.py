@@ -1,0 +1,175 @@
+"""Hard facts: single edits, each alone on the original model, and what they do to it (HardCF of arXiv 2402.09656)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lit_edit.data.request import EditRequest
+from lit_edit.devices.algebra import for_algebra
+from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import without_nan
+from lit_edit.ledger.edit_ledger import EditRefusedError
+from lit_edit.metrics.evaluation import measure_perplexity
+from lit_edit.metrics.scoring import score_continuations
+from lit_edit.solvers.functional import FactsError
+from lit_edit.stream.session import EditSession
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_edit.editors.base import Proposal
+    from lit_edit.models.adapter import ModelAdapter
+
+NUMBERS = ("mean", "median", "corpus")
+
+
+@dataclass(frozen=True)
+class SingleEdit:
+    """What one edit alone does to the original model.
+
+    Attributes:
+        id: Of its request.
+        ratio: Mean perplexity of the texts after the edit over that before; infinite where it is not a number.
+        perplexity: After the edit: mean, median and corpus.
+        probability: Of the new object after the prompt, per token (geometric mean).
+        probability_before: The same on the original model.
+        said: Whether every token of the new object is the first choice.
+        growth: Largest growth of mean |W| of an edited weight, 0.1 for ten per cent; 0 where none is written.
+        refused: Why there is no such edit: it would have written what is not finite. All numbers are NaN then.
+    """
+
+    id: str
+    ratio: float = math.nan
+    perplexity: dict[str, float] = field(default_factory=lambda: dict.fromkeys(NUMBERS, math.nan))
+    probability: float = math.nan
+    probability_before: float = math.nan
+    said: bool = False
+    growth: float = math.nan
+    refused: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold: ``None`` where a number is not finite."""
+        return dict(without_nan(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> SingleEdit:
+        """Restore :meth:`as_dict`; what was not finite is infinite, or NaN where the edit was refused.
+
+        Raises:
+            TypeError: If it is none.
+
+        Example:
+            >>> SingleEdit.from_dict({"id": "1", "ratio": None, "perplexity": {"mean": None}}).ratio
+            inf
+        """
+        lost = math.nan if row.get("refused") else math.inf
+
+        def number(value: Any) -> float:
+            return lost if value is None else float(value)
+
+        numbers = {name: number(row[name]) for name in _SCALARS if name in row}
+        perplexity = {str(name): number(value) for name, value in dict(row["perplexity"]).items()}
+        return cls(**{**row, **numbers, "perplexity": perplexity})
+
+
+_SCALARS = ("ratio", "probability", "probability_before", "growth")
+
+
+class Miner:
+    """Tries edits one by one on the original model. Nothing is ever written, so nothing has to be restored.
+
+    The updates that an editor proposes are looked at through a view of the model; the editor never hears of a commit,
+    so that every edit is its first. A result depends on no other record.
+
+    Args:
+        session: An editor at the beginning of its stream: :meth:`lit_edit.EditStream.open` returns one.
+        tokenizer: The model's.
+        texts: Their perplexity is measured.
+        leading: Put the tokenizer's leading tokens before a text; ME-PPL does not.
+
+    Raises:
+        ArgumentError: If the session has made edits, or the perplexity of the original model is not finite.
+    """
+
+    def __init__(
+        self, session: EditSession, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], leading: bool = False
+    ) -> None:
+        if session.ledger.made:
+            raise ArgumentError("single edits are made on the original model, and this one has been edited")
+        self.session, self.tokenizer, self.texts, self.leading = session, tokenizer, list(texts), leading
+        self.original = session.ledger.original()
+        self.base = self._measure(self.original)
+        self._widths = {name: norms["mean_abs_before"] for name, norms in session.ledger.layer_norms().items()}
+        if not math.isfinite(self.base["mean"]):
+            raise ArgumentError(f"the perplexity of the unedited model is {self.base['mean']}: use other texts")
+
+    def try_edit(self, request: EditRequest) -> SingleEdit:
+        """Make an edit in a view of the original model, and measure it."""
+        try:
+            proposal = self.session.editor.propose([request], [request])
+            self.session.ledger.check(proposal.updates, proposal.entries)
+        except (FloatingPointError, EditRefusedError, FactsError) as error:
+            return SingleEdit(request.id, refused=str(error))
+        view = self.session.preview(proposal)
+        perplexity = self._measure(view)
+        [before], [after] = (
+            score_continuations(model, self.tokenizer, [(request.text, request.target_new)])
+            for model in (self.original, view)
+        )
+        ratio = perplexity["mean"] / self.base["mean"]
+        return SingleEdit(
+            request.id,
+            ratio if math.isfinite(ratio) else math.inf,
+            perplexity,
+            math.exp(-after.nll),
+            math.exp(-before.nll),
+            bool(after.hits.all()),
+            self._growth(proposal),
+        )
+
+    def _measure(self, model: ModelAdapter) -> dict[str, float]:
+        found = measure_perplexity(model, self.tokenizer, self.texts, self.leading)
+        return {name: found[name] for name in NUMBERS}
+
+    def _growth(self, proposal: Proposal) -> float:
+        growth = []
+        for update in proposal.updates:
+            weight = for_algebra(self.session.ledger.edited_weight(update.layer, update.delta))
+            growth.append(weight.abs().mean().item() / self._widths[update.name] - 1)
+        return max(growth, default=0.0)
+
+
+def choose_hard(rows: Sequence[SingleEdit], factor: float = 2.0, keep: int | None = None) -> list[SingleEdit]:
+    """Return the edits that break the model, the worst first; those that were refused are none.
+
+    Args:
+        rows: All edits.
+        factor: Those whose perplexity ratio is above this.
+        keep: So many of the worst instead, whatever their ratio.
+
+    Example:
+        >>> rows = [SingleEdit("a", 1.5), SingleEdit("b", 9.0), SingleEdit("c", refused="NaN"), SingleEdit("d", 2.0)]
+        >>> [row.id for row in choose_hard(rows)], [row.id for row in choose_hard(rows, keep=3)]
+        (['b'], ['b', 'd', 'a'])
+    """
+    ranked = sorted((row for row in rows if not row.refused), key=lambda row: -row.ratio)
+    return ranked[:keep] if keep is not None else [row for row in ranked if row.ratio > factor]
+
+
+def as_records(rows: Sequence[SingleEdit], requests: Mapping[str, EditRequest]) -> list[dict[str, Any]]:
+    """Return edits as records that lit-edit reads, each with what was measured under ``hard``, which readers pass over.
+
+    Args:
+        rows: The edits.
+        requests: By id.
+    """
+    return [
+        {
+            **requests[row.id].as_dict(),
+            "hard": {name: value for name, value in row.as_dict().items() if name not in ("id", "refused")},
+        }
+        for row in rows
+    ]

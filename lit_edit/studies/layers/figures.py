@@ -1,0 +1,103 @@
+"""The figure of a search: single layers as lines, groups and the held-out comparison as bars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lit_edit.studies.layers.candidates import Layers
+from lit_edit.studies.layers.trial import Trial
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which are told apart with any kind of colour vision.
+LINES: Mapping[str, tuple[str, str]] = {
+    "score": ("#000000", "-"),
+    "efficacy": ("#0072B2", "--"),
+    "generalization": ("#009E73", "-."),
+    "locality": ("#D55E00", ":"),
+}
+
+
+def thorough(trials: Sequence[Trial]) -> list[Trial]:
+    """Return of each layer, or group of layers, the trial over most edits; in the order of the layers."""
+    most: dict[Layers, Trial] = {}
+    for trial in trials:
+        if trial.layers not in most or trial.edits > most[trial.layers].edits:
+            most[trial.layers] = trial
+    return [most[layers] for layers in sorted(most)]
+
+
+def draw_search(trials: Sequence[Trial], default: Layers, title: str = "") -> Figure:
+    """Draw a search.
+
+    Args:
+        trials: All of it.
+        default: The layers that the method takes by itself.
+        title: Of the figure.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
+
+    searched = [trial for trial in trials if trial.stage != "held out"]
+    singles = [trial for trial in thorough(searched) if len(trial.layers) == 1]
+    groups = [t for t in thorough(searched) if len(t.layers) > 1 or t.layers == default]
+    held_out = [trial for trial in trials if trial.stage == "held out"]
+    rows = max(3, len(groups) + len(held_out) + 2)
+    figure = Figure(figsize=(12.0, 1.6 + 0.32 * max(9, rows)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_singles(left, singles)
+    _draw_bars(right, groups, held_out, default)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", parse_math=False)
+    return figure
+
+
+def _draw_singles(axis: Axes, trials: Sequence[Trial]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_gid("singles")
+    axis.set_title("One layer (hollow: over fewer edits)", fontsize=11, loc="left")
+    axis.set_xlabel("layer")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25, linewidth=0.7)
+    axis.set_ylim(-0.03, 1.03)
+    most = max((trial.edits for trial in trials), default=0)
+    for name, (colour, style) in LINES.items():
+        points = [(t.layers[0], getattr(t, name), t.edits == most) for t in trials if getattr(t, name) is not None]
+        # Scores over different numbers of edits are no line.
+        xs, ys = [x for x, _, whole in points if whole], [y for _, y, whole in points if whole]
+        axis.plot(xs, ys, style, color=colour, label=name, linewidth=2 if name == "score" else 1.3)
+        for full in (True, False):
+            of = [(x, y) for x, y, whole in points if whole == full]
+            axis.scatter(
+                [x for x, _ in of], [y for _, y in of], s=26, zorder=3, edgecolors=colour,
+                facecolors=colour if full else "white",
+            )  # fmt: skip
+    axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=len(LINES))
+
+
+def _draw_bars(axis: Axes, groups: Sequence[Trial], held_out: Sequence[Trial], default: Layers) -> None:
+    axis.set_gid("groups")
+    axis.set_title("Score of groups (pale: over fewer edits), and held out", fontsize=11, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    most = max((trial.edits for trial in groups), default=0)
+    names, values, colours, alphas = [], [], [], []
+    for trial in [*groups, *held_out]:
+        apart = trial.stage == "held out"
+        name = f"{trial.name}{' (default)' if trial.layers == default else ''}"
+        names.append(f"held out: {name}" if apart else name)
+        values.append(trial.score or 0.0)
+        colours.append("#E69F00" if apart else "#56B4E9")
+        alphas.append(1.0 if apart or trial.edits == most else 0.4)
+    places = [number + (0.6 if number >= len(groups) else 0.0) for number in range(len(names))]
+    bars = axis.barh(places, values, color=colours, height=0.7)
+    for bar, alpha in zip(bars, alphas, strict=True):
+        bar.set_alpha(alpha)
+    axis.bar_label(bars, fmt="%.3f", padding=3, fontsize=9)
+    axis.set_yticks(places, names, fontsize=9)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.12)
+    axis.set_xlabel("score")

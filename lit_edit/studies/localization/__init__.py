@@ -1,0 +1,1 @@
+"""Does tracing say where to edit?"""

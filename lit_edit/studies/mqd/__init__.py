@@ -1,0 +1,1 @@
+"""What does the kind of question do to sequential editing?"""

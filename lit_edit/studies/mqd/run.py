@@ -1,0 +1,191 @@
+"""``study mqd``: the targets of MQD's three kinds on the unedited model, and what edits of each kind do to it."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_edit.cli.build import add_mqd_arguments, write_mqd
+from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.configs import find_config
+from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import write_json
+from lit_edit.sweeps.grids import Choice, Grid, read_grid, with_changes
+
+if TYPE_CHECKING:
+    from lit_edit.data.request import EditRequest
+
+AXIS = "kind"
+TARGETS = "targets.json"
+"""In the study's folder: what was measured of the targets."""
+
+
+def run_mqd(args: list[str]) -> int:
+    """Run the study; return the exit status: 0 all well, 1 a kind's run has failed, 128 and more for a signal."""
+    options = _options(args)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+    from lit_edit.data.events import read_events
+    from lit_edit.data.mqd import build_mqd
+
+    made = build_mqd(read_events(options.events, options.split), seed=options.seed)
+    grid = _grid(options, list(made))
+    folder = Path(options.runs_dir).expanduser().resolve() / "studies" / grid.name
+    edits = _check_edits(grid, made)
+    grid = with_paths(grid, {kind: folder / "data" / f"mqd_{kind}.json" for kind in made})
+
+    from lit_edit.studies.mqd.report import write_report
+    from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
+
+    if not options.gather:
+        settings = parse_points(grid, grid.points)
+        check_begun(folder, grid.points, settings)
+        if options.dry_run:
+            sys.stdout.write(list_points(grid, grid.points, folder))
+            return 0
+        _keep_data(folder / "data", made)
+        _keep_targets(folder / TARGETS, grid, settings, made, edits)
+    status = 0 if options.gather else run_points(grid, folder, grid.points, settings)
+    sys.stdout.write(f"\n{write_report(grid, folder, _read_targets(folder / TARGETS))}\n")
+    sys.stdout.write(f"Everything is in {folder}/ (mqd.md, mqd.csv, mqd.json, mqd.png)\n")
+    if status > 128:
+        sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {shlex.join(['lit-edit', 'study', 'mqd', *args])}\n")
+    return status
+
+
+def _options(args: list[str]) -> argparse.Namespace:
+    parser = make_parser(
+        "study mqd",
+        "What the kind of question does to sequential editing: makes MQD, measures perplexity and diversity of the "
+        "targets of its three kinds on the unedited model, makes the same number of edits of each kind, each a "
+        "'lit-edit fit' of its own, and writes one table and one figure. What is done is not done again; what was cut "
+        "goes on.",
+    )
+    parser.add_argument("--edits", type=positive, default=None, help="edits of each kind; by default the config's, 20")
+    parser.add_argument("--model", default=None, help="packaged model, folder or hub id; by default the config's")
+    parser.add_argument("--method", default="method/d4s", help="the editor: a YAML file, or the name of one that ships")
+    add_mqd_arguments(parser)
+    parser.add_argument("--config", default="studies/mqd", help="the three runs: a YAML file, or one that ships")
+    parser.add_argument("--runs_dir", default="runs", help="everything goes to RUNS_DIR/studies/<name>")
+    parser.add_argument("--name", default=None, help="name of the study in place of the config's")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="list the runs and their commands; run nothing")
+    what.add_argument("--gather", action="store_true", help="write table and figure of what is there; run nothing")
+    return parser.parse_args(args)
+
+
+def _grid(options: argparse.Namespace, kinds: Sequence[str]) -> Grid:
+    """Read the runs.
+
+    Raises:
+        ArgumentError: If the file has others than one for each kind.
+    """
+    grid = read_grid(Path(find_config(options.config)))
+    labels = [point.labels.get(AXIS) for point in grid.points]
+    if list(grid.axes) != [AXIS] or sorted(map(str, labels)) != sorted(kinds):
+        raise ArgumentError(
+            f"{grid.path}: grid: this study has one axis, {AXIS}, with the values {', '.join(kinds)}; got "
+            f"{', '.join(grid.axes)} with {', '.join(str(point) for point in grid.points)}"
+        )
+    settings: dict[str, Any] = {} if options.edits is None else {"data.limit": options.edits}
+    settings |= {} if options.model is None else {"model.language_model.name": options.model}
+    grid = with_changes(grid, "the command line", options.name, settings)
+    return replace(grid, base=(*grid.base, options.method))
+
+
+def _check_edits(grid: Grid, made: Mapping[str, Sequence[EditRequest]]) -> int:
+    """Return how many edits each run makes.
+
+    Raises:
+        ArgumentError: If there are not so many requests.
+    """
+    most = min(map(len, made.values()))
+    edits = grid.settings.get("data.limit")
+    if edits is not None and (not isinstance(edits, int) or not 1 <= edits <= most):
+        raise ArgumentError(
+            f"--edits must be from 1 to {most} (requests of each kind that the events allow), got {edits}"
+        )
+    return edits or most
+
+
+def with_paths(grid: Grid, paths: Mapping[str, Path]) -> Grid:
+    """Return the grid with a file of its own for each kind."""
+
+    def placed(choice: Choice) -> Choice:
+        return replace(choice, settings=choice.settings | {"data.path": str(paths[choice.label])})
+
+    axes = {axis: [placed(choice) for choice in choices] for axis, choices in grid.axes.items()}
+    points = [replace(point, choices=tuple(map(placed, point.choices))) for point in grid.points]
+    return replace(grid, axes=axes, points=points)
+
+
+def _keep_data(folder: Path, made: Mapping[str, Sequence[EditRequest]]) -> None:
+    """Write the data, if it is not there.
+
+    Raises:
+        ArgumentError: If other data is: the runs were begun with it.
+    """
+    for kind, requests in made.items():
+        path = folder / f"mqd_{kind}.json"
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != [r.as_dict() for r in requests]:
+            raise ArgumentError(
+                f"{path} was made of other events or with another seed: give the study another --name, or delete "
+                f"{folder.parent}"
+            )
+    if not all((folder / f"mqd_{kind}.json").is_file() for kind in made):
+        write_mqd(folder, made)
+
+
+# ---- the targets on the unedited model ----------------------------------------------------------------------------
+
+
+def _keep_targets(
+    path: Path, grid: Grid, settings: Mapping[str, Any], made: Mapping[str, Sequence[EditRequest]], edits: int
+) -> None:
+    """Measure the targets, unless that was done with this model, this data and this many edits."""
+    model = settings[grid.points[0].name]["model"]["language_model"]
+    data = json.dumps([r.as_dict() for requests in made.values() for r in requests], ensure_ascii=False)
+    key = {"model": model, "data": hashlib.sha256(data.encode()).hexdigest(), "edits": edits}
+    if path.is_file() and all(json.loads(path.read_text(encoding="utf-8")).get(name) == key[name] for name in key):
+        return
+    sys.stdout.write("measuring the targets on the unedited model ...")
+    sys.stdout.flush()
+
+    from lit_edit.console.fit_parser import FitParser
+    from lit_edit.metrics.diversity import describe_targets
+    from lit_edit.models import ModelAdapter
+
+    parser = FitParser()
+    parser.parse(grid.arguments(grid.points[0].choices))
+    language_model = parser.make().model.language_model
+    loaded, tokenizer = language_model.load()
+    adapter = ModelAdapter(loaded, language_model.arch, products=language_model.products)
+    rows = [
+        {AXIS: kind, "of": of, **asdict(describe_targets(adapter, tokenizer, requests[:count]))}
+        for of, count in {"all": None, "edited": edits}.items()
+        for kind, requests in made.items()
+    ]
+    write_json(path, {**key, "targets": rows})
+    sys.stdout.write(" done\n")
+
+
+def _read_targets(path: Path) -> dict[str, Any]:
+    """Return what was measured of the targets.
+
+    Raises:
+        ArgumentError: If nothing was.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArgumentError(f"there is no {path}: nothing of this study is done yet; leave --gather out") from None
+    assert isinstance(found, dict)  # noqa: S101 - for the type checker
+    return found

@@ -1,0 +1,116 @@
+"""The field's figures: heat maps of one fact, and average indirect effects by layer and token role."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lit_edit.studies.tracing.prompts import ROLES
+from lit_edit.studies.tracing.summary import AverageEffect
+from lit_edit.studies.tracing.trace import FactTrace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TITLES: Mapping[str, str] = {"hidden": "single hidden state", "mlp": "MLP outputs", "attn": "attention outputs"}
+MAPS: Mapping[str, str] = {"hidden": "Purples", "mlp": "Greens", "attn": "Reds"}
+
+# Okabe and Ito's colours, which are told apart with any kind of colour vision.
+COLOURS = ("#56B4E9", "#999999", "#D55E00", "#E69F00", "#009E73", "#0072B2")
+STYLES: tuple[Any, ...] = ("--", ":", "-", (0, (5, 1, 1, 1)), ":", "-")
+
+
+def draw_fact(trace: FactTrace, window: int = 10) -> Figure:
+    """Draw one fact: the answer's probability by restored token and layer, a panel per kind.
+
+    Tokens of the subject are marked with a star. The palest colour is the corrupted probability.
+
+    Args:
+        trace: Of the fact.
+        window: How many layers were restored together, for the titles.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
+
+    first, behind = trace.subject
+    labels = [f"{token.strip() or repr(token)}{'*' if first <= i < behind else ''}" for i, token in _texts(trace)]
+    figure = Figure(figsize=(1.2 + 3.9 * len(trace.restored), 1.5 + 0.24 * len(labels)), layout="constrained")
+    for place, (kind, layers) in enumerate(trace.restored.items(), 1):
+        axis = figure.add_subplot(1, len(trace.restored), place, gid=kind)
+        values = [[trace.p_corrupt] * len(layers)] * first  # nothing is corrupted before the subject
+        values += [list(column) for column in zip(*layers, strict=True)]
+        most = max(max(map(max, values)), trace.p_corrupt + 1e-6)
+        image = axis.imshow(values, MAPS[kind], aspect="auto", vmin=trace.p_corrupt, vmax=most, interpolation="nearest")
+        axis.set_title(_title(kind, window), fontsize=9)
+        axis.set_xlabel("layer", fontsize=9)
+        axis.set_yticks(range(len(labels)), labels if place == 1 else [""] * len(labels), fontsize=8)
+        axis.tick_params(axis="x", labelsize=8)
+        figure.colorbar(image, ax=axis).ax.set_title(f"p({trace.answer.strip()})", fontsize=8)
+    heading = f"clean {trace.p_clean:.3f}, corrupted {trace.p_corrupt:.3f}"
+    figure.suptitle(f"{_plain(trace.prompt)} …  ({heading})", fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def draw_averages(averages: Sequence[AverageEffect], window: int = 10, title: str = "") -> Figure:
+    """Draw average indirect effects: above heat maps of token role by layer, below curves with 95 % intervals.
+
+    Args:
+        averages: From :func:`lit_edit.studies.tracing.average_effects`.
+        window: How many layers were restored together, for the titles.
+        title: Of the figure.
+    """
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(average.kind for average in averages))
+    figure = Figure(figsize=(2.0 + 4.2 * len(kinds), 6.8), layout="constrained")
+    curves: Axes | None = None
+    for place, kind in enumerate(kinds, 1):
+        rows = {role: [a for a in averages if a.kind == kind and a.role == role] for role in ROLES}
+        rows = {role: found for role, found in rows.items() if found}
+        axis = figure.add_subplot(2, len(kinds), place, gid=f"{kind} map")
+        values = [[a.effect for a in found] for found in rows.values()]
+        most = max(max(map(max, values)), 1e-6)
+        image = axis.imshow(values, MAPS[kind], aspect="auto", vmin=0, vmax=most, interpolation="nearest")
+        axis.set_title(_title(kind, window), fontsize=10)
+        axis.set_yticks(range(len(rows)), list(rows) if place == 1 else [""] * len(rows), fontsize=9)
+        figure.colorbar(image, ax=axis).ax.set_title("AIE", fontsize=8)
+        below = curves = figure.add_subplot(2, len(kinds), len(kinds) + place, gid=f"{kind} curves", sharey=curves)
+        _draw_curves(below, rows)
+        if place == 1:
+            below.set_ylabel("average indirect effect", fontsize=9)
+    if curves is not None:
+        figure.legend(
+            *curves.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9, frameon=False
+        )
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def _draw_curves(axis: Axes, rows: Mapping[str, Sequence[AverageEffect]]) -> None:
+    axis.axhline(0, color="0.6", linewidth=0.8)
+    for role, found in rows.items():
+        index = ROLES.index(role)
+        layers, effects = [a.layer for a in found], [a.effect for a in found]
+        bold = role in ("last subject token", "last token")
+        look: Any = {"color": COLOURS[index], "linestyle": STYLES[index], "linewidth": 2.2 if bold else 1.3}
+        axis.plot(layers, effects, label=role, gid=role, zorder=3 if bold else 2, **look)
+        low = [a.effect - 1.96 * a.error for a in found]
+        high = [a.effect + 1.96 * a.error for a in found]
+        axis.fill_between(layers, low, high, color=COLOURS[index], alpha=0.15, linewidth=0)
+    axis.set_xlabel("layer", fontsize=9)
+    axis.grid(alpha=0.25, linewidth=0.7)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _title(kind: str, window: int) -> str:
+    return f"restoring {TITLES[kind]}" if kind == "hidden" else f"restoring {TITLES[kind]}, window of {window}"
+
+
+def _texts(trace: FactTrace) -> list[tuple[int, str]]:
+    return [(index, _plain(token)) for index, token in enumerate(trace.tokens)]
+
+
+def _plain(text: str) -> str:
+    """Return a text that matplotlib does not take for a formula."""
+    return text.replace("$", r"\$").replace("\n", " ")

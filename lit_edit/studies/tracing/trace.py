@@ -1,0 +1,480 @@
+"""Causal tracing of one fact: what restoring single states, or windows of modules, brings back of the answer.
+
+Meng et al. 2022 (ROME, arXiv 2202.05262, section 2 and appendix B). A clean run and runs with noise on the subject's
+embeddings are made together. Then, in the noisy runs, the clean value is put back at one token: the hidden state behind
+one layer, or what the MLPs (the attentions) of a window of layers around it add. How probable the answer becomes again
+is the indirect effect of that place.
+
+What does not change is not computed again: a restoration at a layer starts from the noisy states that enter it, and one
+at a token leaves all tokens before it as they were (their attention keys and values are kept). All tokens and all noise
+samples of a layer run as one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lit_edit.models.adapter import ModelAdapter
+from lit_edit.studies.tracing.line import KeyValues, PromptCalls, PromptLine
+from lit_edit.studies.tracing.noise import noisy_embeddings
+from lit_edit.studies.tracing.prompts import TokenizedFact
+
+Kind = Literal["hidden", "mlp", "attn"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""What is restored: one hidden state, or MLP or attention outputs over a window of layers."""
+
+MOST_TOKENS = 16_384
+"""Tokens of one restoration run together; longer prompts are traced a few positions at a time."""
+
+MOST_TOGETHER = 2_048
+"""Tokens of several restorations run together: enough to hide what a call costs, few enough for a CPU's caches."""
+
+
+@dataclass(frozen=True)
+class FactTrace:
+    """What tracing one fact found.
+
+    Attributes:
+        id: The fact's.
+        prompt: Its text.
+        tokens: Texts of the prompt's tokens.
+        subject: Index of the subject's first token, and index behind its last.
+        answer: The model's most probable next token, whose probability is traced.
+        p_clean: Its probability.
+        p_corrupt: Its mean probability over the noise samples.
+        restored: By kind, ``[layer][token]``: its mean probability with a clean state put back. Tokens are counted from
+            the subject's first: before it nothing is corrupted, and restoring changes nothing.
+    """
+
+    id: str
+    prompt: str
+    tokens: tuple[str, ...]
+    subject: tuple[int, int]
+    answer: str
+    p_clean: float
+    p_corrupt: float
+    restored: Mapping[str, tuple[tuple[float, ...], ...]]
+
+    def effects(self, kind: str) -> tuple[tuple[float, ...], ...]:
+        """Return indirect effects ``[layer][token from the subject on]``: restored less corrupted probability."""
+        return tuple(tuple(p - self.p_corrupt for p in row) for row in self.restored[kind])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return primitives for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FactTrace:
+        """Restore :meth:`as_dict`, also after a way through JSON.
+
+        Raises:
+            KeyError: If a field is missing.
+            TypeError: If one is of the wrong kind.
+        """
+        layers = {str(kind): tuple(tuple(map(float, row)) for row in rows) for kind, rows in values["restored"].items()}
+        first, behind = values["subject"]
+        return cls(
+            id=values["id"],
+            prompt=values["prompt"],
+            tokens=tuple(values["tokens"]),
+            subject=(int(first), int(behind)),
+            answer=values["answer"],
+            p_clean=float(values["p_clean"]),
+            p_corrupt=float(values["p_corrupt"]),
+            restored=layers,
+        )
+
+
+def window_around(layer: int, width: int, n_layers: int) -> tuple[int, int]:
+    """Return the window of layers ``start .. stop - 1`` around a layer, cut off at the model's ends.
+
+    Example:
+        >>> window_around(10, 10, 30), window_around(2, 10, 30), window_around(7, 1, 30), window_around(7, 3, 30)
+        ((5, 15), (0, 7), (7, 8), (6, 9))
+    """
+    return max(0, layer - width // 2), min(n_layers, layer - width // 2 + width)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The clean run (version 0) and the noisy ones.
+
+    Attributes:
+        states: By layer, its input ``(versions, length, d_model)``; behind the last layer its output.
+        kept: By layer, attention keys and values.
+        outputs: By kind and layer, what modules of the clean run gave ``(length, d_model)``.
+        answer: Token id.
+        probabilities: ``(versions,)`` of it.
+    """
+
+    states: list[Tensor]
+    kept: dict[int, KeyValues]
+    outputs: dict[str, dict[int, Tensor]]
+    answer: int
+    probabilities: Tensor
+
+
+@torch.no_grad()
+def trace_fact(
+    adapter: ModelAdapter,
+    fact: TokenizedFact,
+    noise: Tensor,
+    kinds: Sequence[Kind] = KINDS,
+    window: int = 10,
+    decode: Callable[[int], str] = str,
+    most_tokens: int = MOST_TOKENS,
+    most_together: int = MOST_TOGETHER,
+    check: Callable[[], object] | None = None,
+) -> FactTrace:
+    """Trace one fact.
+
+    Args:
+        adapter: The model, or a view of it.
+        fact: The fact.
+        noise: ``(samples, subject tokens, width of the embeddings)``, added to the embeddings of the subject's tokens.
+        kinds: What to restore.
+        window: Layers restored together, of MLPs and attentions.
+        decode: Turns the answer's token id into text.
+        most_tokens: Run no more of one restoration together, unless one position already takes more.
+        most_together: Run no more of several restorations together, unless one already takes more.
+        check: Called every now and then; what it raises ends the tracing.
+
+    Raises:
+        ValueError: If the noise does not fit the subject, or there is nothing to restore.
+    """
+    first, behind = fact.subject
+    length = len(fact.ids)
+    if noise.dim() != 3 or noise.shape[0] < 1 or noise.shape[1] != behind - first:
+        raise ValueError(f"noise must be (samples, {behind - first} subject tokens, width), got {tuple(noise.shape)}")
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    calls = PromptCalls(adapter, torch.tensor([fact.ids], device=adapter.device))
+    with adapter.fast_products(), _rounding_once(adapter):
+        runs = _run_whole(adapter, calls, fact, noise)
+        samples = len(noise)
+        plan = _plan(kinds, window, adapter.n_layers, adapter.packs)
+        found: dict[str, list[list[float]]] = {kind: [[] for _ in range(adapter.n_layers)] for kind in kinds}
+        for positions in _portions(range(first, length), length, samples, most_tokens):
+            starts = [position for position in positions for _ in range(samples)]
+            bases = [1 + sample for _ in positions for sample in range(samples)]
+            line = PromptLine(calls, starts, bases, samples + 1)
+            for one, ends in _restore(adapter, line, starts, runs, plan, most_together):
+                if check is not None:
+                    check()
+                if (one.kind, one.layer) == ("hidden", adapter.n_layers - 1):
+                    # Behind the last layer nothing follows: only the last token's own state changes what is said.
+                    last = torch.tensor(starts, device=adapter.device) == length - 1
+                    p = torch.where(last, runs.probabilities[0], runs.probabilities[1:].repeat(len(positions)))
+                else:
+                    p = _probability(adapter, ends, runs.answer)
+                found[one.kind][one.layer] += p.view(len(positions), samples).mean(1).tolist()
+    clean, corrupt = runs.probabilities[0], runs.probabilities[1:].mean()
+    return FactTrace(
+        id=fact.fact.id,
+        prompt=fact.fact.prompt,
+        tokens=fact.tokens,
+        subject=fact.subject,
+        answer=decode(runs.answer),
+        p_clean=float(clean),
+        p_corrupt=float(corrupt),
+        restored={kind: tuple(tuple(row) for row in rows) for kind, rows in found.items()},
+    )
+
+
+def _portions(positions: range, length: int, samples: int, most_tokens: int) -> Iterator[list[int]]:
+    """Cut positions into portions whose versions, from each position to the end, are not too many tokens."""
+    portion: list[int] = []
+    tokens = 0
+    for position in positions:
+        more = (length - position) * samples
+        if portion and tokens + more > most_tokens:
+            yield portion
+            portion, tokens = [], 0
+        portion.append(position)
+        tokens += more
+    yield portion
+
+
+def _run_whole(adapter: ModelAdapter, calls: PromptCalls, fact: TokenizedFact, noise: Tensor) -> _Runs:
+    """Make the clean run and the noisy ones, and keep what restorations need of them."""
+    versions = 1 + len(noise)
+    ids = torch.tensor([fact.ids] * versions, device=adapter.device)
+    with noisy_embeddings(adapter, torch.cat([torch.zeros_like(noise[:1]), noise]), fact.subject[0]):
+        hidden, _ = adapter.record_calls(ids, torch.ones_like(ids))
+    line = PromptLine(calls, [0] * versions, [0] * versions, 0)
+    states, kept = [hidden], dict[int, KeyValues]()
+    outputs: dict[str, dict[int, Tensor]] = {"mlp": {}, "attn": {}}
+    flat = hidden.flatten(0, 1)
+    for layer in range(adapter.n_layers):
+        with _reading(adapter, layer, outputs, calls.length):
+            flat = line.run_layer(layer, flat, keep=kept)
+        states.append(flat.view_as(hidden))
+    logits = _logits(adapter, flat[line.ends])
+    answer = int(logits[0].argmax())
+    return _Runs(states, kept, outputs, answer, torch.softmax(logits, -1)[:, answer])
+
+
+@dataclass(frozen=True)
+class _Restoration:
+    """Something restored around one layer, at each of the positions of a line.
+
+    Attributes:
+        kind: What.
+        layer: Around which layer; the column of the result.
+        begin: The first layer that is run for it.
+        window: Layers ``start .. stop - 1`` whose modules are restored; empty for hidden states.
+        trunk: The restoration whose states at :attr:`begin` it departs from, if not from the noisy ones.
+    """
+
+    kind: Kind
+    layer: int
+    begin: int
+    window: tuple[int, int]
+    trunk: tuple[Kind, int] | None = None
+
+    @property
+    def key(self) -> tuple[Kind, int]:
+        """Kind and layer, which no other has."""
+        return self.kind, self.layer
+
+
+def _plan(kinds: Sequence[Kind], width: int, n_layers: int, skips: bool) -> list[_Restoration]:
+    """Return all restorations, those that begin at lower layers first, and each behind its trunk.
+
+    Windows that begin at the same layer (those cut off at the bottom) go the same way as far as the shortest reaches:
+    the longest is the trunk, from which the others depart where they end.
+
+    Args:
+        kinds: What to restore.
+        width: Of windows.
+        n_layers: Of the model.
+        skips: Whether a window's first layer need not be run (:func:`_beyond_first`).
+    """
+    plan = []
+    for kind in kinds:
+        if kind == "hidden":
+            plan += [_Restoration(kind, layer, layer + 1, (0, 0)) for layer in range(n_layers)]
+            continue
+        windows = [(*window_around(layer, width, n_layers), layer) for layer in range(n_layers)]
+        for start, group in groupby(windows, key=lambda window: window[0]):
+            *shorter, (_, stop, longest) = group
+            plan.append(_Restoration(kind, longest, start + skips, (start, stop)))
+            plan += [_Restoration(kind, layer, end, (0, 0), (kind, longest)) for _, end, layer in shorter]
+    return sorted(plan, key=lambda restoration: (restoration.begin, restoration.trunk is not None))
+
+
+def _restore(
+    adapter: ModelAdapter, line: PromptLine, starts: Sequence[int], runs: _Runs, plan: Sequence[_Restoration], most: int
+) -> Iterator[tuple[_Restoration, Tensor]]:
+    """Yield each restoration of a plan and what leaves the last layer at the versions' ends ``(versions, d_model)``.
+
+    Restorations that are under way run as one line, layer by layer; those that begin later join it.
+
+    Args:
+        adapter: The model.
+        line: All positions and samples of one restoration.
+        starts: The position that each of its versions restores.
+        runs: The clean run and the noisy ones.
+        plan: What to restore.
+        most: Tokens run together, unless one restoration already takes more.
+    """
+    places, chosen = line.place(starts), torch.tensor(starts, device=adapter.device)
+    lines: dict[int, PromptLine] = {1: line}
+    departing: dict[tuple[Kind, int], Tensor] = {}  # states of trunks, for those that depart from them
+    together = max(1, most // len(line))
+    for batch in (plan[at : at + together] for at in range(0, len(plan), together)):
+        active: list[_Restoration] = []
+        hidden = runs.states[0].new_empty(0, runs.states[0].shape[-1])
+        for layer in range(batch[0].begin, adapter.n_layers + 1):
+            for other in plan:
+                if other.begin == layer and other.trunk in (keys := [one.key for one in active]):
+                    at = keys.index(other.trunk) * len(line)
+                    departing[other.key] = hidden[at : at + len(line)].clone()
+            joining = [one for one in batch if one.begin == layer]
+            for one in joining:
+                state = departing.pop(one.key) if one.trunk else _first_state(adapter, line, starts, runs, one)
+                for other in plan:
+                    if other.trunk == one.key and other.begin == layer:
+                        departing[other.key] = state
+                hidden = torch.cat([hidden, state])
+            active += joining
+            if layer == adapter.n_layers:
+                break
+            if len(active) not in lines:
+                lines[len(active)] = line.repeated(len(active))
+            with ExitStack() as stack:
+                ends = lines[len(active)].ends if layer == adapter.n_layers - 1 else None
+                stack.enter_context(_only_at(adapter, layer, ends))
+                for kind in ("mlp", "attn"):
+                    within = [i for i, one in enumerate(active) if one.kind == kind and layer in range(*one.window)]
+                    if within:
+                        where = torch.cat([places + i * len(line) for i in within])
+                        clean = runs.outputs[kind][layer][chosen].repeat(len(within), 1)
+                        stack.enter_context(_restoring(adapter, kind, layer, where, clean, ends))
+                hidden = lines[len(active)].run_layer(layer, hidden, runs.kept.get(layer))
+        for one, states in zip(active, hidden.view(len(active), len(line), -1), strict=True):
+            yield one, states[line.ends]
+
+
+def _first_state(
+    adapter: ModelAdapter, line: PromptLine, starts: Sequence[int], runs: _Runs, one: _Restoration
+) -> Tensor:
+    """Return the states ``(tokens, d_model)`` that enter the first layer that is run for a restoration."""
+    noisy = runs.states[one.begin].flatten(0, 1)[line.base]
+    places = line.place(starts)
+    if one.kind == "hidden":
+        return noisy.index_copy(0, places, runs.states[one.begin][0, torch.tensor(starts, device=adapter.device)])
+    if one.begin == one.window[0]:
+        return noisy
+    return noisy.index_copy(0, places, _beyond_first(adapter, line, starts, runs, one.kind, one.window[0]))
+
+
+def _beyond_first(
+    adapter: ModelAdapter, line: PromptLine, starts: Sequence[int], runs: _Runs, kind: Kind, layer: int
+) -> Tensor:
+    """Return what leaves the first layer of a window at the restored tokens ``(versions, d_model)``.
+
+    Nothing else differs there from the noisy run: the tokens behind see the restored one from the next layer on.
+    """
+    alone = line.alone()
+    chosen = torch.tensor(starts, device=adapter.device)
+    places = torch.arange(len(alone), device=adapter.device)
+    with _restoring(adapter, kind, layer, places, runs.outputs[kind][layer][chosen]):
+        return alone.run_layer(layer, runs.states[layer].flatten(0, 1)[alone.base], runs.kept[layer])
+
+
+def _module(adapter: ModelAdapter, kind: str, layer: int) -> nn.Module:
+    """Return the module whose output is restored; an MLP's output is that of its down projection."""
+    return adapter.down_proj(layer) if kind == "mlp" else adapter.attention_module(layer)
+
+
+@contextmanager
+def _reading(
+    adapter: ModelAdapter, layer: int, outputs: Mapping[str, dict[int, Tensor]], length: int
+) -> Iterator[None]:
+    """Note what the modules of a layer give in the first version of a line."""
+
+    def hook_for(kind: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            outputs[kind][layer] = first.reshape(-1, first.shape[-1])[:length]
+
+        return hook
+
+    with _hooked(_module(adapter, kind, layer).register_forward_hook(hook_for(kind)) for kind in outputs):
+        yield
+
+
+@contextmanager
+def _hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Take hooks off again."""
+    kept = list(handles)
+    try:
+        yield
+    finally:
+        for handle in kept:
+            handle.remove()
+
+
+@contextmanager
+def _restoring(
+    adapter: ModelAdapter, kind: str, layer: int, places: Tensor, clean: Tensor, only: Tensor | None = None
+) -> Iterator[None]:
+    """Let the modules of a kind give clean outputs ``(places, d_model)`` at some places of the line.
+
+    Args:
+        adapter: The model.
+        kind: Of modules.
+        layer: Theirs.
+        places: In the line.
+        clean: The outputs.
+        only: The places at which MLPs are run, if not at all (:func:`_only_at`).
+    """
+    if only is not None and kind == "mlp" and _mlp(adapter, layer) is not None:
+        among = torch.full((int(torch.cat([places, only]).max()) + 1,), -1, device=places.device)
+        among[only] = torch.arange(len(only), device=places.device)
+        run = among[places] >= 0
+        places, clean = among[places][run], clean[run]
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        mended = first.reshape(-1, first.shape[-1]).index_copy(0, places, clean.to(first)).view_as(first)
+        return (mended, *output[1:]) if isinstance(output, tuple) else mended
+
+    with _hooked([_module(adapter, kind, layer).register_forward_hook(hook)]):
+        yield
+
+
+def _mlp(adapter: ModelAdapter, layer: int) -> nn.Module | None:
+    """Return the module that holds a layer's MLP and nothing else, if there is one."""
+    path, _, _ = adapter.spec.down_proj.rpartition(".")
+    return adapter.layers[layer].get_submodule(path) if path and adapter.packs else None
+
+
+@contextmanager
+def _only_at(adapter: ModelAdapter, layer: int, places: Tensor | None) -> Iterator[None]:
+    """Run a layer's MLP at some places of the line only; what it would add to the others is left out.
+
+    The last layer's output is read at the last tokens alone, and an MLP looks at one token at a time.
+    """
+    module = _mlp(adapter, layer)
+    if places is None or module is None:
+        yield
+        return
+    shape: list[torch.Size] = []
+
+    def choose(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        shape.append(args[0].shape)
+        return args[0][:, places], *args[1:]
+
+    def spread(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        whole = first.new_zeros(shape.pop()).index_copy(1, places, first)
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    with _hooked([module.register_forward_pre_hook(choose), module.register_forward_hook(spread)]):
+        yield
+
+
+@contextmanager
+def _rounding_once(adapter: ModelAdapter) -> Iterator[None]:
+    """Round what enters attentions and MLPs before they see it, where products are rounded anyway.
+
+    Left to autocast, each of the matrices that read it (of queries, keys and values; gate and up) rounds it anew.
+    """
+    if adapter.rounded_to is None:
+        yield
+        return
+
+    def round_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (args[0].to(adapter.rounded_to), *args[1:]), kwargs
+        if "hidden_states" in kwargs:
+            return args, kwargs | {"hidden_states": kwargs["hidden_states"].to(adapter.rounded_to)}
+        return None
+
+    with ExitStack() as stack:
+        for layer in range(adapter.n_layers):
+            for module in (adapter.attention_module(layer), _mlp(adapter, layer)):
+                if module is not None:
+                    handle = module.register_forward_pre_hook(round_input, with_kwargs=True)
+                    stack.callback(handle.remove)
+        yield
+
+
+def _logits(adapter: ModelAdapter, hidden: Tensor) -> Tensor:
+    return adapter.logits(adapter.finish(hidden))
+
+
+def _probability(adapter: ModelAdapter, hidden: Tensor, answer: int) -> Tensor:
+    """Return the probability of a token ``(versions,)`` after final states ``(versions, d_model)``."""
+    logits = _logits(adapter, hidden)
+    return torch.log_softmax(logits, -1)[:, answer].exp()

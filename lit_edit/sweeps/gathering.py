@@ -1,0 +1,181 @@
+"""The table of a sweep: what came of each point, and of all seeds together."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lit_edit.files.paths import without_nan, write_atomically, write_json
+from lit_edit.runs.files import journal_path
+from lit_edit.runs.folder import has_ended
+from lit_edit.sweeps.grids import Grid, Point, is_seed
+
+RECORD = "sweep.json"
+"""In a point's folder: with which settings it was begun, and how its last process ended."""
+
+METRICS = {  # by column: where summary.json has it, and digits
+    "efficacy success": ("final", "efficacy", "success"),
+    "efficacy accuracy": ("final", "efficacy", "accuracy"),
+    "generalization success": ("final", "generalization", "success"),
+    "generalization accuracy": ("final", "generalization", "accuracy"),
+    "locality success": ("final", "locality", "success"),
+    "locality accuracy": ("final", "locality", "accuracy"),
+    "agreement": ("final", "locality", "agreement"),
+}
+COSTS = ("perplexity change", "largest growth of mean |W|", "seconds per edit")
+COLUMNS = ("edits", *METRICS, *COSTS)
+_AS_PERCENT = ("perplexity change", "largest growth of mean |W|")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what a sweep has noted in a point's folder; nothing if it has not, or the note is damaged."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def is_done(folder: Path) -> bool:
+    """Tell whether a point's run has come to its end, or its process has ended well (``trainer.max_steps``)."""
+    return (folder / "summary.json").is_file() and (read_record(folder).get("status") == 0 or has_ended(folder))
+
+
+def state_of(folder: Path) -> str:
+    """Say how far a point is."""
+    if is_done(folder):
+        return "done"
+    if status := read_record(folder).get("status"):
+        return f"failed (exit status {status})"
+    return "begun" if journal_path(folder).is_file() else "not run"
+
+
+def gather(grid: Grid, folder: Path) -> str:
+    """Write ``table.md``, ``table.csv`` and ``table.json`` of a sweep.
+
+    Args:
+        grid: Its points.
+        folder: The sweep's.
+
+    Returns:
+        The table as Markdown.
+    """
+    rows = [row_of(point, folder / point.name) for point in grid.points]
+    over = over_seeds(grid, rows)
+    text = f"# {grid.name}\n\n{as_markdown(_shown(rows))}"
+    if over:
+        seeds = ", ".join(axis for axis in grid.axes if is_seed(axis))
+        text += f"\nMean and standard deviation over {seeds}:\n\n{as_markdown(_shown_over(over))}"
+    write_atomically(folder / "table.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(folder / "table.csv", lambda path: path.write_text(as_csv(rows), encoding="utf-8"))
+    if over:
+        write_atomically(folder / "over_seeds.csv", lambda path: path.write_text(as_csv(over), encoding="utf-8"))
+    write_json(folder / "table.json", {"sweep": grid.name, "points": rows, "over_seeds": over})
+    return text
+
+
+def row_of(
+    point: Point, folder: Path, metrics: Mapping[str, tuple[str, str, str]] = MappingProxyType(METRICS)
+) -> dict[str, Any]:
+    """Return a point's row; what is not there is ``None``.
+
+    Args:
+        point: Which.
+        folder: Its run's.
+        metrics: By column: where ``summary.json`` has it (stage, kind, name).
+    """
+    row: dict[str, Any] = {"index": point.index, "point": point.name, "state": state_of(folder), **point.labels}
+    row |= dict.fromkeys(("edits", *metrics, *COSTS))
+    if row["state"] != "done":
+        return row
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        found = _values(summary, metrics)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return row | {"state": f"summary.json cannot be read ({type(error).__name__})"}
+    state = "edits changed since it was measured" if summary.get("stale") else "done"
+    return row | without_nan(found) | {"state": state}
+
+
+def _values(summary: Mapping[str, Any], metrics: Mapping[str, tuple[str, str, str]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"edits": summary["edits"]}
+    for column, (stage, kind, name) in metrics.items():
+        found[column] = summary[stage][kind].get(name)
+    before, after = summary["base"]["perplexity"], summary["final"]["perplexity"]
+    found["perplexity change"] = after / before - 1 if before and after else None
+    growth = [norms["mean_abs_after"] / norms["mean_abs_before"] - 1 for norms in summary["layers"].values()]
+    found["largest growth of mean |W|"] = max(growth, default=None)
+    found["seconds per edit"] = summary["seconds"]["per_edit"]
+    return found
+
+
+def over_seeds(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return mean and standard deviation of the points that differ in seeds alone; nothing without such an axis."""
+    others = [axis for axis in grid.axes if not is_seed(axis)]
+    if len(others) == len(grid.axes):
+        return []
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[axis] for axis in others), []).append(row)
+    return [_mean_row(dict(zip(others, key, strict=True)), group) for key, group in groups.items()]
+
+
+def _mean_row(labels: dict[str, Any], group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    done = [row for row in group if row["state"] == "done"]
+    row: dict[str, Any] = {**labels, "points": len(group), "done": len(done)}
+    for column in COLUMNS[1:]:
+        values = [float(other[column]) for other in done if other[column] is not None]
+        row[column] = statistics.fmean(values) if values else None
+        row[f"{column} sd"] = statistics.stdev(values) if len(values) > 1 else None
+    return row
+
+
+def as_number(column: str, value: Any, signed: bool = True) -> str:
+    """Return a cell of a table as it is shown."""
+    if value is None or isinstance(value, (str, int)):
+        return "–" if value is None else str(value)
+    if column in _AS_PERCENT:
+        return f"{value:+.1%}" if signed else f"{value:.1%}"
+    return f"{value:.2f}" if column == "seconds per edit" else f"{value:.3f}"
+
+
+def _shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    names = [name for name in rows[0] if name != "point"]  # the axes say it
+    return [{name: as_number(name, row[name]) for name in names} for row in rows]
+
+
+def _shown_over(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    shown = []
+    for row in rows:
+        cells = {name: as_number(name, value) for name, value in row.items() if not name.endswith(" sd")}
+        for name in COLUMNS[1:]:
+            if row[f"{name} sd"] is not None:
+                cells[name] += f" ± {as_number(name, row[f'{name} sd'], signed=False)}"
+        shown.append(cells)
+    return shown
+
+
+def as_markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return rows as a table whose columns stand below each other."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |\n" for line in lines
+    )
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as a CSV file, every digit kept."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()

@@ -1,0 +1,166 @@
+"""The points of a sweep: checked before anything runs, then run one after another."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from lit_edit.console.children import ProcessLine
+from lit_edit.console.fit_parser import FitParser, changes
+from lit_edit.data.request import shorten
+from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import write_json
+from lit_edit.runs.files import RunLockedError, journal_path, run_lock
+from lit_edit.sweeps.gathering import RECORD, is_done, read_record, state_of
+from lit_edit.sweeps.grids import Grid, Point
+
+LOG = "sweep.log"
+"""In a point's folder: what its processes have written."""
+
+
+def parse_points(grid: Grid, points: Sequence[Point]) -> dict[str, Any]:
+    """Return the settings of points by name, from the parser that ``lit-edit fit`` uses.
+
+    Raises:
+        ArgumentError: If one would be refused; names the axis and the value.
+    """
+    parser = FitParser()
+    found = {}
+    for point in points:
+        try:
+            found[point.name] = _in_json(parser.parse(grid.arguments(point.choices)))
+            parser.make()
+        except ArgumentError as error:
+            raise ArgumentError(f"{grid.path}: {_culprit(grid, point, parser)}: {error}") from None
+    return found
+
+
+def _in_json(value: Any) -> Any:
+    """Return settings as JSON can hold them: numbers that are not finite (a clamp that never clamps) by name."""
+    if isinstance(value, Mapping):
+        return {name: _in_json(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_in_json(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _culprit(grid: Grid, point: Point, parser: FitParser) -> str:
+    """Say which part of a point is refused: what all have, one value, or only the values together."""
+    for name, choices in (("base and settings", ()), *((f"grid: {c.axis}: {c.label}", (c,)) for c in point.choices)):
+        try:
+            parser.parse(grid.arguments(choices))
+            parser.make()
+        except ArgumentError:
+            return name
+    return f"the values {point} together"
+
+
+def check_begun(folder: Path, points: Sequence[Point], settings: Mapping[str, Any]) -> None:
+    """Check that points which are done or begun were begun with the settings that the grid gives them now.
+
+    Args:
+        folder: The sweep's.
+        points: Which.
+        settings: Those that the grid gives them, by name.
+
+    Raises:
+        ArgumentError: If not; names the point and the setting.
+    """
+    for point in points:
+        run = folder / point.name
+        before = read_record(run).get("settings")
+        if before is None or not (journal_path(run).is_file() or is_done(run)):
+            continue
+        for name, (old, new) in changes(before, settings[point.name]).items():
+            raise ArgumentError(
+                f"the point {point.name} was made with {name}={shorten(str(old))}, the grid now gives it "
+                f"{shorten(str(new))}: give it another name ('name:' in the grid) or --runs_dir, or delete {run}"
+            )
+
+
+def command_of(grid: Grid, point: Point, folder: Path) -> list[str]:
+    """Return the command of a point, behind the program's name."""
+    own = ["--run_name", point.name, "--runs_dir", str(folder), "--resume", "auto"]
+    return ["fit", *grid.arguments(point.choices), *own]
+
+
+def list_points(grid: Grid, points: Sequence[Point], folder: Path) -> str:
+    """Return points, how far they are, and their commands, as ``--dry-run`` shows them."""
+    text = ""
+    for point in points:
+        line = shlex.join(["lit-edit", *command_of(grid, point, folder)])
+        text += f"{point.index}  {point.name}  {state_of(folder / point.name)}\n   {line}\n"
+    return text
+
+
+def run_points(grid: Grid, folder: Path, points: Sequence[Point], settings: Mapping[str, Any]) -> int:
+    """Run points that are not done, one after another; one that fails does not stop the others.
+
+    Args:
+        grid: The sweep.
+        folder: Its folder.
+        points: Which.
+        settings: Theirs, by name.
+
+    Returns:
+        The exit status: 0 all well, 1 a point has failed, 128 and a signal's number if one has stopped the sweep.
+    """
+    failed = elsewhere = 0
+    with ProcessLine() as line:
+        for number, point in enumerate(points, 1):
+            if line.stopped is not None:
+                break
+            _say(f"point {number}/{len(points)}: {point.name} ...", end="")
+            start = perf_counter()
+            outcome = _run_point(line, grid, point, folder, settings[point.name])
+            _say(f" {outcome}" if outcome == "done already" else f" {outcome} ({perf_counter() - start:.0f} s)")
+            failed += outcome.startswith("failed")
+            elsewhere += outcome == "being done elsewhere"
+    if line.stopped is not None:
+        return 128 + line.stopped
+    if elsewhere:
+        _say(f"{elsewhere} of {len(points)} points are being done by other processes; --gather when they are")
+    return 1 if failed else 0
+
+
+def _run_point(line: ProcessLine, grid: Grid, point: Point, folder: Path, settings: Any) -> str:
+    """Run a point, if nobody has or does; return what came of it."""
+    run = folder / point.name
+    if is_done(run):
+        return "done already"
+    run.mkdir(parents=True, exist_ok=True)
+    record = {"index": point.index, "values": point.labels, "settings": settings, "status": None}
+    try:
+        with run_lock(run):
+            write_json(run / RECORD, record)
+    except RunLockedError:
+        return "being done elsewhere"
+    command = [sys.executable, "-m", "lit_edit", *command_of(grid, point, folder)]
+    status = line.run(command, run / LOG, {"WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP", grid.name)})
+    if line.stopped is not None:
+        return "interrupted" if line.stopped == signal.SIGINT else "stopped"
+    said = last_line(run / LOG)
+    if status and f"another process is working in {run}" in said:
+        return "being done elsewhere"
+    write_json(run / RECORD, record | {"status": status})
+    return "done" if status == 0 else f"failed, exit status {status}: {said} (all of it: {run / LOG})"
+
+
+def last_line(log: Path) -> str:
+    """Return the last thing that a point's processes have said: the error, if one has named it."""
+    lines = [line.strip() for line in re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace"))]
+    errors = [line for line in lines if line.startswith("lit-edit: error:")]
+    return shorten((errors or [line for line in lines if line] or ["nothing said"])[-1], 400)
+
+
+def _say(text: str, end: str = "\n") -> None:
+    sys.stdout.write(text + end)
+    sys.stdout.flush()

@@ -1,0 +1,1 @@
+"""Tokens, and rows of tokens of like length."""

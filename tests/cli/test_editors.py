@@ -1,0 +1,180 @@
+"""``lit-edit editors``: what it reads from the source is what the classes are."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+import lit_edit.editors
+from lit_edit.cli.editors import configs_of
+from lit_edit.cli.main import main
+from lit_edit.console.catalogue import KnownEditor, Sources, _Class, known_editors, plain_text
+from lit_edit.editors import Editor
+
+KNOWN = {editor.name: editor for editor in known_editors()}
+
+
+def classes() -> list[type[Editor]]:
+    found = [getattr(lit_edit.editors, name) for name in lit_edit.editors.__all__]
+    editors = [kind for kind in found if inspect.isclass(kind) and issubclass(kind, Editor)]
+    return [kind for kind in editors if not inspect.isabstract(kind) and "about" in vars(kind)]
+
+
+def test_all_editors_are_found() -> None:
+    assert {kind.__name__ for kind in classes()} == set(KNOWN)
+    assert {"D4S", "MEMIT"} <= set(KNOWN)
+    assert list(KNOWN) == sorted(KNOWN, key=str.lower)
+
+
+@pytest.mark.parametrize("kind", classes())
+def test_what_is_read_is_what_the_class_is(kind: type[Editor]) -> None:
+    known = KNOWN[kind.__name__]
+    assert known.about == asdict(kind.about)
+    first = (inspect.cleandoc(kind.__doc__ or "")).partition("\n\n")[0]
+    assert known.summary == plain_text(first)
+    assert known.summary
+
+
+def parameters(kind: type) -> dict[str, inspect.Parameter]:
+    """All parameters of a constructor, those behind ``**kwargs`` as well."""
+    found: dict[str, inspect.Parameter] = {}
+    for parent in kind.__mro__:
+        if "__init__" not in vars(parent) or parent is object:
+            continue
+        own = list(inspect.signature(parent).parameters.values())
+        found = {**{p.name: p for p in own}, **found}
+        if not any(p.kind is p.VAR_KEYWORD for p in own):
+            break
+    return {name: p for name, p in found.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+
+
+@pytest.mark.parametrize("kind", classes())
+def test_settings_are_those_of_the_constructor(kind: type[Editor]) -> None:
+    real = parameters(kind)
+    settings = {setting.name: setting for setting in KNOWN[kind.__name__].settings}
+    assert set(settings) <= set(real)
+    own = [name for name in inspect.signature(kind).parameters if name in real]
+    assert set(own) <= set(settings)  # behind **kwargs some are given by the class itself
+    for name, setting in settings.items():
+        default = real[name].default
+        if default is inspect.Parameter.empty:
+            assert setting.default is None
+        elif isinstance(default, (int, float, str, type(None))):
+            assert setting.default is not None
+            assert setting.default.removeprefix("math.") == repr(default)
+
+
+WRITTEN = '''
+from dataclasses import replace
+from lit_edit.editors.base import Editor, EditorInfo
+from lit_edit.editors.closed_form.memit import MEMIT as Other
+
+_PAPER = "A paper"
+
+class Half(Editor):
+    """Not all there."""
+    about = EditorInfo("Half", _PAPER, "memory", "none", "none")
+
+class Whole(Other):
+    """As :class:`~a.b.Half`, ``and`` more.
+
+    Not this.
+    """
+    about = replace(Other.about, title="Whole", paper=_PAPER + ", arXiv 1")
+
+    def __init__(self, *, must: int, size: float = 2.0, **kwargs) -> None:
+        super().__init__(covariance_weight=1.0, **kwargs)
+
+class Clever(Other):
+    """Says it in a way that only running it shows."""
+    about = make()
+'''
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> dict[str, _Class]:
+    import ast
+
+    sources, tree = Sources(), ast.parse(WRITTEN)
+    sources._trees["lit_edit.editors.written"] = tree
+    return {
+        node.name: _Class(sources, "lit_edit.editors.written", node)
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def test_what_can_be_read(written: dict[str, _Class]) -> None:
+    half, whole = written["Half"], written["Whole"]
+    assert half.is_editor
+    assert half.is_abstract
+    assert half.about()["paper"] == "A paper"
+    assert half.about()["undo"] == "no"  # a default
+    assert whole.is_editor
+    assert not whole.is_abstract
+    assert whole.summary == "As Half, and more."
+    assert whole.about() == {**KNOWN["MEMIT"].about, "title": "Whole", "paper": "A paper, arXiv 1"}
+    settings = {setting.name: setting.default for setting in whole.settings()}
+    assert list(settings)[:2] == ["must", "size"]
+    assert (settings["must"], settings["size"], settings["seed"]) == (None, "2.0", "0")
+    assert "covariance_weight" not in settings
+
+
+def test_what_cannot_be_read_is_looked_up(written: dict[str, _Class], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lit_edit.editors, "Clever", lit_edit.editors.D4S, raising=False)
+    assert written["Clever"].about() == asdict(lit_edit.editors.D4S.about)
+
+
+def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["editors"]) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    rows = {line.split()[1]: line for line in out.splitlines() if line.startswith("│ ")}
+    assert "arXiv 2410.23843" in rows["D4S"]
+    assert KNOWN["D4S"].about["title"] in rows["D4S"]
+
+
+@pytest.mark.parametrize("editor", KNOWN.values(), ids=KNOWN)
+def test_one_in_full(editor: KnownEditor, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["editors", editor.name]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for text in (editor.about["paper"], editor.about["cost"], editor.about["state"], editor.about["lacks"]):
+        assert all(word in out for word in text.split())
+    assert editor.summary.split()[0] in out
+    assert all(setting.name in out for setting in editor.settings)
+    assert all(config in out for config in configs_of(editor.name))
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["editors", "--json"]) == 0
+    everything: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in everything] == list(KNOWN)
+    assert main(["editors", "--json", "d4s"]) == 0
+    one = json.loads(capsys.readouterr().out)
+    assert one == next(entry for entry in everything if entry["name"] == "D4S")
+    assert one["class_path"] == "lit_edit.editors.D4S"
+    assert one["undo"] == "exact"
+    assert {"method/d4s", "method/d4s_turbo"} <= set(one["configs"])
+    assert {"name": "context_count", "type": "int", "default": "5"} in one["settings"]
+
+
+@pytest.mark.parametrize(("name", "meant"), [("MEMT", "did you mean MEMIT"), ("xyzzy", "'xyzzy'; There are: ")])
+def test_unknown_names(name: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["editors", name]) == 2
+    said = capsys.readouterr().err
+    assert meant in said
+    assert "D4S" in said
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys; from lit_edit.cli.main import main; main(['editors', 'D4S']); "
+        "sys.exit(bool({'torch', 'transformers', 'lightning', 'numpy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
