@@ -18,7 +18,7 @@ from lit_edit.errors import ArgumentError
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.generation import continue_rows
-from lit_edit.models.memory import by_route
+from lit_edit.models.routes import by_route
 from lit_edit.text.tokens import continuation, encode
 
 NEW_TOKENS = 5  # that a model may say; as the published benchmarks have it

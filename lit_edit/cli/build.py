@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.console.parts import choose_part
-from lit_edit.files.paths import write_json
+from lit_edit.studies.mqd.making import add_mqd_arguments, write_mqd
 
 if TYPE_CHECKING:
-    from lit_edit.data.request import EditRequest
+    pass
 
 DATA_SETS = MappingProxyType(
     {
@@ -60,25 +58,3 @@ def build_mqd_files(args: list[str]) -> None:
         first = requests[0]
         sys.stdout.write(f"{paths[kind]}: {len(requests)} requests, the first:\n")
         sys.stdout.write("".join(f"    {line}\n" for line in f"{first.text} -> {first.target_new}".split("\n")))
-
-
-def add_mqd_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says which events MQD is made of, and how."""
-    add = parser.add_argument
-    add(
-        "--events",
-        default=None,
-        metavar="FILE|ID",
-        help="tuples in ATOMIC's form: a file with tabs between head, relation and tail, or the id (owner/name) of a "
-        "hub data set with these columns; by default the events that ship",
-    )
-    add("--split", default="train", help="split of the hub data set")
-    add("--seed", type=int, default=0, help="seed of order, wrong answers, and places of right ones")
-
-
-def write_mqd(folder: Path, made: Mapping[str, Sequence[EditRequest]]) -> dict[str, Path]:
-    """Write the files of MQD; return them by kind."""
-    paths = {kind: folder / f"mqd_{kind}.json" for kind in made}
-    for kind, requests in made.items():
-        write_json(paths[kind], [request.as_dict() for request in requests])
-    return paths

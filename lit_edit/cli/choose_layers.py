@@ -6,25 +6,20 @@ import argparse
 import hashlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import make_parser, positive
-from lit_edit.errors import ArgumentError
+from lit_edit.studies.layers.method import BASE, Method
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from lit_edit.console.fit_parser import FitParser
     from lit_edit.data.request import EditRequest
-    from lit_edit.editors.base import Editor
     from lit_edit.studies.layers.bench import Bench
     from lit_edit.studies.layers.search import Found, Plan
     from lit_edit.studies.layers.trial import Trial
-
-BASE = "counterfact"
-"""The config that the proposal is for; what is not the method's comes from it."""
 
 
 def _options(args: list[str]) -> argparse.Namespace:
@@ -87,70 +82,6 @@ def run_choose_layers(args: list[str]) -> None:
     with run_lock(out, "--out"):
         found = _search(options, out, method, *samples)
     _report(*found, out)
-
-
-class Method:
-    """A method's config, and the editors made of it for any layers.
-
-    Args:
-        config: A YAML file, or the name of one that ships.
-        model: Name of the model.
-        seed: For all that is drawn at random.
-
-    Raises:
-        ArgumentError: If ``lit-edit fit`` would refuse it, or it has no layers to choose.
-    """
-
-    def __init__(self, config: str, model: str, seed: int) -> None:
-        from lit_edit.console.fit_parser import FitParser
-        from lit_edit.studies.layers.proposal import place_of_layers
-
-        self.parser: FitParser = FitParser()
-        words = ["--config", BASE, "--config", config, "--model.language_model.name", model]
-        settings = self.parser.parse([*words, "--seed_everything", str(seed), "--data.source", "builtin"])
-        self.config, self.editor = config, settings["model"]["editor"]
-        self.statistics = settings["model"]["statistics"]
-        self.window: int = settings["data"]["target_window"]
-        if not self.editor or place_of_layers(self.editor) is None:
-            name = str((self.editor or {}).get("class_path", "the method")).rpartition(".")[2]
-            raise ArgumentError(
-                f"--method {config}: {name} has no setting 'layers' to choose; use a method that edits the weights of "
-                "layers (lit-edit editors)"
-            )
-        self.stream = self.parser.make()["model"]
-
-    def content(self) -> dict[str, Any]:
-        """Return what the method's own file says."""
-        import yaml
-
-        from lit_edit.console.configs import find_config
-
-        return yaml.safe_load(Path(find_config(self.config)).read_text(encoding="utf-8")) or {}
-
-    def settings(self) -> dict[str, str]:
-        """Return all settings that results depend on, but for the layers."""
-        import copy
-
-        from lit_edit.studies.layers.proposal import place_of_layers
-
-        editor = copy.deepcopy(self.editor)
-        place: Any = place_of_layers(editor)
-        place.pop("layers")
-        statistics = {name: value for name, value in self.statistics.items() if name not in ("cache", "force")}
-        return {"window": str(self.window), **_flat("editor", editor), **_flat("statistics", statistics)}
-
-    def make(self, layers: Sequence[int] | None) -> Editor:
-        """Make an editor; ``None``: of the layers that it takes by itself.
-
-        Raises:
-            ValueError: If it does not edit so many layers.
-        """
-        from lit_edit.studies.layers.proposal import place_of_layers
-
-        place: Any = place_of_layers(self.parser.config["fit"]["model"]["editor"])
-        place["layers"] = None if layers is None else list(layers)
-        editor: Editor = self.parser.make()["model"].editor
-        return editor
 
 
 def _search(
@@ -267,13 +198,6 @@ def _settings(
         "default": list(plan.default),
         **method.settings(),
     }
-
-
-def _flat(name: str, value: Any) -> dict[str, str]:
-    """Return settings by their full names, as text: they may be infinite, which JSON is not."""
-    if isinstance(value, Mapping) and value:
-        return {k: v for key, part in value.items() for k, v in _flat(f"{name}.{key}", part).items()}
-    return {name: repr(value)}
 
 
 def _report(found: Found, plan: Plan, trials: Sequence[Trial], out: Path) -> None:

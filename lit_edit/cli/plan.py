@@ -7,7 +7,6 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
     from lit_edit.data.datamodule import EditDataModule
     from lit_edit.editors.closed_form.engine import ClosedFormEditor
     from lit_edit.models.adapter import ModelAdapter
-    from lit_edit.planning.estimate import ModelSizes, Setup, Speed
-    from lit_edit.planning.workload import Workload
+    from lit_edit.planning.case import Case
+    from lit_edit.planning.estimate import Speed
     from lit_edit.stream.edit_stream import EditStream
 
 log = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ def run_plan(args: list[str]) -> None:
             f"lit-edit plan knows the closed-form editors (D4S, MEMIT), got model.editor={type(editor).__name__}: "
             "measure this one on a few edits"
         )
-    case = Case.of(options, stream, data, trainer, editor)
+    case = _make_case(options, stream, data, trainer, editor)
     plan = make_plan(case.sizes, editor, case.setup, case.workload, case.speed)
     if options.json is not None:
         from lit_edit.files.paths import write_json
@@ -133,9 +132,11 @@ def read_size(text: str) -> float:
 def _read_settings(args: Sequence[str]) -> tuple[EditStream, EditDataModule, Any]:
     """Parse and check arguments as ``fit`` does; return what it would make, and the Trainer's settings."""
     from lightning.pytorch import Trainer
+    from lightning.pytorch.cli import LightningCLI
 
-    from lit_edit.cli.fit import TRAINER_DEFAULTS, EditCLI, LightningCLI, _quieten
     from lit_edit.console.configs import expand_arguments
+    from lit_edit.console.edit_cli import TRAINER_DEFAULTS, EditCLI
+    from lit_edit.console.messages import quieten
     from lit_edit.data.datamodule import EditDataModule
     from lit_edit.stream.edit_stream import EditStream
 
@@ -161,7 +162,7 @@ def _read_settings(args: Sequence[str]) -> tuple[EditStream, EditDataModule, Any
 
     if not any(a in ("-c", "--config") or a.startswith(("--config=", "-c=")) for a in args):
         args = ["--config", "quickstart", *args]
-    _quieten()
+    quieten()
     words = ["fit", *expand_arguments(list(args))]
     argv, sys.argv = sys.argv, [sys.argv[0]]  # LightningCLI warns when both carry arguments
     try:
@@ -180,82 +181,56 @@ def _read_settings(args: Sequence[str]) -> tuple[EditStream, EditDataModule, Any
     return cli.model, cli.datamodule, cli.config["fit"].trainer
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is planned."""
+def _make_case(
+    options: argparse.Namespace,
+    stream: EditStream,
+    data: EditDataModule,
+    trainer: Any,
+    editor: ClosedFormEditor,
+) -> Case:
+    """Put together what options and settings say."""
+    import torch
 
-    name: str
-    editor: ClosedFormEditor
-    sizes: ModelSizes
-    setup: Setup
-    workload: Workload
-    speed: Speed
+    from lit_edit.models.adapter import ModelAdapter
+    from lit_edit.models.known import find_architecture, make_meta_model
+    from lit_edit.models.products import bfloat16_pays
+    from lit_edit.planning.case import Case
+    from lit_edit.planning.estimate import ModelSizes, Setup
+    from lit_edit.planning.workload import Workload
 
-    @classmethod
-    def of(
-        cls,
-        options: argparse.Namespace,
-        stream: EditStream,
-        data: EditDataModule,
-        trainer: Any,
-        editor: ClosedFormEditor,
-    ) -> Case:
-        """Put together what options and settings say."""
-        import torch
-
-        from lit_edit.models.adapter import ModelAdapter
-        from lit_edit.models.known import find_architecture, make_meta_model
-        from lit_edit.models.products import bfloat16_pays
-        from lit_edit.planning.estimate import ModelSizes, Setup
-        from lit_edit.planning.workload import Workload
-
-        language_model = stream.language_model
-        config = find_architecture(language_model, options.model_config)
-        model = make_meta_model(config, language_model.trust_remote_code)
-        adapter = ModelAdapter(model, language_model.arch, products=language_model.products)
-        sizes = ModelSizes.of(adapter, editor)
-        gpu = _on_gpu(options, str(trainer.accelerator))
-        dtype = _dtype(language_model.dtype, str(trainer.precision), model)
-        speed = _speed(options, adapter, dtype, gpu)
-        devices = _devices(options, trainer)
-        precision = editor.target.precision
-        fastest = precision == "fastest" and (gpu or bfloat16_pays(torch.get_num_threads()))
-        window = data.target_window if editor.on_original else data.batch_size
-        requests = _requests(data)
-        setup = Setup(
-            dtype=dtype,
-            devices=devices,
-            strategy=_strategy(options.strategy, trainer, devices),
-            gpu=gpu,
-            window=window if requests is None else min(window, len(requests)),
-            batch=data.batch_size,
-            edits=data.limit if requests is None else len(requests),
-            statistics=stream.statistics.tokens,
-            storage=editor.storage,
-            rounded=dtype.itemsize > 2 and (precision == "bfloat16" or fastest),
-        )
-        contexts = _contexts(editor)
-        tokenizer = _tokenizer(language_model, options.model_config) if requests else None
-        workload = (
-            Workload.typical(contexts, editor.target)
-            if tokenizer is None or not requests
-            else Workload.of(tokenizer, requests[: setup.window], contexts, editor.target)
-        )
-        return cls(options.model_config or language_model.name, editor, sizes, setup, workload, speed)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain data."""
-        from lit_edit.planning.report import short_name
-
-        setup = {**vars(self.setup), "dtype": short_name(self.setup.dtype), "storage": vars(self.setup.storage)}
-        return {
-            "model": self.name,
-            "editor": type(self.editor).__name__,
-            "sizes": vars(self.sizes),
-            "setup": setup,
-            "workload": vars(self.workload),
-            "speed": vars(self.speed),
-        }
+    language_model = stream.language_model
+    config = find_architecture(language_model, options.model_config)
+    model = make_meta_model(config, language_model.trust_remote_code)
+    adapter = ModelAdapter(model, language_model.arch, products=language_model.products)
+    sizes = ModelSizes.of(adapter, editor)
+    gpu = _on_gpu(options, str(trainer.accelerator))
+    dtype = _dtype(language_model.dtype, str(trainer.precision), model)
+    speed = _speed(options, adapter, dtype, gpu)
+    devices = _devices(options, trainer)
+    precision = editor.target.precision
+    fastest = precision == "fastest" and (gpu or bfloat16_pays(torch.get_num_threads()))
+    window = data.target_window if editor.on_original else data.batch_size
+    requests = _requests(data)
+    setup = Setup(
+        dtype=dtype,
+        devices=devices,
+        strategy=_strategy(options.strategy, trainer, devices),
+        gpu=gpu,
+        window=window if requests is None else min(window, len(requests)),
+        batch=data.batch_size,
+        edits=data.limit if requests is None else len(requests),
+        statistics=stream.statistics.tokens,
+        storage=editor.storage,
+        rounded=dtype.itemsize > 2 and (precision == "bfloat16" or fastest),
+    )
+    contexts = _contexts(editor)
+    tokenizer = _tokenizer(language_model, options.model_config) if requests else None
+    workload = (
+        Workload.typical(contexts, editor.target)
+        if tokenizer is None or not requests
+        else Workload.of(tokenizer, requests[: setup.window], contexts, editor.target)
+    )
+    return Case(options.model_config or language_model.name, editor, sizes, setup, workload, speed)
 
 
 def _on_gpu(options: argparse.Namespace, accelerator: str) -> bool:

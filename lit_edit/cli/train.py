@@ -23,10 +23,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_edit.cli.fit import SaveRunConfig, check_run_name
 from lit_edit.console.configs import expand_arguments, explain
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.runs.files import run_lock
+from lit_edit.runs.names import check_run_name
+from lit_edit.runs.saved_config import SaveRunConfig
 from lit_edit.stream.checkpoints import AtomicCheckpointIO, load_tree
 
 NETWORK = "network.safetensors"

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lit_edit.cli.fit import TRAINER_DEFAULTS, EditCLI
 from lit_edit.console.configs import expand_arguments, explain
+from lit_edit.console.edit_cli import TRAINER_DEFAULTS, EditCLI
 from lit_edit.data.datamodule import EditDataModule
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.stream.edit_stream import EditStream

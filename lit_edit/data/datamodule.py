@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lit_edit.data.files import expand
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.data.sources import OnError, Source, builtin_text, load_requests
-from lit_edit.stats.corpus import read_documents
+from lit_edit.data.texts import read_documents
 
 
 class EditBatch:

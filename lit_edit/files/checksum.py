@@ -1,6 +1,8 @@
-"""A digest of a tensor's bits, computed where the tensor is."""
+"""Digests: of a tensor's bits, computed where the tensor is, and seeds made of anything printable."""
 
 from __future__ import annotations
+
+import hashlib
 
 import torch
 from torch import Tensor
@@ -25,3 +27,9 @@ def checksum(weight: Tensor) -> str:
         sums = torch.stack([block.sum(1), (block * places).sum(1)])  # overflow wraps, which is as good
         digest = digest * 1_000_003 + (sums * rows).sum(1)
     return "".join(f"{value & (1 << 64) - 1:016x}" for value in digest.tolist())
+
+
+def hash_seed(*parts: object) -> int:
+    """Derive a 63-bit seed from anything printable, the same on every machine."""
+    digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -16,7 +16,7 @@ from lit_edit.metrics.scoring import score_continuations
 from lit_edit.metrics.texts import consistency, fluency
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.generation import continue_rows
-from lit_edit.models.memory import by_route
+from lit_edit.models.routes import by_route
 from lit_edit.text.tokens import continuation, encode, leading_tokens
 
 if TYPE_CHECKING:

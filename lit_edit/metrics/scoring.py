@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.models.memory import by_route
 from lit_edit.models.packed import Line, TokenRows
+from lit_edit.models.routes import by_route
 from lit_edit.text.tokens import continuation, encode, leading_tokens, pad_token
 
 

@@ -309,7 +309,7 @@ class ModelAdapter:
                     stack.callback(self.down_proj(index).register_forward_hook(hook).remove)
             yield
 
-    def routes(self, prompts: Sequence[str]) -> list[Route]:
+    def routes(self, prompts: Sequence[str]) -> list[Route[ModelAdapter]]:
         """Return how this view answers each prompt."""
         found = None if self.memory is None else self.memory.routes(prompts)
         return [Route() for _ in prompts] if found is None else found

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_edit.files.checksum import hash_seed
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.stats.corpus import hash_seed
 from lit_edit.text.tokens import encode, pad_token
 
 

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lit_edit.models.adapter import ModelAdapter
-
+Model = TypeVar("Model")
+"""What answers: a view of a model, which knows its memory, so that this file need not know it."""
 Patch = Callable[[Tensor, Tensor], Tensor]
 """Inputs ``(..., d_in)`` and outputs ``(..., d_out)`` of a down projection to the outputs that take their place."""
 
 
 @dataclass(frozen=True)
-class Route:
+class Route(Generic[Model]):
     """How a prompt is answered.
 
     Attributes:
@@ -32,7 +31,7 @@ class Route:
     """
 
     context: str = ""
-    adapter: ModelAdapter | None = None
+    adapter: Model | None = None
 
 
 class Memory:
@@ -42,15 +41,6 @@ class Memory:
         """Return what stands behind down projections, by layer."""
         return {}
 
-    def routes(self, prompts: Sequence[str]) -> list[Route] | None:
+    def routes(self, prompts: Sequence[str]) -> list[Route[Any]] | None:
         """Return how each prompt is answered; ``None`` where this memory does not route."""
         return None
-
-
-def by_route(adapter: ModelAdapter, prompts: Sequence[str]) -> list[tuple[ModelAdapter, dict[str, str]]]:
-    """Return the models that answer some prompts, each with its prompts and what is put before each of them."""
-    models: dict[int, tuple[ModelAdapter, dict[str, str]]] = {}
-    for prompt, route in zip(prompts, adapter.routes(prompts), strict=True):
-        model = route.adapter or adapter
-        models.setdefault(id(model), (model, {}))[1][prompt] = route.context
-    return list(models.values())

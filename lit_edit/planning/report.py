@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lit_edit.planning.case import short_name
 from lit_edit.planning.estimate import GPU_CONTEXT, GPU_LAUNCH, Place, make_plan, suggestions
 
 if TYPE_CHECKING:
-    import torch
-
-    from lit_edit.cli.plan import Case
+    from lit_edit.planning.case import Case
     from lit_edit.planning.estimate import Item, Phase, Plan, Setup
 
 
@@ -144,11 +143,6 @@ def _assumptions(case: Case) -> list[str]:
     if setup.strategy == "fsdp2":
         lines.append(f"Between devices {speed.link / 1e9:g} GB/s; gathering layers is not hidden behind computing.")
     return lines
-
-
-def short_name(dtype: torch.dtype) -> str:
-    """Return what a type is called, for example ``bfloat16``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _gb(size: float) -> str:

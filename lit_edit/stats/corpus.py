@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from itertools import islice
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lit_edit.data.files import SUFFIXES, expand, read_file, read_text
-from lit_edit.data.request import DataError, find_fault
+from lit_edit.data.files import expand
+from lit_edit.data.request import DataError
+from lit_edit.data.texts import read_documents
 from lit_edit.errors import ArgumentError
+from lit_edit.files.checksum import hash_seed
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.text.tokens import encode
 
@@ -131,31 +132,6 @@ def open_corpus(corpus: str, seed: int, hub_split: str = "train", hub_column: st
     )
 
 
-def read_documents(path: Path) -> list[str]:
-    """Read texts from a file: lines of text, or records with a ``text`` or ``Text`` field.
-
-    Raises:
-        DataError: If it cannot be read or holds no text; names the file and, where one is at fault, the line.
-    """
-    records = read_file(path) if path.suffix.lower() in SUFFIXES else enumerate(read_text(path).splitlines(), 1)
-    texts = []
-    for line, record in records:
-        text = _text_of(record)
-        if problem := record if isinstance(record, DataError) else find_fault(text):
-            raise DataError(f"{path}:{line}: {problem}")
-        if text.strip():
-            texts.append(text)
-    if not texts:
-        raise DataError(f"{path}: holds no text (expected lines, or records with a 'text' field)")
-    return texts
-
-
-def _text_of(record: object) -> str:
-    if isinstance(record, dict):
-        record = record.get("text", record.get("Text", ""))
-    return record if isinstance(record, str) else ""
-
-
 def _hub_documents(name: str, split: str, column: str, limit: int = 20_000) -> list[str]:
     from datasets import load_dataset
 
@@ -167,9 +143,3 @@ def _hub_documents(name: str, split: str, column: str, limit: int = 20_000) -> l
             f"hub data set {name!r} (split {split!r}, column {column!r}) cannot be read: {error}"
         ) from error
     return texts
-
-
-def hash_seed(*parts: object) -> int:
-    """Derive a 63-bit seed from anything printable, the same on every machine."""
-    digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

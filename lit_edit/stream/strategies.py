@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -15,8 +15,6 @@ from lit_edit.devices.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-    from lit_edit.stream.edit_stream import EditStream
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -62,7 +60,7 @@ class ShardedStrategy(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", ShardedStrategy, description="FSDP2 for edit streams (lit-edit)")
 
 
-def join_ranks(trainer: Trainer, stream: EditStream) -> Ranks:
+def join_ranks(trainer: Trainer, stream: LightningModule) -> Ranks:
     """Meet the other processes of a Trainer and make everything fit for several of them.
 
     Raises:

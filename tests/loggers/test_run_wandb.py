@@ -141,8 +141,9 @@ def log_to_the_end(folder: Path, first: int = 0, kinds: Kinds = BOTH) -> dict[st
 
 def log_and_die(folder: Path, first: int, end: int, save_after: int) -> None:
     """Log calls in a process with a wandb service of its own and kill it: nothing can be written any more."""
-    code = f"from pathlib import Path; import tests.loggers.test_run_wandb as t; t.log_calls(Path({str(folder)!r}), {first}, {end}, "
-    code += f"{save_after}); t.os.kill(t.os.getpid(), t.signal.SIGKILL)"
+    code = "from pathlib import Path; import tests.loggers.test_run_wandb as t; "
+    code += f"t.log_calls(Path({str(folder)!r}), {first}, {end}, {save_after}); "
+    code += "t.os.kill(t.os.getpid(), t.signal.SIGKILL)"
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment).returncode == -signal.SIGKILL
 

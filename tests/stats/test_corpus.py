@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from lit_edit.data.request import DataError
+from lit_edit.data.texts import read_documents
 from lit_edit.errors import ArgumentError
+from lit_edit.files.checksum import hash_seed
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.stats.corpus import DocumentText, SampledText, hash_seed, open_corpus, read_documents
+from lit_edit.stats.corpus import DocumentText, SampledText, open_corpus
 from lit_edit.testing import tiny_model, tiny_tokenizer
 
 TEXTS = ["First, a sentence.", 'Second, with "quotes"', "Third\u2028line and\u0085another"]

@@ -275,7 +275,7 @@ def _use_solver(storage: SolverStorage, memory: bool) -> list[Any]:
 def test_solvers_compute_the_same_inside_autocast(monkeypatch: pytest.MonkeyPatch, case: str, memory: bool) -> None:
     storage = SINGLE if case == "float32" else SolverStorage()
     if case.startswith("a CPU"):
-        monkeypatch.setattr(devices, "supports_float64", lambda kind: False)
+        monkeypatch.setattr(algebra, "supports_float64", lambda kind: False)
     expected = _use_solver(storage, memory)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(_use_solver(storage, memory), expected, **EXACT)

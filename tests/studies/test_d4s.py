@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from lit_edit.cli.ability import Asked
 from lit_edit.cli.main import main
 from lit_edit.console.configs import find_config
+from lit_edit.runs.ability import Asked
 from lit_edit.studies.d4s.report import correlations, curve_table, growth_and_accuracy, read_points, write_part
 from lit_edit.studies.d4s.run import PARTS, measure_ability, with_text
 from lit_edit.sweeps.comparison import Course

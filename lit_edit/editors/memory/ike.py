@@ -42,6 +42,7 @@ from lit_edit.editors.base import EditorInfo, Status
 from lit_edit.editors.lessons import target_probability
 from lit_edit.editors.memory.engine import Kept, Learnt, MemoryEditor
 from lit_edit.errors import ArgumentError
+from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.encoder import MINILM, Encoder, load_encoder
 from lit_edit.models.memory import Memory, Route
 from lit_edit.text.tokens import encode
@@ -164,14 +165,14 @@ class Contexts(Memory):
         self._near: dict[int, list[EditRequest]] = {}
         self._length = lru_cache(maxsize=4096)(lambda text: len(encode(tokenizer, text)))
 
-    def routes(self, prompts: Sequence[str]) -> list[Route] | None:
+    def routes(self, prompts: Sequence[str]) -> list[Route[ModelAdapter]] | None:
         """Return what is put before each prompt."""
         if not self.facts or not prompts:
             return None
         similar = self.encoder(prompts) @ self.vectors.T
         # Of edits that are alike the newest is meant.
         order = len(self.facts) - 1 - similar.flip(1).argsort(dim=1, descending=True, stable=True)[:, : self.edits]
-        routes = []
+        routes: list[Route[ModelAdapter]] = []
         for prompt, row, nearest in zip(prompts, similar, order.tolist(), strict=True):
             near = [i for i in nearest if self.threshold is None or float(row[i]) >= self.threshold]
             routes.append(Route(self._context(prompt, near)) if near else Route())

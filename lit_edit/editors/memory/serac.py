@@ -76,7 +76,7 @@ class EditMemory(Memory):
         self.counterfactual, self.threshold = counterfactual, threshold
         self.vectors = torch.stack(list(vectors)) if vectors else torch.empty(0, classifier.width)
 
-    def routes(self, prompts: Sequence[str]) -> list[Route] | None:
+    def routes(self, prompts: Sequence[str]) -> list[Route[ModelAdapter]] | None:
         """Return who answers each prompt, and what is put before it."""
         if not self.texts or not prompts:
             return None

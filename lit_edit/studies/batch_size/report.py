@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.files.paths import write_atomically
-from lit_edit.studies.batch_size.run import ALL, BATCH, EDITOR
 from lit_edit.sweeps.comparison import COLOURS, LOGARITHMIC, MARKERS
 from lit_edit.sweeps.gathering import COSTS, METRICS, as_csv, as_markdown, as_number, row_of
 from lit_edit.sweeps.grids import Grid
@@ -19,6 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+EDITOR, BATCH = "editor", "data.batch_size"
+ALL = "all"
+"""Label of the step that holds every edit."""
 SHOWN = (EDITOR, "batch", "state", "edits", *METRICS, "score", *COSTS)
 PANELS = {
     "efficacy success": "Efficacy success",

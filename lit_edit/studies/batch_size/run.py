@@ -16,12 +16,10 @@ import yaml
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
+from lit_edit.studies.batch_size.report import ALL, BATCH, EDITOR, write_report
 from lit_edit.sweeps.grids import Choice, Grid, Point, read_grid, with_changes
 
-EDITOR, BATCH = "editor", "data.batch_size"
 AXES = [EDITOR, BATCH]
-ALL = "all"
-"""Label of the step that holds every edit."""
 
 
 def run_batch_size(args: list[str]) -> int:
@@ -34,7 +32,6 @@ def run_batch_size(args: list[str]) -> int:
     grid = replace(grid, points=_chosen(grid, options.only))
     edits = _check_edits(grid, options)
 
-    from lit_edit.studies.batch_size.report import write_report
     from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
 
     status = 0

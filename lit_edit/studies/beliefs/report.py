@@ -63,7 +63,7 @@ def _order(path: Path) -> tuple[int, str]:
 
 def _read(path: Path, edits: int) -> list[dict[str, Any]]:
     """Return the measurements of the first so many cases."""
-    from lit_edit.studies.beliefs.run import cases_of
+    from lit_edit.studies.beliefs.cases import cases_of
 
     return [row for case, row in sorted(cases_of(path).items()) if case < edits]
 

@@ -17,7 +17,6 @@ from lit_edit.console.arguments import make_parser, positive
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_json
-from lit_edit.runs.results import append_line, read_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -206,51 +205,6 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return found
 
 
-def cases_of(path: Path) -> dict[int, dict[str, Any]]:
-    """Return the measurements of a file by case.
-
-    Raises:
-        UserError: If a line is damaged; names file and line.
-    """
-
-    def read(line: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(line) if "settings" in line else {**line, "case": int(line["case"])}
-
-    return {line["case"]: line for line in read_lines(path, read) if "case" in line}
-
-
-class CaseFile:
-    """Measurements of one editor, a JSON line per case, the editor's settings in the first.
-
-    Args:
-        path: The file; it need not be there.
-        settings: Of the editor.
-
-    Raises:
-        ArgumentError: If the file was begun with others.
-    """
-
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path = path
-        self.settings = json.loads(json.dumps(settings))
-        lines = list(read_lines(path, dict))
-        if lines and lines[0].get("settings") != self.settings:
-            raise ArgumentError(
-                f"{path} was begun with other settings of the editor: give the study another --name, or delete the file"
-            )
-        self.rows = cases_of(path)
-        self.begun = bool(lines)
-
-    def add(self, case: int, row: Mapping[str, Any]) -> None:
-        """Put a case on file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.begun:
-            append_line(self.path, {"settings": self.settings})
-            self.begun = True
-        self.rows[case] = {"case": case, **row}
-        append_line(self.path, self.rows[case])
-
-
 # ---- edits --------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +219,7 @@ def _measure_all(
     from lit_edit.console.fit_parser import FitParser
     from lit_edit.models import ModelAdapter
     from lit_edit.models.language_model import LanguageModel
+    from lit_edit.studies.beliefs.cases import CaseFile
     from lit_edit.studies.beliefs.coherence import ModelBeliefs, measure_case, revised
 
     model, tokenizer = LanguageModel(str(trained.folder)).load()

@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from lit_edit.cli.ability import Asked, measure_run
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_atomically
+from lit_edit.runs.ability import Asked, measure_run
 from lit_edit.sweeps.grids import Choice, Grid, Point, read_grid, with_changes
 
 PARTS = MappingProxyType(

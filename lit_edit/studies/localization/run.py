@@ -121,12 +121,12 @@ def _edit(
     """Make the edits that are not on record; return all, by layer and fact."""
     from tqdm import tqdm
 
-    from lit_edit.cli.choose_layers import Method
     from lit_edit.models import ModelAdapter
     from lit_edit.runs.results import ResultsFolder
     from lit_edit.stats.second_moment import weights_hash
     from lit_edit.studies.layers.candidates import automatic_stride
     from lit_edit.studies.layers.key_statistics import StatisticsOfAll
+    from lit_edit.studies.layers.method import Method
     from lit_edit.studies.localization.layer_edits import LayerEdit, edit_alone, probability, requests_of
     from lit_edit.studies.tracing.summary import fraction_restored
     from lit_edit.studies.tracing.trace import window_around

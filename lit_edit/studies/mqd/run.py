@@ -13,11 +13,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.cli.build import add_mqd_arguments, write_mqd
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_json
+from lit_edit.studies.mqd.making import add_mqd_arguments, write_mqd
 from lit_edit.sweeps.grids import Choice, Grid, read_grid, with_changes
 
 if TYPE_CHECKING:

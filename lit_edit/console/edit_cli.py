@@ -1,0 +1,375 @@
+"""LightningCLI with run folders: what ``fit``, ``validate`` and ``test`` are made of."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+
+from lit_edit.callbacks import ReplicaCheck, ReplicaError, StopOnSignal, StoppedBySignal
+from lit_edit.console.configs import changed_settings, check_settings, explain
+from lit_edit.console.launching import WatchingLauncher
+from lit_edit.console.processes import (
+    Decision,
+    check_launched,
+    forget_decision,
+    handed_down,
+    job_name,
+    leads,
+    share_decision,
+    started_together,
+)
+from lit_edit.devices.ranks import RankError
+from lit_edit.errors import ArgumentError, RunStoppedError, UserError
+from lit_edit.runs.files import journal_path, run_lock
+from lit_edit.runs.folder import carry_over, check_source, find_checkpoint, has_ended
+from lit_edit.runs.names import check_run_name, shown
+from lit_edit.runs.resuming import (
+    adopt_journal,
+    find_run,
+    mend_journal,
+    remove_parts,
+    run_of_config,
+    warn_if_behind,
+)
+from lit_edit.stream.checkpoints import CheckpointError, load_tree
+
+log = logging.getLogger(__name__)
+
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "accelerator": "auto",
+    "devices": 1,
+    "max_epochs": 1,  # a run is one pass over the stream
+    "logger": {"class_path": "lit_edit.loggers.RunCSVLogger"},
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # a sampler would split the stream
+}
+
+
+class EditCLI(LightningCLI):
+    """LightningCLI with run folders."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._locked = self._ended = False
+        with ExitStack() as self._lock:  # the folder's, until the run is over
+            super().__init__(*args, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options that say where a run is kept."""
+        parser.add_argument("--run_name", type=str | None, default=None, help="Name of the run; by default the time.")
+        parser.add_argument("--runs_dir", type=str, default="runs", help="Folder in which run folders are made.")
+        parser.add_argument(
+            "--resume",
+            type=Literal["never", "auto"],
+            default="never",
+            help="auto: go on where an earlier run of this name (or, without a name, of this config) was cut; begin "
+            "where there is none; do nothing where it has come to its end.",
+        )
+        parser.add_argument(
+            "--continue",
+            type=str | None,
+            default=None,
+            help="Folder of an earlier run whose edits this one begins with: the same model, edited further.",
+        )
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="Delete an earlier run of the same name instead of refusing."
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and say in a line what cannot be right."""
+        try:
+            super().parse_arguments(parser, args)
+        except (argparse.ArgumentError, OmegaConfBaseException, KeyError) as error:
+            raise ArgumentError(f"{explain(str(error))} (lit-edit {args[0]} --help lists all settings)") from None
+        check_settings(self.config[self.config.subcommand])
+
+    def before_instantiate_classes(self) -> None:
+        """Point everything that writes at the run folder."""
+        config = self.config[self.subcommand]
+        trainer = config.trainer
+        if trainer.callbacks is not None and not isinstance(trainer.callbacks, list):
+            trainer.callbacks = [trainer.callbacks]
+        if trainer.enable_progress_bar is False:
+            trainer.callbacks = [c for c in trainer.callbacks or [] if not c.class_path.endswith("ProgressBar")]
+        _make_absolute((config.model.editor or {}).get("init_args"))
+        folder = self._run_folder(config)  # found by settings as they are kept
+        self.run_folder = folder
+        if self.subcommand == "fit" and leads():
+            self._enter(folder)
+        trainer.default_root_dir = str(folder)
+        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        for logger in loggers:
+            if hasattr(logger, "class_path"):
+                _point_logger(logger.class_path, logger.init_args, folder)
+        for callback in trainer.callbacks or []:
+            if callback.class_path.endswith("ModelCheckpoint"):
+                where = callback.init_args.get("dirpath")
+                # A config that another run has left behind names that run's folder.
+                if where is None or (
+                    Path(where).name == "checkpoints" and (Path(where).parent / "config.yaml").is_file()
+                ):
+                    callback.init_args["dirpath"] = str(folder / "checkpoints")
+
+    def _parse_ckpt_path(self) -> None:
+        """Check a checkpoint before anything is built on it (Lightning looks for hyper-parameters, we keep none)."""
+        checkpoint = self.config[self.config.subcommand].get("ckpt_path")
+        if checkpoint is not None:
+            check_checkpoint(Path(checkpoint))
+
+    def fit(self, **kwargs: Any) -> None:
+        """Fit, and say how to go on when the user interrupts."""
+        decided = Decision(str(self.run_folder), kwargs.get("ckpt_path"), self._ended)
+        decided = share_decision(self.trainer, self.model, decided)
+        if decided.ended:
+            raise SystemExit(0)
+        kwargs["ckpt_path"] = decided.checkpoint
+        self._watch_children()
+        self.model.journal = str(journal_path(Path(decided.folder)))
+        try:
+            self.trainer.fit(**kwargs)
+        except StoppedBySignal as stopped:
+            if leads():
+                sys.stderr.write(f"\nlit-edit: stopped; it goes on with\n  {self._go_on()}\n")
+            raise SystemExit(stopped.code) from None
+        except (RankError, ReplicaError) as error:
+            raise RunStoppedError(f"{error}. Nothing that was made is lost; go on with\n  {self._go_on()}") from error
+        except (KeyboardInterrupt, SystemExit):
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C is not to cut the way out
+            if not leads():
+                raise SystemExit(130) from None
+            hint = f"go on with\n  {self._go_on()}\n"
+            begun = (self.run_folder / "config.yaml").is_file()
+            sys.stderr.write(f"\nlit-edit: interrupted; {hint if begun else 'nothing was saved yet'}\n")
+            raise SystemExit(130) from None
+        finally:
+            forget_decision()
+        if self.model.is_at_end:
+            self.model.ledger.note({"kind": "end"})
+
+    def _watch_children(self) -> None:
+        """Put a launcher in the place of Lightning's that says which process has ended, and gives this one time."""
+        strategy: Any = self.trainer.strategy
+        if isinstance(strategy.launcher, _SubprocessScriptLauncher):
+            environment = strategy.cluster_environment
+            strategy._launcher = WatchingLauncher(
+                environment, strategy.num_processes, strategy.num_nodes, self._go_on()
+            )
+
+    def _go_on(self) -> str:
+        return f"lit-edit fit --config {self.run_folder}/config.yaml --resume auto"
+
+    def instantiate_classes(self) -> None:
+        """Instantiate, and turn what constructors say of bad values into an error for the user."""
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise ArgumentError(explain(str(error))) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer, and name the settings that it was given where it cannot be."""
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except UserError:
+            raise
+        except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
+            given = changed_settings(self.config[self.subcommand].trainer, TRAINER_DEFAULTS)
+            together = "; several processes were started: set both to what was started" if started_together() else ""
+            raise ArgumentError(f"{error} (the Trainer was given {given}){together}") from error
+        check_launched(trainer)
+        if self.subcommand == "fit" and (trainer.world_size > 1 or SLURMEnvironment.detect()):
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            present = {type(callback) for callback in callbacks}
+            callbacks += [c for c in (ReplicaCheck(), StopOnSignal()) if type(c) not in present]
+        return trainer
+
+    def before_fit(self) -> None:
+        """Read the data before the model is loaded: a broken line should not cost a minute."""
+        self.datamodule.read()
+        if not leads() or self._ended:
+            return
+        source = self.config["fit"]["continue"]
+        if source:  # before anything is deleted or made
+            check_source(Path(source), self.run_folder, overwrite=self.config["fit"].overwrite)
+        self._begin_run()
+        if checkpoint := self.config["fit"].get("ckpt_path"):
+            adopt_journal(Path(checkpoint), self.run_folder)
+        if source and not journal_path(self.run_folder).is_file():
+            edits = carry_over(Path(source), self.run_folder)
+            log.info("beginning with the %d edits of %s", edits, source)
+
+    def before_validate(self) -> None:
+        """Read the data before the model is loaded."""
+        self.datamodule.read()
+        if checkpoint := self.config[self.subcommand].get("ckpt_path"):
+            warn_if_behind(Path(checkpoint))
+
+    def before_test(self) -> None:
+        """Read the data before the model is loaded."""
+        self.before_validate()
+
+    def after_fit(self) -> None:
+        """Say where the results are."""
+        if not leads():
+            return
+        where = shown(self.run_folder)
+        page = "; look at report.html there" if (self.run_folder / "report.html").is_file() else ""
+        sys.stdout.write(
+            f"\nEverything is in {where}/{page}. Try:\n"
+            f'  lit-edit ask --run {where} "{self.datamodule.requests[0].text}"\n'
+        )
+        if self.model.ledger.layers:  # else the edits are not in the weights
+            sys.stdout.write(f"  lit-edit export --run {where} --to my-edited-model\n")
+
+    def after_validate(self) -> None:
+        """Print what was measured."""
+        self._print_measured()
+
+    def after_test(self) -> None:
+        """Print what was measured."""
+        self._print_measured()
+
+    def _print_measured(self) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        if not leads():
+            return
+        edits = len(self.model.ledger)
+        table = Table(
+            title=f"{len(self.datamodule.requests)} facts on a model with {edits} edits", title_justify="left"
+        )
+        table.add_column("metric")
+        table.add_column("value", justify="right")
+        for name, value in self.trainer.callback_metrics.items():
+            if "/" in name:  # not the step
+                table.add_row(name.partition("/")[2].replace("/", " "), f"{float(value):.3f}")
+        Console().print(table)
+
+    def _run_folder(self, config: Any) -> Path:
+        if (told := handed_down()) is not None:
+            return Path(told.folder)
+        name, checkpoint = job_name() if config.run_name is None else config.run_name, config.get("ckpt_path")
+        if checkpoint and self.subcommand == "fit" and Path(checkpoint).resolve().parent.name == "checkpoints":
+            folder = Path(checkpoint).resolve().parent.parent
+            if name in (None, folder.name):
+                return folder  # resumed where it was, from whatever folder
+        runs = Path(config.runs_dir).expanduser().resolve()
+        if self.subcommand == "fit" and config.resume == "auto":
+            own = run_of_config(config.get("config") or [])
+            if own is not None and (name is None or (name == own.name and not journal_path(runs / name).is_file())):
+                return own  # also from another folder than the run was started in
+            settings = self._parser("fit").dump(config, skip_none=False)
+            if name is None and (found := find_run(runs, settings)) is not None:
+                return found
+        if name is None:
+            stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+            name = stamp if self.subcommand == "fit" else f"{stamp}_{self.subcommand}"
+        check_run_name(name)
+        return runs / name
+
+    def _enter(self, folder: Path) -> None:
+        """Keep other processes out of the run folder, and find out where to go on."""
+        config = self.config["fit"]
+        if not folder.is_dir():
+            return
+        self._lock_out_others()
+        remove_parts(folder)
+        if config.resume == "auto" and not config.get("ckpt_path"):
+            mend_journal(folder)
+            if has_ended(folder):
+                where = shown(folder)
+                sys.stdout.write(f"{where} has come to its end already: see {where}/summary.json\n")
+                self._ended = True
+                if not started_together():
+                    raise SystemExit(0)
+                return  # the other processes are waiting to be told
+            if (found := find_checkpoint(folder)) is not None:
+                config.ckpt_path = str(found)
+
+    def _lock_out_others(self) -> None:
+        if not self._locked:
+            self._lock.enter_context(run_lock(self.run_folder))
+            self._locked = True
+
+    def _begin_run(self) -> None:
+        config, folder = self.config[self.subcommand], self.run_folder
+        left = [path for path in folder.iterdir() if path.name != ".lock"] if folder.is_dir() else []
+        if left and not config.get("ckpt_path") and config.resume != "auto":
+            if not config.overwrite:
+                raise ArgumentError(
+                    f"the run folder {folder} exists; go on where it was cut with --resume auto, choose another "
+                    "--run_name, or delete the old run with --overwrite true"
+                )
+            if not (folder / "config.yaml").is_file():
+                raise ArgumentError(f"{folder} is not a run folder (it has no config.yaml); it is not deleted")
+            for path in left:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        config.overwrite = False  # not for whoever starts again from the run's config.yaml
+        try:
+            new = not folder.is_dir()
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock_out_others()
+        except OSError as error:
+            raise ArgumentError(f"the run folder {folder} cannot be made: {error.strerror}") from error
+        if new:
+            self._lock.push(self._tidy)  # behind the lock: where another process was faster the folder is not ours
+
+    def _tidy(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Take a new run's folder away if the run has failed before its first edit: nothing is in it to go on with."""
+        if isinstance(error, Exception) and not getattr(self.model, "edits_made", 0):
+            shutil.rmtree(self.run_folder, ignore_errors=True)
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raise :class:`ArgumentError` unless ``path`` is a checkpoint of an edit stream."""
+    if not os.path.isfile(path):
+        raise ArgumentError(f"--ckpt_path {path}: no such file")
+    try:
+        saved = load_tree(path, "meta")
+    except CheckpointError as error:
+        raise ArgumentError(f"--ckpt_path {error}") from None
+    if not isinstance(saved, dict) or "lit_edit" not in saved:
+        raise ArgumentError(f"--ckpt_path {path}: not a checkpoint of lit-edit")
+
+
+def _make_absolute(editor: Any) -> None:
+    """Name the files that an editor's settings name in full: undo and ask may be called from another folder."""
+    for name in ("network", "demonstration_path"):
+        value = None if editor is None else editor.get(name)
+        if isinstance(value, str) and os.path.exists(os.path.expanduser(value)):
+            editor[name] = str(Path(value).expanduser().resolve())
+
+
+def _point_logger(class_path: str, init_args: Any, folder: Path) -> None:
+    kind = class_path.rpartition(".")[2]
+    if kind in ("RunCSVLogger", "WandbLogger", "RunWandbLogger"):
+        init_args["save_dir"] = str(folder)
+    elif kind in ("TensorBoardLogger", "CSVLogger"):
+        for name, value in (("save_dir", str(folder.parent)), ("name", folder.name), ("version", "")):
+            init_args[name] = value
+    if kind in ("WandbLogger", "RunWandbLogger"):
+        init_args["name"] = init_args.get("name") or folder.name
+        # Nothing leaves the machine unless the user says so.
+        os.environ.setdefault("WANDB_MODE", "offline")
+        os.environ.setdefault("WANDB_SILENT", "true")
