@@ -23,6 +23,10 @@ class Retention(Callback):
         sample: Measure at most this many of them, chosen at random; 0 measures all.
         perplexity: Measure perplexity as well.
         seed: Seeds the choice.
+
+    Attributes:
+        history: The metrics, with the number of ``edits`` made until then.
+        missed: By id, after how many edits one was first found not to hold, of those that were not found to hold since.
     """
 
     def __init__(self, every: int = 10, sample: int = 50, perplexity: bool = True, seed: int = 0) -> None:
@@ -31,6 +35,7 @@ class Retention(Callback):
             raise ValueError(f"Retention: sample must not be negative, got {sample}")
         self.sample, self.perplexity, self.seed = sample, perplexity, seed
         self.history: list[dict[str, Any]] = []
+        self.missed: dict[str, int] = {}
         self._seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -57,12 +62,24 @@ class Retention(Callback):
             chosen = set(random.Random(f"{self.seed}-{now}").sample(range(now), self.sample))
             requests = [request for index, request in enumerate(requests) if index in chosen]
         results, perplexity = stream.measure(requests, stream.adapter, self.perplexity)
+        for name, result in results.items():
+            if all(result.efficacy[0].hits):
+                self.missed.pop(name, None)
+            else:
+                self.missed.setdefault(name, stream.edits_made)
         return summarise(results.values(), stream.results["base"], perplexity.get("mean"))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the history."""
-        return {"history": self.history}
+        """Return the history, and which edits were missed."""
+        return {"history": self.history, "missed": self.missed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the history."""
+        """Restore :meth:`state_dict`."""
         self.history = list(state_dict["history"])
+        self.missed = dict(state_dict.get("missed", {}))
+
+
+def missed_edits(trainer: Trainer) -> dict[str, int]:
+    """Return what the run's :class:`Retention` has missed along the stream; nothing where there is none."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return {name: at for one in callbacks if isinstance(one, Retention) for name, at in one.missed.items()}
