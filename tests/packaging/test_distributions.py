@@ -11,11 +11,15 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.conftest import ROOT
+from tests.test_imports import MODULES, imports
 
 FOLDERS = ("benchmarks", "callbacks", "configs", "docs", "lit_edit", "tests")
 FILES = {
@@ -84,3 +88,15 @@ def test_git_ignores_nothing_that_is_packed() -> None:
     ignored = subprocess.run(asked, cwd=ROOT, input="\n".join(sorted(tree())), capture_output=True, text=True)
     assert ignored.stdout.split() == []
     assert ignored.returncode == 1, ignored.stderr
+
+
+def test_what_is_imported_is_required() -> None:
+    """By name, not because something else happens to require it: that may end with its next release."""
+    requirements = [Requirement(line) for line in requires("lit-edit") or []]
+    required = {canonicalize_name(r.name) for r in requirements if str(r.marker) != 'extra == "dev"'}
+    providers = packages_distributions()
+    imported = {name for module in MODULES for name in imports(module) if name not in MODULES}
+    imported -= {"lit_edit", *sys.stdlib_module_names}
+    assert "torch" in imported
+    missing = [n for n in imported if not required & {canonicalize_name(p) for p in providers.get(n, [n])}]
+    assert not missing, f"imported, and not named in pyproject.toml: {', '.join(sorted(missing))}"
