@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_edit.files.metric_rows import read_rows
 from lit_edit.files.paths import write_atomically, write_json
-from lit_edit.loggers.run_csv import read_rows
 from lit_edit.sweeps.gathering import COSTS, METRICS, as_csv, as_markdown, as_number, row_of
 from lit_edit.sweeps.grids import Grid, Point
 from lit_edit.sweeps.points import LOG, last_line

@@ -13,7 +13,7 @@ from typing import Any
 
 from lit_edit.files.paths import without_nan, write_atomically, write_json
 from lit_edit.runs.files import journal_path
-from lit_edit.runs.folder import has_ended
+from lit_edit.runs.reading import has_ended
 from lit_edit.sweeps.grids import Grid, Point, is_seed
 
 RECORD = "sweep.json"
