@@ -27,7 +27,7 @@ OWN = "facts"
 def _in_order() -> dict[str, ModuleType]:
     """Return the formats by name, each before those that would also take its records."""
     found = {module.name: import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)}
-    sorter: TopologicalSorter[str] = TopologicalSorter({OWN: found.keys() - {OWN}})
+    sorter: TopologicalSorter[str] = TopologicalSorter({OWN: [name for name in found if name != OWN]})
     for name, module in found.items():
         for later in getattr(module, "BEFORE", ()):
             sorter.add(later, name)
