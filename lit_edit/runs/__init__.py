@@ -1,0 +1,1 @@
+"""The folder of a run: opening it, its files, results and answers."""
