@@ -9,7 +9,6 @@ from typing import Any
 
 from lit_edit.errors import ArgumentError
 
-
 Point = dict[str, Any]
 """``edits``, and ``tasks``: their records by name."""
 

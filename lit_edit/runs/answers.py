@@ -10,9 +10,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.data.request import DataError, EditRequest
+from lit_edit.files.paths import without_nan, write_atomically
 from lit_edit.ledger.history import EditHistory, LedgerEntry
 from lit_edit.metrics.evaluation import KINDS, EditResult, ProbeResult
-from lit_edit.files.paths import without_nan, write_atomically
 
 STAGES = ("base", "immediate", "final")
 

@@ -12,10 +12,10 @@ from filelock import FileLock, Timeout
 
 from lit_edit.errors import UserError
 from lit_edit.export.model import save_deltas
-from lit_edit.ledger.history import EditHistory
-from lit_edit.ledger.edit_ledger import EditLedger
-from lit_edit.metrics.evaluation import EditResult, Summary
 from lit_edit.files.paths import without_nan, write_atomically, write_json
+from lit_edit.ledger.edit_ledger import EditLedger
+from lit_edit.ledger.history import EditHistory
+from lit_edit.metrics.evaluation import EditResult, Summary
 
 Results = Mapping[str, Mapping[str, EditResult]]
 """By stage and id."""

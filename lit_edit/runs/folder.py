@@ -17,26 +17,26 @@ import yaml
 from jsonargparse import ArgumentParser
 from safetensors import SafetensorError, safe_open
 
-from lit_edit.runs.answers import write_answers
-from lit_edit.stream.checkpoints import CheckpointError, load_tree
 from lit_edit.data.datamodule import perplexity_texts
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.editors.memory.engine import MemoryEditor
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.export.model import apply_deltas
+from lit_edit.files.paths import sync_folder
+from lit_edit.ledger.edit_ledger import EditLedger, weights_state
 from lit_edit.ledger.history import EditHistory, LedgerEntry
 from lit_edit.ledger.journal import Journal
-from lit_edit.ledger.edit_ledger import EditLedger, weights_state
 from lit_edit.metrics.evaluation import Summary, summarise
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.spec import ArchSpec
-from lit_edit.files.paths import sync_folder
-from lit_edit.stream.precision import cast_as
+from lit_edit.runs.answers import write_answers
 from lit_edit.runs.files import deltas_path, journal_path, run_lock, update_summary, write_run_files
-from lit_edit.stream.session import EditSession
 from lit_edit.stats.second_moment import weights_hash
+from lit_edit.stream.checkpoints import CheckpointError, load_tree
 from lit_edit.stream.edit_stream import EditStream
+from lit_edit.stream.precision import cast_as
+from lit_edit.stream.session import EditSession
 
 log = logging.getLogger(__name__)
 
