@@ -159,7 +159,7 @@ def _ability(grid: Grid, folder: Path) -> tuple[str, list[Row], Figure]:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     rows = [{name: row.get(name, "–") for name in columns} for row in rows]
     figure = new_figure(4.6, 3.8)
-    panel = add_panel(figure, (1, 1, 1), "Mean accuracy over the tasks (95 %)", x_label="edits")
+    panel: Any = add_panel(figure, (1, 1, 1), "Mean accuracy over the tasks (95 %)", x_label="edits")
     for (name, points), look in zip(found.items(), looks_of(len(found)), strict=True):
         if points:
             means = [_of_task(values, "mean") for values in points.values()]

@@ -213,7 +213,7 @@ def draw_study(edits: Sequence[LayerEdit], title: str = "") -> Figure:
     from lit_edit.files.pictures import COLOURS, MARKERS, add_panel, new_figure
 
     figure = new_figure(11.5, 4.6, title)
-    left = add_panel(figure, (1, 2, 1), "A fact edited at a layer", x_label="fraction restored (tracing)")
+    left: Any = add_panel(figure, (1, 2, 1), "A fact edited at a layer", x_label="fraction restored (tracing)")
     right = add_panel(figure, (1, 2, 2), "Means by layer", x_label="layer", whole=True)
     points = left.scatter(
         [e.effect for e in edits], [e.score for e in edits], c=[e.layer for e in edits], cmap="viridis", s=22
