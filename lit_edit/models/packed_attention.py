@@ -235,8 +235,8 @@ def _attend_by_head(
     query = query * (size**-0.5 if scaling is None else scaling)
     queries = _Gather.apply(query.reshape(-1, size), layout.queries, layout.query_place).view(batch, -1, size)
     sides = []
-    for own, old in zip((key, value), kept or (None, None), strict=True):
-        flat, before = (None if x is None else x.reshape(-1, own.shape[2]) for x in (own, old))
+    for own, old in zip((key, value), kept or (key[:0], value[:0]), strict=True):
+        flat, before = own.reshape(-1, own.shape[2]), old.reshape(-1, own.shape[2])
         if block.shares:  # what comes before has a gradient too
             gathered = torch.cat([before, flat]).index_select(0, layout.keys)
         else:
@@ -251,12 +251,12 @@ def _attend_by_head(
 
 
 class _Gather(torch.autograd.Function):
-    """``cat(old, own)[index]`` where ``own`` alone has a gradient, and each row of it one real place: nothing to sum."""
+    """``cat(old, own)[index]`` where ``own`` alone has a gradient, and each row of it one real place."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, index: Tensor, place: Tensor, old: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(place)
-        return (own if old is None else torch.cat([old.to(own.dtype), own])).index_select(0, index)
+        return (own if old is None or not len(old) else torch.cat([old.to(own.dtype), own])).index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
