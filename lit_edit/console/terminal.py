@@ -7,7 +7,10 @@ import logging
 import sys
 from typing import Any
 
-ALL_NOTES, WARNINGS = logging.INFO, logging.WARNING
+_LIBRARIES = (
+    "datasets", "huggingface_hub", "lightning", "lightning.fabric", "lightning.pytorch", "torchmetrics", "transformers",
+)  # fmt: skip
+
 
 
 class AboveBars(logging.Handler):
@@ -27,25 +30,26 @@ class AboveBars(logging.Handler):
             self.handleError(record)
 
 
-def show_messages(level: int = ALL_NOTES) -> None:
+def show_messages(level: int = logging.INFO) -> None:
     """Show log messages and warnings, those of libraries too, so that none shares a line with a progress bar.
+
+    Where logging was set up before, by a program that calls us, it is left as it is. To be called again when libraries
+    have been imported that bring handlers of their own.
 
     Args:
         level: Of our own messages; libraries are heard from warnings on.
     """
-    above = AboveBars()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[above])
+    if not logging.root.handlers:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[AboveBars()])
     logging.getLogger("lit_edit").setLevel(level)
-    if above not in logging.root.handlers:  # whoever has set logging up, as a program that calls us, keeps it
+    if not any(isinstance(handler, AboveBars) for handler in logging.root.handlers):
         return
     logging.captureWarnings(True)
-    for known in logging.root.manager.loggerDict.values():
-        for handler in known.handlers if isinstance(known, logging.Logger) else ():
-            if type(handler) is logging.StreamHandler and handler.stream in (sys.stderr, sys.stdout):
-                known.removeHandler(handler)
-                own = AboveBars(handler.level)
-                own.setFormatter(handler.formatter)
-                known.addHandler(own)
+    for name in _LIBRARIES:
+        known = logging.getLogger(name)
+        for handler in [handler for handler in known.handlers if type(handler) is logging.StreamHandler]:
+            known.removeHandler(handler)
+            known.propagate = True
 
 
 def write_json(value: Any) -> None:
