@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.terminal import write_json
 
 
 def run_ask(args: list[str]) -> None:
@@ -14,6 +15,7 @@ def run_ask(args: list[str]) -> None:
     parser.add_argument("prompt", nargs="+", type=_prompt, help="one or more prompts, each in quotes")
     parser.add_argument("--run", required=True, type=Path, help="the run folder, for example runs/x")
     parser.add_argument("--tokens", type=positive, default=20, help="length of the continuation")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     options = parser.parse_args(args)
 
     from rich.console import Console
@@ -27,6 +29,10 @@ def run_ask(args: list[str]) -> None:
     before = [continue_greedily(run.ledger.adapter, run.tokenizer, p, options.tokens) for p in options.prompt]
     run.apply()
     after = [continue_greedily(run.ledger.adapter, run.tokenizer, p, options.tokens) for p in options.prompt]
+    if options.json:
+        answers = zip(options.prompt, before, after, strict=True)
+        write_json([{"prompt": prompt, "base": base, "edited": edited} for prompt, base, edited in answers])
+        return
     table = Table(show_lines=True)
     for column in ("prompt", "base model", f"after {len(run.entries)} edits"):
         table.add_column(column)

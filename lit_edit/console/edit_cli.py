@@ -16,14 +16,17 @@ from typing import Any, Literal
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
+from transformers.utils.logging import disable_progress_bar
 
-from lit_edit.callbacks import ReplicaCheck, ReplicaError, StopOnSignal, StoppedBySignal
+from lit_edit.callbacks import ClosingTable, ReplicaCheck, ReplicaError, StopOnSignal, StoppedBySignal
 from lit_edit.console.configs import changed_settings, check_settings, explain
 from lit_edit.console.launching import WatchingLauncher
+from lit_edit.console.messages import quieten
 from lit_edit.console.processes import (
     Decision,
     check_launched,
@@ -34,11 +37,13 @@ from lit_edit.console.processes import (
     share_decision,
     started_together,
 )
+from lit_edit.console.terminal import write_json
 from lit_edit.devices.ranks import RankError
 from lit_edit.errors import ArgumentError, RunStoppedError, UserError
 from lit_edit.runs.files import journal_path, run_lock
 from lit_edit.runs.folder import carry_over, check_source, find_checkpoint
 from lit_edit.runs.names import check_run_name, shown
+from lit_edit.runs.reading import read_outcome
 from lit_edit.runs.reading import has_ended
 from lit_edit.runs.resuming import (
     adopt_journal,
@@ -93,6 +98,12 @@ class EditCLI(LightningCLI):
         parser.add_argument(
             "--overwrite", type=bool, default=False, help="Delete an earlier run of the same name instead of refusing."
         )
+        parser.add_argument(
+            "--quiet", action="store_true", help="No bars, no tables: warnings, errors, and the run's folder at the end."
+        )
+        parser.add_argument(
+            "--json", action="store_true", help="The same, with one JSON object on standard output in the folder's place."
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and say in a line what cannot be right."""
@@ -105,6 +116,9 @@ class EditCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Point everything that writes at the run folder."""
         config = self.config[self.subcommand]
+        self.as_json, self.quiet = config.pop("json"), config.pop("quiet")  # of this process, not of the run
+        self.quiet = self.quiet or self.as_json
+        quieten(self.quiet)
         trainer = config.trainer
         if trainer.callbacks is not None and not isinstance(trainer.callbacks, list):
             trainer.callbacks = [trainer.callbacks]
@@ -198,6 +212,8 @@ class EditCLI(LightningCLI):
             together = "; several processes were started: set both to what was started" if started_together() else ""
             raise ArgumentError(f"{error} (the Trainer was given {given}){together}") from error
         check_launched(trainer)
+        if self.quiet:
+            _silence(trainer)
         if self.subcommand == "fit" and (trainer.world_size > 1 or SLURMEnvironment.detect()):
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
             present = {type(callback) for callback in callbacks}
@@ -233,6 +249,9 @@ class EditCLI(LightningCLI):
         """Say where the results are."""
         if not leads():
             return
+        if self.quiet:
+            self._write_outcome()
+            return
         where = shown(self.run_folder)
         page = "; look at report.html there" if (self.run_folder / "report.html").is_file() else ""
         sys.stdout.write(
@@ -241,6 +260,13 @@ class EditCLI(LightningCLI):
         )
         if self.model.ledger.layers:  # else the edits are not in the weights
             sys.stdout.write(f"  lit-edit export --run {where} --to my-edited-model\n")
+
+    def _write_outcome(self) -> None:
+        where = shown(self.run_folder)
+        if self.as_json:
+            write_json({**read_outcome(self.run_folder), "run": where})
+        else:
+            sys.stdout.write(f"{where}\n")
 
     def after_validate(self) -> None:
         """Print what was measured."""
@@ -257,14 +283,17 @@ class EditCLI(LightningCLI):
         if not leads():
             return
         edits = len(self.model.ledger)
+        measured = {n: float(value) for n, value in self.trainer.callback_metrics.items() if "/" in n}  # not the step
+        if self.as_json:
+            write_json({"facts": len(self.datamodule.requests), "edits": edits, **measured})
+            return
         table = Table(
             title=f"{len(self.datamodule.requests)} facts on a model with {edits} edits", title_justify="left"
         )
         table.add_column("metric")
         table.add_column("value", justify="right")
-        for name, value in self.trainer.callback_metrics.items():
-            if "/" in name:  # not the step
-                table.add_row(name.partition("/")[2].replace("/", " "), f"{float(value):.3f}")
+        for name, value in measured.items():
+            table.add_row(name.partition("/")[2].replace("/", " "), f"{value:.3f}")
         Console().print(table)
 
     def _run_folder(self, config: Any) -> Path:
@@ -300,7 +329,10 @@ class EditCLI(LightningCLI):
             mend_journal(folder)
             if has_ended(folder):
                 where = shown(folder)
-                sys.stdout.write(f"{where} has come to its end already: see {where}/summary.json\n")
+                if self.quiet:
+                    self._write_outcome()
+                else:
+                    sys.stdout.write(f"{where} has come to its end already: see {where}/summary.json\n")
                 self._ended = True
                 if not started_together():
                     raise SystemExit(0)
@@ -352,6 +384,16 @@ def check_checkpoint(path: Path) -> None:
         raise ArgumentError(f"--ckpt_path {error}") from None
     if not isinstance(saved, dict) or "lit_edit" not in saved:
         raise ArgumentError(f"--ckpt_path {path}: not a checkpoint of lit-edit")
+
+
+def _silence(trainer: Trainer) -> None:
+    """Take away what draws and writes to the screen while a stream runs, and at its end."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, ProgressBar):
+            callback.disable()
+    callbacks[:] = [callback for callback in callbacks if not isinstance(callback, ClosingTable)]
+    disable_progress_bar()
 
 
 def _make_absolute(editor: Any) -> None:
