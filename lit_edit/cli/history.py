@@ -71,9 +71,13 @@ def run_redo(args: list[str]) -> None:
     with open_for_change(options.run) as run:
         before = _answers(run, numbers)
         run.session.redo(numbers)
-        note = "" if run.session.editor.exact_undo else (
-            "The facts are back as they were recorded. Where other edits were taken out or made again meanwhile, "
-            "the weights are near those of before, not equal to them."
+        note = (
+            ""
+            if run.session.editor.exact_undo
+            else (
+                "The facts are back as they were recorded. Where other edits were taken out or made again meanwhile, "
+                "the weights are near those of before, not equal to them."
+            )
         )
         _finish(run, options, numbers, before, "put back", note)
 
@@ -86,7 +90,7 @@ def run_log(args: list[str]) -> None:
     parser.add_argument("--run", required=True, type=Path, help="the run folder, for example runs/x")
     parser.add_argument("--subject", default=None, help="only edits of this subject")
     parser.add_argument("--last", type=positive, default=None, metavar="N", help="only the last N")
-    parser.add_argument("--failed", action="store_true", help="only edits that do not hold, each with the likely reason")
+    parser.add_argument("--failed", action="store_true", help="only edits that do not hold, with the likely reason")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     options = parser.parse_args(args)
 

@@ -43,8 +43,7 @@ from lit_edit.errors import ArgumentError, RunStoppedError, UserError
 from lit_edit.runs.files import journal_path, run_lock
 from lit_edit.runs.folder import carry_over, check_source, find_checkpoint
 from lit_edit.runs.names import check_run_name, shown
-from lit_edit.runs.reading import read_outcome
-from lit_edit.runs.reading import has_ended
+from lit_edit.runs.reading import has_ended, read_outcome
 from lit_edit.runs.resuming import (
     adopt_journal,
     find_run,
@@ -99,10 +98,10 @@ class EditCLI(LightningCLI):
             "--overwrite", type=bool, default=False, help="Delete an earlier run of the same name instead of refusing."
         )
         parser.add_argument(
-            "--quiet", action="store_true", help="No bars, no tables: warnings, errors, and the run's folder at the end."
+            "--quiet", action="store_true", help="No bars, no tables: warnings, errors, and the folder at the end."
         )
         parser.add_argument(
-            "--json", action="store_true", help="The same, with one JSON object on standard output in the folder's place."
+            "--json", action="store_true", help="The same, and all that is on standard output is one JSON object."
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -14,7 +14,6 @@ _LIBRARIES = (
 )  # fmt: skip
 
 
-
 class AboveBars(logging.Handler):
     """Writes each message to standard error on lines of its own, above the progress bars that are on the screen."""
 

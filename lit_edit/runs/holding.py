@@ -81,10 +81,12 @@ def judge(edits: _Rows, answers: _Rows, records: _Rows) -> list[Verdict]:
     context = _Context(edits, answers, records)
     made = [_judge(row, context) for row in edits]
     refused = [
-        Verdict(None, name, *asked, "refused", None, (record["reason"],))
+        Verdict(None, name, prompt, wanted, "refused", None, (record["reason"],))
         for record in records
         if record["kind"] == "refused"
-        for name, asked in zip(record["ids"], record.get("asked") or [("", "")] * len(record["ids"]), strict=True)
+        for name, (prompt, wanted) in zip(
+            record["ids"], record.get("asked") or [("", "")] * len(record["ids"]), strict=True
+        )
     ]
     return made + refused
 
@@ -145,7 +147,7 @@ def _judge(row: Mapping[str, Any], context: _Context) -> Verdict:
     if held:
         return Verdict(*about, "holds", row["target_new"])
     prompts = context.answers.get(row["number"], {}).get("prompts", ())
-    own = next((prompt for prompt in prompts if prompt["kind"] == "efficacy"), {})
+    own: Mapping[str, Any] = next((prompt for prompt in prompts if prompt["kind"] == "efficacy"), {})
     said = own["final"]["choice"] if "final" in own else None
     state: State = "fails" if took is None else "forgotten" if took else "never took"
     return Verdict(*about, state, said, tuple(_reasons(row, state, context)))
