@@ -24,7 +24,7 @@ FAILED: tuple[State, ...] = ("never took", "fails", "forgotten", "refused", "rep
 REACHED = 0.5
 """A target whose probability stays below this was not found, whatever was asked for."""
 
-_MOST = 3  # edits that are named as the reason of another
+_MOST, _EDITS = 3, 10  # edits that are named as the reason of another, and in a command
 _Rows = Sequence[Mapping[str, Any]]
 
 
@@ -166,7 +166,10 @@ def _taken_out(row: Mapping[str, Any], context: _Context) -> tuple[State, None, 
 def _reasons(row: Mapping[str, Any], state: State, context: _Context) -> list[str]:
     """Return why an edit that was measured does not hold."""
     reached, aim = row.get("target_probability"), context.aim or REACHED
-    missed = reached is not None and reached < aim
+    missed = []
+    if reached is not None and reached < aim:
+        asked = f" of the {show_p(context.aim)} asked for" if context.aim else ""
+        missed.append(f"its target reached only p {show_p(reached)}{asked} when it was fitted")
     same_key, same_subject = context.rivals(row)
     reasons = []
     if state == "forgotten":
@@ -174,15 +177,17 @@ def _reasons(row: Mapping[str, Any], state: State, context: _Context) -> list[st
         p = f" (p {show_p(probability(row['immediate_target_nll']))})" if "immediate_target_nll" in row else ""
         lost = f", and no longer when it was measured after edit {since}" if since else ""
         reasons.append(f"it held right after it was made{p}{lost}")
+    first = state != "forgotten" and reached is not None and reached < REACHED  # there was nothing to write
+    if first:
+        reasons += missed
     if _looks_up(row) and context.answers.get(row["number"], {}).get("lookup") == 0:
         reasons.append("its subject is the first token of the prompt: no token stands before it")
     if same_key:
         reasons.append(f"it shares its key with {_named(same_key)}: the prompts are the same up to the subject's end")
     if same_subject:
         reasons.append(f"it shares its subject with {_named(same_subject)}")
-    if missed:
-        asked = f" of the {show_p(context.aim)} asked for" if context.aim else ""
-        reasons.append(f"its target reached only p {show_p(reached)}{asked} when it was fitted")
+    if not first:
+        reasons += missed
     if state == "never took" and not reasons:
         found = "" if reached is None else f"its target was found (p {show_p(reached)}), but "
         reasons.append(f"{found}writing it did not make it the first choice")
@@ -270,12 +275,13 @@ def explain(verdict: Verdict) -> list[str]:
 
 
 def _commands(failed: Sequence[Verdict], run: str) -> list[str]:
-    missed = [verdict for verdict in failed if verdict.state in ("never took", "fails", "forgotten")]
+    missed = [str(verdict.number) for verdict in failed if verdict.state in ("never took", "fails", "forgotten")]
     commands = [f"lit-edit log --run {run} --failed"] if failed else []
     if missed:
         commands += [
-            f"lit-edit undo --run {run} --edit {missed[0].number}",
-            f"lit-edit fit --config {run}/config.yaml --continue {run} --run_name NAME --data.path FILE",
+            f"lit-edit undo --run {run} --edit {','.join(missed[:_EDITS])}",
+            f"lit-edit fit --config {run}/config.yaml --continue {run} --run_name NAME --data.source facts "
+            "--data.path FILE",
         ]
     if any(verdict.state == "undone" for verdict in failed):
         commands.append(f"lit-edit redo --run {run} --edit N")
