@@ -212,8 +212,16 @@ def test_the_closing_table_shows_every_stage() -> None:
 
 def test_what_was_not_measured_is_a_dash() -> None:
     text = rendered(summary_table(closing(immediate=metrics(None, None), base=metrics(None, None))))
-    assert row(text, "score")[1:] == ["–", "–", "0.500"]
-    assert row(text, "perplexity")[1:] == ["–", "", "25.0"]
+    assert row(text, "score")[1:] == ["0.500"]  # columns with no value are left out
+    assert row(text, "perplexity")[1:] == ["25.0"]
+    assert "before" not in " ".join(text)
+    empty = {"success": None, "magnitude": None, "accuracy": None, "token_accuracy": None, "agreement": None}
+    text = rendered(summary_table(closing(final={**metrics(0.5, None), "locality": empty}, base=metrics(0.5, None))))
+    assert row(text, "locality agreement") == ["locality agreement", "0.500", "1.000", "–"]
+    stages = {stage: {**metrics(0.5, None), "locality": empty} for stage in ("base", "immediate", "final")}
+    text = rendered(summary_table(closing(**stages)))
+    assert not [line for line in text if "locality" in line or "perplexity" in line]  # and rows
+    assert row(text, "seconds per edit")[1:] == ["", "", "1.23"]
 
 
 def test_the_layers_table_shows_growth() -> None:

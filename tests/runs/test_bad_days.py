@@ -833,7 +833,7 @@ def test_undo_takes_out_what_was_named(args: list[str], out: list[int], finished
     assert main(["undo", f"--run={finished}", "--no-measure", *(names.get(arg, arg) for arg in args)]) == 0
     assert held(finished) == [number for number in range(1, 5) if number not in out]
     told = " ".join(capsys.readouterr().out.split())
-    assert f"{len(out)} edits taken out, {EDITS - len(out)} hold" in told
+    assert f"{len(out)} edits taken out, {EDITS - len(out)} in the model" in told
     summary = json.loads((finished / "summary.json").read_text())
     assert (summary["edits"], summary["undone"]) == (EDITS - len(out), len(out))
     assert "before" in summary["stale"]
@@ -888,9 +888,9 @@ def test_undo_and_redo_are_seen_by_everyone(finished: Path, whole: Path, tmp_pat
     (finished / "summary.json").write_text(json.dumps(summary | {"ability": {"final": {}}, "age_curves": {}}))
     assert main(["undo", f"--run={finished}", "--edit=1,4"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "2 edits taken out, 2 hold" in told
+    assert "2 edits taken out, 2 in the model" in told
     assert "efficacy success" in told
-    assert "measured over the 2 that hold" in told
+    assert "measured over the 2 in the model" in told
     assert "Later edits were made on a model that had these" in told
     assert "undo --exact makes the later edits again" in told
     summary = json.loads((finished / "summary.json").read_text())
@@ -915,7 +915,7 @@ def test_undo_and_redo_are_seen_by_everyone(finished: Path, whole: Path, tmp_pat
         assert not torch.allclose(delta, before[name], atol=1e-6)
 
     assert main(["redo", f"--run={finished}", "--edit=4", "--edit=1"]) == 0
-    assert "2 edits put back, 4 hold" in " ".join(capsys.readouterr().out.split())
+    assert "2 edits put back, 4 in the model" in " ".join(capsys.readouterr().out.split())
     for name, delta in load_file(deltas_path(finished)).items():
         torch.testing.assert_close(delta, before[name], rtol=1e-8, atol=1e-10)
     assert held(finished) == [1, 2, 3, 4]
@@ -977,7 +977,7 @@ def test_a_process_that_dies_between_record_and_files(finished: Path, whole: Pat
 
 def test_an_unfinished_run_goes_on_behind_an_undo(killed: Path, fit: Any, whole: Path, capsys: Any) -> None:
     assert main(["undo", f"--run={killed}", "--edit=2"]) == 0
-    assert "1 edits taken out, 2 hold" in " ".join(capsys.readouterr().out.split())
+    assert "1 edits taken out, 2 in the model" in " ".join(capsys.readouterr().out.split())
     assert main(["ask", f"--run={killed}", "Hello there", "--tokens=1"]) == 0
     assert "after 2 edits" in capsys.readouterr().out
     assert fit("--run_name=x", "--resume=auto") == 0
@@ -1001,17 +1001,19 @@ def test_log_lists_the_ledger(finished: Path, capsys: Any) -> None:
     capsys.readouterr()
     before = contents(finished)
     assert main(["log", f"--run={finished}", "--json"]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rows = json.loads(capsys.readouterr().out)
     assert [(row["number"], row["status"]) for row in rows] == [(1, "holds"), (2, "holds"), (3, "undone"), (4, "holds")]
+    assert [(row["state"], row["holds"]) for row in rows[1:3]] == [("not measured", None), ("undone", False)]
     assert all(0 <= row["target_probability"] <= 1 for row in rows)
     assert main(["log", f"--run={finished}", "--json", "--last=2"]) == 0
-    assert [json.loads(line)["number"] for line in capsys.readouterr().out.splitlines()] == [3, 4]
+    assert [row["number"] for row in json.loads(capsys.readouterr().out)] == [3, 4]
     assert main(["log", f"--run={finished}", f"--subject={subject_of(finished, 2).upper()}", "--json"]) == 0
-    assert [json.loads(line)["number"] for line in capsys.readouterr().out.splitlines()] == [2]
+    assert [row["number"] for row in json.loads(capsys.readouterr().out)] == [2]
     assert main(["log", f"--run={finished}"]) == 0
     told = capsys.readouterr().out
-    assert "4 edits made, 3 hold" in told
-    assert "undone" in told
+    assert "4 edits made, 3 in the model; whether they hold was not measured; 1 undone" in told
+    assert main(["log", f"--run={finished}", "--failed"]) == 0
+    assert capsys.readouterr().out.startswith("  3 undone: “")
     for args in (["--last=0"], ["--last=-1"]):
         with pytest.raises(SystemExit) as stop:
             main(["log", f"--run={finished}", *args])
@@ -1034,7 +1036,8 @@ def test_log_tells_what_was_refused(runs: Path, fit: Any, capsys: Any, monkeypat
     assert main(["log", f"--run={runs / 'x'}"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "it would do harm [really]" in told
-    assert "2 edits made, 2 hold" in told
+    assert "2 edits made, 0 hold; 1 refused" in told
+    assert "refused: “The language spoken by most people in Mexico is” → “Polish”" in told
     assert json.loads((runs / "x" / "summary.json").read_text())["refused"] == 1
 
 

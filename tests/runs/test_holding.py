@@ -57,7 +57,9 @@ def test_what_does_not_hold_is_told_apart_by_the_moment_of_the_edit(took: bool |
 
 def test_forgotten_by_which_edit() -> None:
     found = verdict(row(1, immediate_target_nll=0.0726, missed_since=40))
-    assert found.reasons == ("it held right after it was made (p 0.93), and no longer when it was measured after edit 40",)
+    assert found.reasons == (
+        "it held right after it was made (p 0.93), and no longer when it was measured after edit 40",
+    )
     assert verdict(row(1)).reasons == ("it held right after it was made",)
 
 
@@ -117,7 +119,11 @@ BEGIN = {"kind": "begin", "settings": {"target.probability": 0.95}}
         (0.41, [BEGIN], ("its target reached only p 0.41 of the 0.95 asked for when it was fitted",)),
         (0.91, [BEGIN], ("its target reached only p 0.91 of the 0.95 asked for when it was fitted",)),
         (0.41, [], ("its target reached only p 0.41 when it was fitted",)),
-        (0.41, [{"kind": "begin", "settings": {"target.probability": 0.0}}], ("its target reached only p 0.41 when it was fitted",)),
+        (
+            0.41,
+            [{"kind": "begin", "settings": {"target.probability": 0.0}}],
+            ("its target reached only p 0.41 when it was fitted",),
+        ),
         (0.97, [BEGIN], ("its target was found (p 0.97), but writing it did not make it the first choice",)),
         (0.91, [], ("its target was found (p 0.91), but writing it did not make it the first choice",)),
         (None, [], ("writing it did not make it the first choice",)),
@@ -153,7 +159,12 @@ def test_undone_by_hand_and_by_a_guard() -> None:
 
 def test_replaced_put_back_and_undone_is_undone() -> None:
     old, new = row(1, status="undone"), row(2, status="undone")
-    records = [record(old), record(new, removed=[1]), {"kind": "undo", "removed": [2]}, {"kind": "undo", "removed": [1]}]
+    records = [
+        record(old),
+        record(new, removed=[1]),
+        {"kind": "undo", "removed": [2]},
+        {"kind": "undo", "removed": [1]},
+    ]
     assert [v.state for v in judge([old, new], [], records)] == ["undone", "undone"]
 
 
