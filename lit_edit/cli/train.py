@@ -25,10 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lit_edit.console.configs import expand_arguments, explain
 from lit_edit.errors import ArgumentError, UserError
+from lit_edit.files.trees import load_tree
 from lit_edit.runs.files import run_lock
 from lit_edit.runs.names import check_run_name
 from lit_edit.runs.saved_config import SaveRunConfig
-from lit_edit.stream.checkpoints import AtomicCheckpointIO, load_tree
+from lit_edit.stream.checkpoint_io import AtomicCheckpointIO
 
 NETWORK = "network.safetensors"
 """The file of a run folder that holds what was trained."""

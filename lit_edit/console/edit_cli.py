@@ -36,6 +36,7 @@ from lit_edit.console.processes import (
 )
 from lit_edit.devices.ranks import RankError
 from lit_edit.errors import ArgumentError, RunStoppedError, UserError
+from lit_edit.files.trees import CheckpointError, load_tree
 from lit_edit.runs.files import journal_path, run_lock
 from lit_edit.runs.folder import carry_over, check_source, find_checkpoint
 from lit_edit.runs.names import check_run_name, shown
@@ -48,7 +49,6 @@ from lit_edit.runs.resuming import (
     run_of_config,
     warn_if_behind,
 )
-from lit_edit.stream.checkpoints import CheckpointError, load_tree
 
 log = logging.getLogger(__name__)
 
