@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.devices.ranks import Ranks
-from lit_edit.solvers.ridge import Block, RidgeSolver, RidgeStep
+from lit_edit.solvers.recursive_least_squares import Block, RidgeSolver, RidgeStep
 from lit_edit.solvers.shared import SharedSolver, Solver
 from lit_edit.solvers.storage import SolverStorage
 from tests.ranks.together import Found, raised, together

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.solvers.test_ridge import Facts, draw, joint, make_facts, make_prior, same_state, summed
 from torch import Tensor
 
 from lit_edit.errors import ArgumentError
 from lit_edit.solvers import ridge as ridge_module
 from lit_edit.solvers.functional import FactsError
-from lit_edit.solvers.ridge import Block, RidgeSolver
+from lit_edit.solvers.recursive_least_squares import Block, RidgeSolver
 from lit_edit.solvers.storage import SolverStorage
-from tests.solvers.test_ridge import Facts, draw, joint, make_facts, make_prior, same_state, summed
 
 D_OUT, D_IN = 5, 8
 NEVER = 10**6

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lit_edit.errors import ArgumentError
 from lit_edit.solvers import ridge as ridge_module
 from lit_edit.solvers.functional import ridge_gain, ridge_update, solve_spd
-from lit_edit.solvers.ridge import RidgeSolver
+from lit_edit.solvers.recursive_least_squares import RidgeSolver
 
 D_OUT, D_IN = 5, 8
 EXACT = {"rtol": 0.0, "atol": 0.0}
