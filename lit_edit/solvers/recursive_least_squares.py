@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from lit_edit.devices.algebra import algebra_dtype, without_autocast
-from lit_edit.errors import ArgumentError
-from lit_edit.files.checksum import checksum
+from lit_edit.solvers.fact_sums import FactSums, exact
 from lit_edit.solvers.functional import (
     check_facts,
     constrained_update,
@@ -24,11 +19,6 @@ from lit_edit.solvers.functional import (
     ridge_update,
 )
 from lit_edit.solvers.storage import SolverStorage
-
-log = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -67,27 +57,12 @@ class Block:
     residuals: Tensor
 
 
-def _exact(method: Callable[Concatenate[RidgeSolver, P], R]) -> Callable[Concatenate[RidgeSolver, P], R]:
-    """Make a method compute in the solver's types inside autocast as well, which rounds products of float32."""
-
-    @wraps(method)
-    def run(self: RidgeSolver, *args: P.args, **kwargs: P.kwargs) -> R:
-        with without_autocast(self.delta.device):
-            return method(self, *args, **kwargs)
-
-    return run
-
-
-class RidgeSolver:
+class RidgeSolver(FactSums):
     r"""Least squares over a growing set of facts with a fixed prior, in ``O(d_in^2 + d_in d_out)`` per fact.
 
     After facts :math:`(k_i, r_i)` the solution is :math:`\Delta = A (\Lambda + G)^{-1}` with :math:`G = \sum k k^\top`
     and :math:`A = \sum r k^\top` (D4S, arXiv 2410.23843). :math:`P = (\Lambda + G)^{-1}` and :math:`\Delta` are carried
     along by the Woodbury identity; the state does not grow with the number of facts.
-
-    The latest facts are kept as columns (:math:`P = P_0 - V S V^\top` with signs :math:`S`) and folded into the
-    matrices ``fold_every`` at a time, by one matrix product: between two folds a fact reads ``P`` once and writes no
-    matrix of that size. The sums are the ground truth: when rounding makes :math:`P` drift, it is factorised anew.
 
     A fact is taken out again by down-dating (:meth:`preview_removal`): a column with the sign turned round. Keys and
     residuals are not kept beyond a fold, so whoever wants to take facts out must bring them.
@@ -133,59 +108,8 @@ class RidgeSolver:
             raise ValueError(f"slack must not be negative or infinite, got {slack} and {slack_alone}")
         if memory and (self.slack, self.slack_alone) != (1.0, 1.0):
             raise ValueError("facts are remembered in least squares: with memory the slack is 1")
-        if prior.dim() != 2 or prior.shape[0] != prior.shape[1]:
-            raise ValueError(f"prior must be square (d_in, d_in), got {tuple(prior.shape)}")
-        if not torch.isfinite(prior).all():
-            raise ArgumentError(
-                "prior holds NaN or infinite values; compute the statistics anew (lit-edit stats --force)"
-            )
-        if fold_every < 1:
-            raise ValueError(f"fold_every must be at least 1, got {fold_every}")
-        self.memory, self.fold_every, self.storage = memory, fold_every, storage
-        self.drift_bound = drift_bound or (1e-8 if storage.inverse_dtype == torch.float64 else 1e-3)
-        self.d_in, self.d_out = prior.shape[0], d_out
-        placed = storage.place(prior)
-        self._prior = storage.keep(placed.to(algebra_dtype(placed.device), copy=True))
-        self._inverse = inverse_spd(self._prior).to(storage.inverse_dtype)
-        self._gram: Tensor | None = None  # of the folded facts; none yet
-        self._cross: Tensor | None = None
-        self._columns = [self._prior.new_empty(n, 0) for n in (self.d_in, d_out, self.d_in, 1)]
-        self.delta = self._prior.new_zeros(d_out, self.d_in)
-        self.blocks = 0
-        self.refactorisations = 0
+        super().__init__(prior, d_out, memory, fold_every, drift_bound, storage)
         self._factorised: Tensor | None = None  # the prior's Cholesky factor, once it is wanted
-
-    @property
-    def prior_checksum(self) -> str:
-        """Digits that tell priors apart."""
-        return checksum(self._prior)
-
-    @property
-    @_exact
-    def gram(self) -> Tensor:
-        r"""``(d_in, d_in)``, :math:`G = \sum k k^\top` of the facts remembered; zero without memory."""
-        if not self.memory:
-            return torch.zeros_like(self._prior)
-        keys, _, _, signs = self._columns
-        latest = (keys * signs) @ keys.T
-        return latest if self._gram is None else self._gram + latest
-
-    @property
-    @_exact
-    def cross(self) -> Tensor:
-        r"""``(d_out, d_in)``, :math:`A = \sum r k^\top`."""
-        keys, residuals, _, signs = self._columns
-        latest = (residuals * signs) @ keys.T
-        return latest if self._cross is None else self._cross + latest
-
-    @property
-    @_exact
-    def inverse(self) -> Tensor:
-        r"""``(d_in, d_in)``, :math:`P = (\Lambda + G)^{-1}`; without memory that of the prior alone."""
-        if not self.memory:
-            return self._inverse
-        _, _, factor, signs = self._columns
-        return torch.addmm(self._inverse.to(factor), factor * signs, factor.T, alpha=-1.0)
 
     def fork(self) -> RidgeSolver:
         """Return a solver in the same state to try steps on; it shares the matrices and never writes to them."""
@@ -193,7 +117,7 @@ class RidgeSolver:
         fork.fold_every = _NEVER
         return fork
 
-    @_exact
+    @exact
     def preview(self, keys: Tensor, residuals: Tensor) -> RidgeStep:
         """Solve with a further block of facts, without changing the state.
 
@@ -211,7 +135,7 @@ class RidgeSolver:
         delta = torch.addmm(self.delta, missing, gain.T)
         return RidgeStep(delta, keys, residuals, factor, change=(missing, gain))
 
-    @_exact
+    @exact
     def preview_removal(self, keys: Tensor, residuals: Tensor) -> RidgeStep:
         r"""Solve without some facts that are in, by down-dating, without changing the state.
 
@@ -267,7 +191,7 @@ class RidgeSolver:
         empty = prior.new_empty(self.d_in, 0)
         return RidgeStep(delta, empty, prior.new_empty(self.d_out, 0), empty)
 
-    @_exact
+    @exact
     def alone(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return what facts would do if each were alone: :math:`P_\Lambda k` and :math:`1 + k^\top P_\Lambda k`.
 
@@ -289,65 +213,21 @@ class RidgeSolver:
     def _slack_of(self, keys: Tensor) -> float:
         return self.slack_alone if keys.shape[1] == 1 else self.slack
 
-    def _in_rows(self, facts: Tensor) -> Tensor:
-        """Return facts in the solver's type, laid out in rows whatever they come from.
-
-        A product may sum in another order for another layout; facts from the record are to give the same bits.
-        """
-        return facts.to(self._prior.device, self._prior.dtype).clone(memory_format=torch.contiguous_format)
-
     def _prior_factor(self) -> Tensor:
         if self._factorised is None:
             self._factorised = self.storage.keep(torch.linalg.cholesky(self._prior))
         return self._factorised
 
-    def _project(self, keys: Tensor) -> Tensor:
-        """Return ``P K``, float64; without memory that of the prior."""
-        projected = (self._inverse @ keys.to(self._inverse.dtype)).to(keys)
-        if self.memory and self._columns[2].shape[1]:
-            _, _, factor, signs = self._columns
-            projected -= (factor * signs) @ (factor.T @ keys)
-        return projected
-
-    @_exact
+    @exact
     def absorb(self, step: RidgeStep) -> None:
         """Take a previewed block into the state."""
         self.delta = step.delta
         self.blocks += 1
         if step.anew is not None:
-            gram, cross = self.gram, self.cross
-            self._gram = self.storage.keep(gram - step.keys @ step.keys.T)
-            self._cross = cross - step.residuals @ step.keys.T
-            self._inverse = step.anew.to(self.storage.inverse_dtype)
-            self._columns = [column[:, :0] for column in self._columns]
-            self.refactorisations += 1
-            return
-        signs = step.keys.new_full((1, step.keys.shape[1]), float(step.sign))
-        new = (step.keys, step.residuals, step.factor, signs)
-        self._columns = [torch.cat([old, column], 1) for old, column in zip(self._columns, new, strict=True)]
-        if self._columns[0].shape[1] >= self.fold_every:
-            self._fold()
-
-    def _fold(self) -> None:
-        """Move the columns into the matrices."""
-        keys, residuals, factor, signs = self._columns
-        if self._cross is None:
-            self._cross = torch.zeros_like(self.delta)
-        self._cross.addmm_(residuals * signs, keys.T)
-        if self.memory:
-            if self._gram is None:
-                self._gram = self.storage.keep(torch.zeros_like(self._prior))
-            self._gram.addmm_(keys * signs, keys.T)
-            factor, signs = factor.to(self._inverse.dtype), signs.to(self._inverse.dtype)
-            self._inverse.addmm_(factor * signs, factor.T, alpha=-1.0)
-        self._columns = [column[:, :0] for column in self._columns]
-        if self.memory and not self.drift() <= self.drift_bound:
-            try:
-                self.refactorise()
-            except ArgumentError:  # the facts are committed already: go on with what recursion has made
-                log.warning(
-                    "key statistics cannot be factorised anew (drift %.1e); solutions lose accuracy", self.drift()
-                )
+            gram, cross = self.gram - step.keys @ step.keys.T, self.cross - step.residuals @ step.keys.T
+            self._replace(gram, cross, step.anew)
+        else:
+            self._append(step.keys, step.residuals, step.factor, step.sign)
 
     def update(self, keys: Tensor, residuals: Tensor) -> None:
         """Add a block of facts: keys ``(d_in, b)``, residuals ``(d_out, b)``."""
@@ -362,89 +242,5 @@ class RidgeSolver:
         """Return the running solution ``(d_out, d_in)``, float64."""
         return self.delta
 
-    @_exact
-    def drift(self) -> float:
-        """Return ``|P (prior + G) x - x| / |x|`` for a fixed probe: how far rounding has carried ``P`` away."""
-        probe = torch.linspace(-1.0, 1.0, self.d_in, dtype=self._prior.dtype, device=self._prior.device)
-        keys, _, _, signs = self._columns
-        image = self._prior @ probe
-        if self._gram is not None:
-            image += self._gram @ probe
-        if self.memory:
-            image += (keys * signs) @ (keys.T @ probe)
-        back = self._project(image[:, None])[:, 0]
-        return float(torch.linalg.vector_norm(back - probe) / torch.linalg.vector_norm(probe))
 
-    @_exact
-    def refactorise(self) -> None:
-        """Compute ``P`` and the solution anew from the sums, in place of what recursion has made of them."""
-        if not self.memory:
-            return
-        gram, cross = self.gram, self.cross
-        inverse = inverse_spd(self._prior + gram)
-        self._inverse = inverse.to(self.storage.inverse_dtype)
-        self._gram, self._cross = self.storage.keep(gram), cross
-        self._columns = [column[:, :0] for column in self._columns]
-        self.delta = cross @ inverse
-        self.refactorisations += 1
-
-    def state_dict(self, copy: bool = True) -> dict[str, Tensor | int]:
-        """Return the state: tensors and integers.
-
-        Small while no fact is folded yet: the matrices then follow from the prior.
-
-        Args:
-            copy: With ``False`` the large tensors are the solver's own, for a state that is written at once.
-        """
-
-        def own(value: Tensor) -> Tensor:
-            return value.clone() if copy else value
-
-        state: dict[str, Tensor | int] = {
-            "memory": int(self.memory),
-            "delta": own(self.delta),
-            "blocks": self.blocks,
-            "refactorisations": self.refactorisations,
-        }
-        state |= {name: value.clone() for name, value in zip(_COLUMNS, self._columns, strict=True)}
-        if self._cross is not None:
-            state["cross"] = own(self._cross)
-        if self._gram is not None:
-            state |= {"gram": own(self._gram), "inverse": own(self._inverse)}
-        return state
-
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Restore :meth:`state_dict`, bit for bit; ``state`` is copied, and a state that does not fit changes nothing.
-
-        Raises:
-            ValueError: If the state belongs to a layer of another size or to the other kind of memory.
-        """
-        if bool(state.get("memory", self.memory)) != self.memory:
-            raise ValueError("the checkpoint was made by an editor with another memory setting; use the same config")
-        square, wide, count = (self.d_in, self.d_in), (self.d_out, self.d_in), _columns_of(state.get("keys"))
-        heights = (self.d_in, self.d_out, self.d_in, 1)
-        expected = {"delta": wide} | {name: (rows, count) for name, rows in zip(_COLUMNS, heights, strict=True)}
-        folded = {"cross": wide, "gram": square, "inverse": square} if self.memory else {"cross": wide}
-        if any(name in state for name in folded):  # else they follow from the prior
-            expected |= folded
-        loaded: dict[str, Tensor] = {}
-        for name, shape in expected.items():
-            value = state.get(name)
-            if not isinstance(value, Tensor) or value.shape != shape:
-                raise ValueError(f"the checkpoint's {name} does not fit a layer of {wide}")
-            loaded[name] = value.to(self._prior, copy=True)
-        inverse = loaded["inverse"] if "inverse" in loaded else inverse_spd(self._prior)
-        inverse = inverse.to(self.storage.inverse_dtype)
-        self.blocks, self.refactorisations = int(state["blocks"]), int(state["refactorisations"])
-        self.delta, self._inverse = loaded["delta"], inverse
-        self._columns = [loaded[name] for name in _COLUMNS]
-        self._cross = loaded.get("cross")
-        self._gram = self.storage.keep(loaded["gram"]) if "gram" in loaded else None
-
-
-_COLUMNS = ("keys", "residuals", "factor", "signs")
 _NEVER = 1 << 62  # facts
-
-
-def _columns_of(value: Tensor | int | None) -> int:
-    return value.shape[1] if isinstance(value, Tensor) and value.dim() == 2 else -1

@@ -16,7 +16,7 @@ from lit_edit.solvers.recursive_least_squares import Block, RidgeSolver, RidgeSt
 from lit_edit.solvers.shared import SharedSolver, Solver
 from lit_edit.solvers.storage import SolverStorage
 from tests.ranks.together import Found, raised, together
-from tests.solvers.test_ridge import ALWAYS, Facts, draw, joint, make_facts, make_prior
+from tests.solvers.test_recursive_least_squares import ALWAYS, Facts, draw, joint, make_facts, make_prior
 
 FOLD = 4
 SHAPES = {"small": (5, 8), "wide": (96, 160)}
