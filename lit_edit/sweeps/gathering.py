@@ -13,7 +13,7 @@ from typing import Any
 from lit_edit.data.request import shorten
 from lit_edit.files.paths import without_nan, write_text
 from lit_edit.runs.files import journal_path
-from lit_edit.runs.folder import has_ended
+from lit_edit.runs.reading import has_ended
 from lit_edit.sweeps.grids import Grid, Point, is_seed
 from lit_edit.sweeps.outputs import as_csv, as_markdown, write_outputs
 
