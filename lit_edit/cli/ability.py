@@ -54,7 +54,7 @@ def run_ability(args: list[str]) -> None:
     asked = Asked(tuple(options.tasks), options.folder, options.shots, options.limit, not options.likelihood)
 
     from lit_edit.console.tables import print_whole
-    from lit_edit.runs.folder import read_history
+    from lit_edit.runs.reading import read_history
 
     made = len(read_history(options.run).made)
     numbers = sorted({0, made} if options.at is None else set(options.at))

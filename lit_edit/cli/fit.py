@@ -16,6 +16,21 @@ from lit_edit.runs.saved_config import SaveRunConfig
 from lit_edit.stream.edit_stream import EditStream
 
 
+def run_fit(args: list[str]) -> None:
+    """Edit a model."""
+    run_training("fit", args)
+
+
+def run_validate(args: list[str]) -> None:
+    """Measure without editing."""
+    run_training("validate", args)
+
+
+def run_test(args: list[str]) -> None:
+    """Measure under Lightning's test loop."""
+    run_training("test", args)
+
+
 def run_training(command: str, args: list[str]) -> None:
     """Parse arguments, set the run folder up, and run one of Lightning's commands."""
     asks = any(a in ("-h", "--help") or a.startswith(("--help=", "--print_config")) for a in args)

@@ -31,7 +31,8 @@ def run_undo(args: list[str]) -> None:
     )
     options = parser.parse_args(args)
 
-    from lit_edit.runs.folder import open_for_change, read_history
+    from lit_edit.runs.folder import open_for_change
+    from lit_edit.runs.reading import read_history
 
     numbers = _chosen(options, read_history(options.run), hold=True)
     with open_for_change(options.run) as run:
@@ -60,7 +61,8 @@ def run_redo(args: list[str]) -> None:
     _choose(parser, "were taken out")
     options = parser.parse_args(args)
 
-    from lit_edit.runs.folder import open_for_change, read_history
+    from lit_edit.runs.folder import open_for_change
+    from lit_edit.runs.reading import read_history
 
     numbers = _chosen(options, read_history(options.run), hold=False)
     with open_for_change(options.run) as run:
@@ -90,7 +92,7 @@ def run_log(args: list[str]) -> None:
     from lit_edit.files.paths import without_nan
     from lit_edit.ledger.journal import Journal
     from lit_edit.runs.files import edit_rows, journal_path
-    from lit_edit.runs.folder import read_history
+    from lit_edit.runs.reading import read_history
 
     history = read_history(options.run)
     entries = [e for e in history.made if options.subject is None or e.subject.casefold() == options.subject.casefold()]

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lit_edit.models.adapter import CACHE_NAMES, ModelAdapter, UnknownArchitectureError
+from lit_edit.models.adapter import ModelAdapter
+from lit_edit.models.passes import CACHE_NAMES
+from lit_edit.models.structure import UnknownArchitectureError
 from lit_edit.text.buckets import partition_by_length
 from lit_edit.text.tokens import pad_right
 

@@ -7,19 +7,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from lit_edit.errors import UserError
+from lit_edit.files.metric_rows import read_rows
 from lit_edit.files.paths import without_nan, write_json
 from lit_edit.ledger.history import EditHistory
 from lit_edit.ledger.journal import Journal
-from lit_edit.loggers.run_csv import read_rows
 from lit_edit.runs.answers import read_answers, write_answers
 from lit_edit.runs.files import edit_rows, journal_path
 from lit_edit.runs.versions import versions
-from lit_edit.stream.edit_stream import EditStream
+
+if TYPE_CHECKING:
+    from lit_edit.stream.edit_stream import EditStream
 
 KINDS = ("efficacy", "generalization", "locality")
 Values = dict[str, float]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.files.paths import without_nan, write_atomically
 from lit_edit.ledger.history import EditHistory, LedgerEntry
-from lit_edit.metrics.evaluation import KINDS, EditResult, ProbeResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_edit.metrics.evaluation import EditResult, ProbeResult
 
 STAGES = ("base", "immediate", "final")
 
@@ -77,6 +79,8 @@ def answer_rows(
         results: By stage and id.
         decode: From token ids to text.
     """
+    from lit_edit.metrics.evaluation import KINDS
+
     rows = []
     for entry in history.made:
         prompts = list(_prompts(entry))

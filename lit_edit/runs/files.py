@@ -6,19 +6,20 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from lit_edit.errors import UserError
-from lit_edit.export.model import save_deltas
 from lit_edit.files.paths import without_nan, write_atomically, write_json
-from lit_edit.ledger.edit_ledger import EditLedger
-from lit_edit.ledger.history import EditHistory
-from lit_edit.metrics.evaluation import EditResult, Summary
 
-Results = Mapping[str, Mapping[str, EditResult]]
-"""By stage and id."""
+if TYPE_CHECKING:
+    from lit_edit.ledger.edit_ledger import EditLedger
+    from lit_edit.ledger.history import EditHistory
+    from lit_edit.metrics.evaluation import EditResult, Summary
+
+    Results = Mapping[str, Mapping[str, EditResult]]
+    """By stage and id."""
 
 
 class RunLockedError(UserError):
@@ -63,6 +64,8 @@ def run_lock(folder: Path, other: str = "--run_name") -> Iterator[None]:
 
 def write_run_files(folder: Path, ledger: EditLedger, base_hash: str, results: Results) -> None:
     """Write ``ledger/edits.jsonl`` and ``ledger/deltas.safetensors``: what the journal adds up to."""
+    from lit_edit.export.model import save_deltas
+
     rows = without_nan(edit_rows(ledger.history, results))
     kept = _earlier_rows(folder / "ledger" / "edits.jsonl")
     for row in rows:  # what was measured at the edit stays true; the end is another one now

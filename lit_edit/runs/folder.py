@@ -32,6 +32,7 @@ from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.spec import ArchSpec
 from lit_edit.runs.answers import write_answers
 from lit_edit.runs.files import deltas_path, journal_path, run_lock, update_summary, write_run_files
+from lit_edit.runs.reading import RunError, check_folder, has_ended, read_history
 from lit_edit.stats.second_moment import weights_hash
 from lit_edit.stream.checkpoints import CheckpointError, load_tree
 from lit_edit.stream.edit_stream import EditStream
@@ -39,10 +40,6 @@ from lit_edit.stream.precision import cast_as
 from lit_edit.stream.session import EditSession
 
 log = logging.getLogger(__name__)
-
-
-class RunError(UserError):
-    """A run folder that cannot be opened; the message says why."""
 
 
 @dataclass
@@ -87,7 +84,7 @@ def open_run(folder: Path) -> OpenRun:
     Raises:
         RunError: If the folder is no finished run.
     """
-    folder = _check_folder(folder)
+    folder = check_folder(folder)
     deltas = deltas_path(folder)
     if not deltas.is_file() and not has_ended(folder):
         raise RunError(
@@ -119,21 +116,6 @@ def open_run(folder: Path) -> OpenRun:
     return OpenRun(folder, language_model, EditLedger(adapter, layers), tokenizer, entries, base_hash, editor)
 
 
-def has_ended(folder: Path) -> bool:
-    """Tell whether a run has come to its end and everything it leaves behind is written."""
-    path = journal_path(folder)
-    return path.is_file() and any(record["kind"] == "end" for record in Journal(path, writable=False).records)
-
-
-def _check_folder(folder: Path) -> Path:
-    folder = folder.expanduser()
-    if not folder.is_dir():
-        raise RunError(f"there is no run folder {folder}")
-    if not (folder / "config.yaml").is_file():
-        raise RunError(f"{folder} is no finished run (no config.yaml)")
-    return folder
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     if not isinstance(config, dict):
@@ -155,20 +137,6 @@ def _entries(folder: Path) -> list[LedgerEntry]:
         for row in (json.loads(row) for row in rows if row)
         if row.get("status", "holds") == "holds"
     ]
-
-
-def read_history(folder: Path) -> EditHistory:
-    """Return what the journal of a run says, without opening a model or changing a file.
-
-    Raises:
-        RunError: If there is no such run or it has no journal.
-    """
-    folder = folder.expanduser()
-    if not folder.is_dir():
-        raise RunError(f"there is no run folder {folder}")
-    if not journal_path(folder).is_file():
-        raise RunError(f"{folder} has no journal ({journal_path(folder)}): it is no run of this version of lit-edit")
-    return EditHistory.of(Journal(journal_path(folder), writable=False).records)
 
 
 def _catch_up(folder: Path) -> None:
@@ -234,7 +202,7 @@ def open_for_change(folder: Path) -> Iterator[ChangingRun]:
         RunError: If it cannot be opened.
         RunLockedError: If another process works in it.
     """
-    folder = _check_folder(folder).resolve()
+    folder = check_folder(folder).resolve()
     if not journal_path(folder).is_file():
         raise RunError(f"{folder} has no journal ({journal_path(folder)}): its edits cannot be changed")
     with run_lock(folder):
@@ -261,7 +229,7 @@ def open_as_of(folder: Path, edits: int) -> Iterator[ChangingRun]:
     Raises:
         RunError: If the run cannot be opened or has not made so many.
     """
-    folder = _check_folder(folder).resolve()
+    folder = check_folder(folder).resolve()
     count = records_until(read_history(folder), Journal(journal_path(folder), writable=False).records, edits)
     with tempfile.TemporaryDirectory(prefix="lit-edit-") as made:
         shutil.copy(folder / "config.yaml", made)

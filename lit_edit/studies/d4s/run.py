@@ -135,7 +135,7 @@ def measure_ability(grid: Grid, folder: Path, tasks: Path | None) -> None:
         tasks: A folder with a file per task; ``None`` takes them from the hub.
     """
     from lit_edit.ability.tasks import TASKS
-    from lit_edit.runs.folder import read_history
+    from lit_edit.runs.reading import read_history
     from lit_edit.sweeps.gathering import is_done
 
     for point in grid.points:
