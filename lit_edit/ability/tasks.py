@@ -151,13 +151,14 @@ def _read_tasks() -> dict[str, Task]:
     tasks = {}
     for name, told in yaml.safe_load((files("lit_edit.ability") / "tasks.yaml").read_text(encoding="utf-8")).items():
         index = {option: number for number, option in enumerate(told["options"])}
+        path, config, split, names = told["hub"]
         tasks[name] = Task(
             name,
             told["title"],
             told["template"],
             tuple(index),
             {label: index[option] for label, option in told["labels"].items()},
-            HubSource(*told["hub"][:3], tuple(told["hub"][3])),
+            HubSource(path, config, split, tuple(names)),
             told.get("label", "label"),
             {item: index[option] for option, items in told.get("known", {}).items() for item in items},
         )

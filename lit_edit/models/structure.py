@@ -166,7 +166,9 @@ class Structure:
 
     def own_weight(self, layer: int) -> nn.Parameter:
         """Return the edited parameter of a layer as the model itself holds it."""
-        return self.down_proj(layer).weight
+        weight = self.down_proj(layer).weight
+        assert isinstance(weight, nn.Parameter)  # noqa: S101 - Linear and Conv1D have no other
+        return weight
 
     def weight_name(self, layer: int) -> str:
         """Return the full name of the edited parameter of a layer, as in ``model.named_parameters()``."""

@@ -20,8 +20,9 @@ from lit_edit.devices.ranks import Ranks
 from lit_edit.ledger.edit_ledger import EditLedger, LayerUpdate
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.models.adapter import ModelAdapter
+from lit_edit.models.described import check_passes
 from lit_edit.models.language_model import LanguageModel
-from lit_edit.models.packed import TokenRows, check_passes
+from lit_edit.models.packed import TokenRows
 from lit_edit.models.sharded_loading import load_in_parts
 from lit_edit.models.shards import is_sharded, own_part, part_of, whole, write_
 from lit_edit.stats.corpus import DocumentText
