@@ -7,13 +7,29 @@ mistypes one is told the nearest that there is.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lit_edit.console.configs import method_config, shipped_configs
+
+LAYERS = "model.editor.init_args.layers"
+SHORT = MappingProxyType(
+    {
+        "--data": "the edits: a file (JSON, JSONL, CSV; its form is seen from its fields), or builtin",
+        "--limit": "make at most so many edits: data.limit",
+        "--model": "packaged model, folder or hub id: model.language_model.name",
+        "--method": "the editor, with its settings: rome, or a config as those of method/",
+        "--layers": f"which to edit, 6 7: {LAYERS}",
+        "--out": "the run's folder: runs_dir and run_name in one",
+        "--seed": "seed_everything",
+    }
+)
+"""Short forms of settings of ``lit-edit fit``, by name: what the help says."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -28,7 +44,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, command: str, description: str, settings: bool = False, **more: Any) -> None:
         self._aliases: dict[str, str] = {}
-        self._takes_settings = settings
+        self._takes_settings, self._answers = settings, False
         super().__init__(
             prog=f"lit-edit {command}", description=description, formatter_class=_Help, allow_abbrev=False, **more
         )
@@ -52,7 +68,9 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, with every spelling of a name."""
-        answer_shell(self)
+        if "_ARGCOMPLETE" in os.environ and not self._answers:
+            self._answers = True  # argcomplete parses once more
+            self._answer_shell()
         spellings = {_plain(name): name for name in self._option_string_actions if name.startswith("--")}
         return super().parse_known_args(self._renamed(list(args or ()), self._aliases | spellings), namespace)
 
@@ -80,6 +98,18 @@ class CommandParser(argparse.ArgumentParser):
             found.append(f"{name}{equals}{value}")
         return found
 
+    def _answer_shell(self) -> None:
+        """Tell the shell what can stand where the cursor is, and end (``lit-edit completion``)."""
+        import argcomplete
+
+        if self._takes_settings:
+            from lit_edit.console.catalogue import setting_names
+
+            for name in (*SHORT, *(f"--{name}" for name in setting_names())):
+                if name not in self._option_string_actions:
+                    self.add_argument(name)
+        argcomplete.autocomplete(self, always_complete_options=False)
+
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that there are; a flag and what has none say what happens without them."""
@@ -92,16 +122,6 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 def make_parser(command: str, description: str, settings: bool = False, **more: Any) -> CommandParser:
     """Return the parser of ``lit-edit COMMAND``; its help shows defaults."""
     return CommandParser(command, description, settings, **more)
-
-
-def answer_shell(parser: argparse.ArgumentParser) -> None:
-    """Answer the shell and end, if it is the shell that asks (``lit-edit completion``)."""
-    import os
-
-    if "_ARGCOMPLETE" in os.environ:
-        import argcomplete
-
-        argcomplete.autocomplete(parser, always_complete_options="long")
 
 
 def no_such_option(name: str, known: Iterable[str]) -> str:
@@ -186,9 +206,6 @@ def config_option(parser: CommandParser, text: str, **more: Any) -> None:
 def seed_option(parser: CommandParser, text: str) -> None:
     """Add ``--seed``."""
     parser.add_argument("--seed", type=int, default=0, aliases=("--seed_everything",), help=text)
-
-
-LAYERS = "model.editor.init_args.layers"
 
 
 class _Layers(argparse.Action):

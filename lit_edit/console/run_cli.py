@@ -16,9 +16,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_edit.console.arguments import no_such_option
+from lit_edit.console.arguments import SHORT, no_such_option
 from lit_edit.console.configs import explain
-from lit_edit.console.words import SHORT
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.runs.files import run_lock
 

@@ -11,23 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
-from lit_edit.console.arguments import LAYERS, CommandParser, no_such_option, read_layers
+from lit_edit.console.arguments import LAYERS, SHORT, CommandParser, no_such_option, read_layers
 from lit_edit.console.configs import check_config, config_root, find_config, method_config, shipped_configs
 from lit_edit.data.request import shorten
 from lit_edit.errors import ArgumentError
 
-SHORT = MappingProxyType(
-    {
-        "--data": "the edits: a file (JSON, JSONL, CSV; its form is seen from its fields), or builtin",
-        "--limit": "make at most so many edits: data.limit",
-        "--model": "packaged model, folder or hub id: model.language_model.name",
-        "--method": "the editor, with its settings: rome, or a config as those of method/",
-        "--layers": f"which to edit, 6 7: {LAYERS}",
-        "--out": "the run's folder: runs_dir and run_name in one",
-        "--seed": "seed_everything",
-    }
-)
-"""By name: what the help says."""
 _SAME = MappingProxyType({"--seed": "seed_everything", "--name": "run_name", "--limit": "data.limit"})
 
 
