@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import random
 from time import perf_counter
-from typing import Any
-
-from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_edit.data.request import EditRequest
 from lit_edit.metrics.evaluation import Summary, flatten, summarise
 from lit_edit.stream.edit_stream import EditStream
 
-from .base import as_stream, check_every, is_due
+from .base import EveryCallback, check_every
 
 
-class Retention(Callback):
+class Retention(EveryCallback):
     """Measures the edits made so far after every ``every`` edits, all of them or a sample.
 
     Args:
@@ -26,30 +23,19 @@ class Retention(Callback):
     """
 
     def __init__(self, every: int = 10, sample: int = 50, perplexity: bool = True, seed: int = 0) -> None:
-        self.every = check_every(every, "Retention: every")
+        super().__init__(check_every(every, "Retention: every"))
         if sample is None or sample < 0:
             raise ValueError(f"Retention: sample must not be negative, got {sample}")
         self.sample, self.perplexity, self.seed = sample, perplexity, seed
-        self.history: list[dict[str, Any]] = []
-        self._seen = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note where the stream starts."""
-        self._seen = as_stream(pl_module, self).edits_made
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Measure when it is time."""
-        stream = as_stream(pl_module, self)
-        now = stream.edits_made
-        if is_due(self._seen, now, self.every):
-            stream.status("measuring earlier edits")
-            start = perf_counter()
-            requests = stream.committed_requests()
-            # The end is measured over all edits anyway.
-            summary = stream.finish()["final"] if stream.is_at_end else self._measure(stream, requests)
-            self.history.append({"edits": now, "summary": summary})
-            stream.log_at_edit({**flatten(summary, "retention"), "time/retention": perf_counter() - start})
-        self._seen = now
+    def go_on(self, stream: EditStream) -> None:
+        """Measure the edits made so far."""
+        stream.status("measuring earlier edits")
+        start = perf_counter()
+        # The end is measured over all edits anyway.
+        summary = stream.finish()["final"] if stream.is_at_end else self._measure(stream, stream.committed_requests())
+        self.history.append({"edits": stream.edits_made, "summary": summary})
+        stream.log_at_edit({**flatten(summary, "retention"), "time/retention": perf_counter() - start})
 
     def _measure(self, stream: EditStream, requests: list[EditRequest]) -> Summary:
         now = len(requests)
@@ -58,11 +44,3 @@ class Retention(Callback):
             requests = [request for index, request in enumerate(requests) if index in chosen]
         results, perplexity = stream.measure(requests, stream.adapter, self.perplexity)
         return summarise(results.values(), stream.results["base"], perplexity.get("mean"))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the history."""
-        return {"history": self.history}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the history."""
-        self.history = list(state_dict["history"])

@@ -37,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FORBIDDEN = {
     "lit_edit.solvers": {"transformers", "lightning", "torchmetrics", "datasets", "wandb"},
     "lit_edit.data.request": {"torch", "transformers", "lightning", "tokenizers"},
-    "lit_edit.data.records": {"torch", "transformers", "lightning", "tokenizers"},
+    "lit_edit.data.formats": {"torch", "transformers", "lightning", "tokenizers"},
     "lit_edit.models": {"lightning"},
     "lit_edit.targets": {"lightning"},
     "lit_edit.stats": {"lightning"},

@@ -162,7 +162,7 @@ def _describe(
 ) -> str:
     """Return counts and the table of the worst, as Markdown."""
     from lit_edit.studies.hard_facts.mining import choose_hard
-    from lit_edit.sweeps.gathering import as_markdown
+    from lit_edit.sweeps.outputs import as_markdown
 
     worst = choose_hard(rows, keep=SHOWN)
     refused = [row for row in rows if row.refused]

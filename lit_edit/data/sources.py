@@ -6,15 +6,19 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_edit.data.files import expand, read_file
-from lit_edit.data.records import FORMATS, parse_record
+from lit_edit.data.formats import FORMATS, read_record
 from lit_edit.data.request import DataError, EditRequest
 
 log = logging.getLogger(__name__)
 
-Source = Literal["builtin", "file", "hub", "counterfact", "counterfact_flat", "zsre", "facts"]
+if TYPE_CHECKING:
+    Source = str
+else:  # the command line shows these and takes no others
+    _SOURCES = ("builtin", "file", "hub", *FORMATS[1:])
+    Source = Literal[_SOURCES]
 OnError = Literal["raise", "skip"]
 
 
@@ -64,17 +68,17 @@ def load_requests(
         try:
             if isinstance(record, DataError):
                 raise record
-            request = parse_record(record, number, form)
-            if request.id in seen:
-                raise DataError(f"duplicate id {request.id!r}, first used at {seen[request.id]}")
+            found = read_record(record, number, form)
+            if twice := [request.id for request in found if request.id in seen]:
+                raise DataError(f"duplicate id {twice[0]!r}, first used at {seen[twice[0]]}")
         except DataError as error:
             if on_error == "raise":
                 raise DataError(f"{place}: {error} (leave such records out with --data.on_error skip)") from None
             skipped.append(f"{place}: {error}")
             continue
-        seen[request.id] = place
-        requests.append(request)
-    requests = requests[offset:]
+        seen |= {request.id: place for request in found}
+        requests += found
+    requests = requests[offset:wanted]
     if not requests:
         behind = f"; nothing is left behind data.offset={offset}" if offset else ""
         left_out = f"; {len(skipped)} broken records were left out, the first: {skipped[0]}" if skipped else ""

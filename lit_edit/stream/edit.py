@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.data.records import parse_record
+from lit_edit.data.formats import read_record
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.editors.base import Editor
 from lit_edit.editors.closed_form.d4s import D4S
@@ -110,7 +110,7 @@ def edit(
     parsed: list[EditRequest] = []
     for number, request in enumerate(requests, 1):
         try:
-            parsed.append(request if isinstance(request, EditRequest) else parse_record(request, number))
+            parsed += [request] if isinstance(request, EditRequest) else read_record(request, number)
         except DataError as error:
             raise DataError(f"request {number}: {error}") from None
     ids = [request.id for request in parsed]

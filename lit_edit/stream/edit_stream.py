@@ -38,8 +38,8 @@ from lit_edit.metrics.evaluation import (
     summarise,
 )
 from lit_edit.models.adapter import ModelAdapter
+from lit_edit.models.described import check_passes
 from lit_edit.models.language_model import LanguageModel
-from lit_edit.models.packed import check_passes
 from lit_edit.models.shards import gather_weights
 from lit_edit.stats.second_moment import KeyStatistics, weights_hash
 from lit_edit.stream.checkpoints import AtomicCheckpointIO

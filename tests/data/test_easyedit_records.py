@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lit_edit.data.records import parse_record
+from lit_edit.data.formats import parse_record
 from lit_edit.data.request import DataError, EditRequest, Probe
 from lit_edit.data.sources import load_requests
 from lit_edit.ledger.journal import JournalError

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lit_edit.data.records import parse_record
+from lit_edit.data.formats import parse_record
 from lit_edit.data.request import DataError, EditRequest, Probe
 
 COUNTERFACT: dict[str, Any] = {

@@ -313,7 +313,8 @@ def test_7_weak_prior_reaches_the_target_states() -> None:
     for request in requests:
         prompt = build_problem(tiny_tokenizer(), request, (("{}",),)).prompts[0]
         ids = torch.tensor([prompt.ids])
-        state = run.ledger.adapter.trace(ids, torch.ones_like(ids), at=2).hidden[0, prompt.lookup]
+        first, calls = run.ledger.adapter.record_calls(ids, torch.ones_like(ids))
+        state = run.ledger.adapter.run_layers(first, calls, 0, 2)[0, prompt.lookup]
         torch.testing.assert_close(state, targets[request.id].value, rtol=0, atol=1e-5)  # lambda x condition
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lit_edit.data.records import parse_record
+from lit_edit.data.formats import parse_record
 from lit_edit.data.request import EditRequest
 from lit_edit.editors import D4S, MEMIT, ClosedFormEditor, TargetSettings
 from lit_edit.ledger.edit_ledger import EditLedger

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.data.files import read_file
-from lit_edit.data.records import parse_record
+from lit_edit.data.formats import parse_record
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.editors.base import Editor
 from lit_edit.editors.closed_form.located import LocatedEditor

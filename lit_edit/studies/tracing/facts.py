@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_edit.data.files import expand, read_file
-from lit_edit.data.records import parse_record
+from lit_edit.data.formats import parse_record
 from lit_edit.data.request import DataError, find_fault, find_subject, shorten
 
 BUILTIN = "builtin"

@@ -25,6 +25,7 @@ from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 from lit_edit.text.tokens import encode
 from tests.editors.memory.words import WordEncoder
 from tests.streams import FixedStatistics
+from tests.tolerances import SINGLE, assert_near
 
 REQUESTS = tiny_requests()
 TOKENIZER = tiny_tokenizer()
@@ -201,7 +202,8 @@ def test_edits_are_answered_in_their_context_and_the_rest_as_ever(shown: str) ->
     nlls = text_nlls(adapter, TOKENIZER, [text, far])
     expected = plain_nll(adapter.model, QUESTION, text)[1:]  # a text alone has no nll of its first token
     torch.testing.assert_close(nlls[0], expected, atol=1e-4, rtol=1e-4)
-    assert torch.equal(nlls[1], text_nlls(original, TOKENIZER, [far])[0])
+    # Beside another text, in a pass of another shape: not the same bits.
+    assert_near(nlls[1], text_nlls(original, TOKENIZER, [far])[0], SINGLE)
     assert all(torch.equal(value, weights[name]) for name, value in adapter.model.state_dict().items())
 
 
