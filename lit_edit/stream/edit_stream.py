@@ -168,7 +168,7 @@ class EditStream(SavedStream):
         made = self.ledger.history.made[before:]
         if not made:
             if proposal is not None:
-                self.session.refuse([entry.id for entry in proposal.entries], "declined by apply_edit")
+                self.session.refuse(proposal.requests, "declined by apply_edit")
             return
         self._open = len(made)
         spent = perf_counter() - start

@@ -120,6 +120,7 @@ class EditSession(Replay):
         self, requests: Sequence[EditRequest], window: Sequence[EditRequest]
     ) -> tuple[list[EditRequest], dict[int, str]]:
         """Return the edits to make, and the earlier ones that they replace, with reasons."""
+        asked = {request.id: request for request in requests}
         refused = superseded(requests, self.on_conflict)
         requests = [request for request in requests if request.id not in refused]
         conflicts = find_conflicts(self.ledger.history, self.editor, requests, window, self.on_conflict)
@@ -127,7 +128,7 @@ class EditSession(Replay):
             refused |= {name: found[0].reason for name, found in conflicts.items() if found}
             requests, conflicts = [request for request in requests if request.id not in refused], {}
         for name, reason in refused.items():
-            self.refuse([name], reason)
+            self.refuse([asked[name]], reason)
         return requests, {conflict.number: conflict.reason for found in conflicts.values() for conflict in found}
 
     def _without_harmful(
@@ -142,15 +143,17 @@ class EditSession(Replay):
                 harmful[request.id] = str(error)
         if not harmful:  # each alone would do, all together not
             harmful = {request.id: reason for request in requests}
-        for name, why in harmful.items():
-            self.refuse([name], why)
+        for request in requests:
+            if request.id in harmful:
+                self.refuse([request], harmful[request.id])
         rest = [request for request in requests if request.id not in harmful]
         return self._work_out(rest, window) if rest else None
 
-    def refuse(self, ids: Sequence[str], reason: str) -> None:
+    def refuse(self, requests: Sequence[EditRequest], reason: str) -> None:
         """Put on record that edits are not made."""
+        ids, asked = [request.id for request in requests], [[r.text, r.target_new] for r in requests]
         log.warning("not made: edit %s: %s", ", ".join(map(repr, ids)), reason)
-        self.ledger.note({"kind": "refused", "ids": list(ids), "reason": reason})
+        self.ledger.note({"kind": "refused", "ids": ids, "asked": asked, "reason": reason})
 
     def preview(self, proposal: Proposal) -> ModelAdapter:
         """Return a view of the model as a proposal would make it."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -17,6 +15,7 @@ from lit_edit.console.arguments import make_parser, positive
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_json
+from lit_edit.sweeps.study import begin_study, folder_of, say_how_to_go_on, say_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from lit_edit.models import ModelAdapter
     from lit_edit.studies.beliefs.agent import Agent
     from lit_edit.studies.beliefs.coherence import Case
-    from lit_edit.studies.beliefs.model import Testbed, Trained
+    from lit_edit.studies.beliefs.testbed import Testbed, Trained
     from lit_edit.studies.beliefs.world import World
 
 METHODS = ("method/d4s", "method/memit", "method/lora")
@@ -39,17 +38,16 @@ DEPTH = 30
 def run_beliefs(args: list[str]) -> int:
     """Run the study; return the exit status."""
     options = _options(args)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    begin_study()
     methods = _methods(options.method)
-    folder = Path(options.runs_dir).expanduser().resolve() / "studies" / options.name
-    again = shlex.join(["lit-edit", "study", "beliefs", *args])
+    folder = folder_of(options.runs_dir, options.name)
     try:
         return _run(options, methods, folder)
     except TimeoutError as error:  # of the training, by --max-minutes
-        sys.stderr.write(f"\nlit-edit: {error}:\n  {again}\n")
+        say_how_to_go_on("beliefs", args, f"{error}:")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {again}\n")
+        say_how_to_go_on("beliefs", args)
         return 130
 
 
@@ -81,8 +79,7 @@ def _run(options: argparse.Namespace, methods: Mapping[str, str], folder: Path) 
         with run_lock(folder, "--name"):
             settings = _keep_settings(folder, testbed, trained, options)
             _measure_all(folder / "cases", trained, methods, agent, cases, options.layers)
-    sys.stdout.write(f"\n{write_report(folder, settings)}\n")
-    sys.stdout.write(f"Everything is in {folder}/ (beliefs.md, beliefs.csv, beliefs.json, beliefs.png)\n")
+    say_report(write_report(folder, settings), folder, *(f"beliefs.{kind}" for kind in ("md", "csv", "json", "png")))
     return 0
 
 
@@ -141,7 +138,8 @@ def _methods(names: Sequence[str]) -> dict[str, str]:
 
 def _testbed(options: argparse.Namespace) -> Testbed:
     from lit_edit.studies.beliefs.corpus import CorpusConfig
-    from lit_edit.studies.beliefs.model import Testbed, TrainingConfig
+    from lit_edit.studies.beliefs.decoder import TrainingConfig
+    from lit_edit.studies.beliefs.testbed import Testbed
 
     world = _world(options)
     training = TrainingConfig(preset=options.preset, max_steps=options.max_steps, seed=options.seed)
@@ -314,7 +312,7 @@ def scaled_layers(layers: Sequence[int], n_layers: int, depth: int = DEPTH) -> l
 
 
 def _sentences(folder: Path) -> list[str]:
-    from lit_edit.studies.beliefs.model import CORPUS
+    from lit_edit.studies.beliefs.testbed import CORPUS
 
     first = (folder / CORPUS).read_text(encoding="utf-8").partition("\n")[0]
     return [text for text in first.split(" . ") if text.strip(" .")]
@@ -333,7 +331,7 @@ class Bench:
     def __init__(self, editor: Editor, adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         from lit_edit.ledger.edit_ledger import EditLedger
         from lit_edit.stats.second_moment import KeyStatistics
-        from lit_edit.studies.beliefs.model import CORPUS
+        from lit_edit.studies.beliefs.testbed import CORPUS
 
         self.editor, self.adapter, self.tokenizer = editor, adapter, tokenizer
         self.ledger = EditLedger(adapter, editor.resolve_layers(adapter))
