@@ -25,7 +25,7 @@ REACHED = 0.5
 """A target whose probability stays below this was not found, whatever was asked for."""
 
 _MOST = 3  # edits that are named as the reason of another
-_Rows = Sequence[Mapping[str, Any]]
+_ROWS = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Verdict:
         return {**asdict(self), "reasons": list(self.reasons), "holds": holds}
 
 
-def judge(edits: _Rows, answers: _Rows, records: _Rows) -> list[Verdict]:
+def judge(edits: _ROWS, answers: _ROWS, records: _ROWS) -> list[Verdict]:
     """Return what has become of every edit that was asked for.
 
     Args:
@@ -81,7 +81,7 @@ def judge(edits: _Rows, answers: _Rows, records: _Rows) -> list[Verdict]:
     context = _Context(edits, answers, records)
     made = [_judge(row, context) for row in edits]
     refused = [
-        Verdict(None, name, *asked, "refused", None, (record["reason"],))
+        Verdict(None, name, asked[0], asked[1], "refused", None, (record["reason"],))
         for record in records
         if record["kind"] == "refused"
         for name, asked in zip(record["ids"], record.get("asked") or [("", "")] * len(record["ids"]), strict=True)
@@ -92,7 +92,7 @@ def judge(edits: _Rows, answers: _Rows, records: _Rows) -> list[Verdict]:
 class _Context:
     """What an edit is judged by, beside itself."""
 
-    def __init__(self, edits: _Rows, answers: _Rows, records: _Rows) -> None:
+    def __init__(self, edits: _ROWS, answers: _ROWS, records: _ROWS) -> None:
         self.answers = {row["number"]: row for row in answers}
         self.aim: float | None = None
         self.templates: dict[int, str] = {}
@@ -126,7 +126,7 @@ class _Context:
         return same_key, [number for number in same_subject if number not in same_key]
 
 
-def _others(row: Mapping[str, Any], rows: _Rows) -> list[int]:
+def _others(row: Mapping[str, Any], rows: _ROWS) -> list[int]:
     return [o["number"] for o in rows if o["number"] != row["number"] and o["target_new"] != row["target_new"]]
 
 
@@ -145,7 +145,7 @@ def _judge(row: Mapping[str, Any], context: _Context) -> Verdict:
     if held:
         return Verdict(*about, "holds", row["target_new"])
     prompts = context.answers.get(row["number"], {}).get("prompts", ())
-    own = next((prompt for prompt in prompts if prompt["kind"] == "efficacy"), {})
+    own: Mapping[str, Any] = next((prompt for prompt in prompts if prompt["kind"] == "efficacy"), {})
     said = own["final"]["choice"] if "final" in own else None
     state: State = "fails" if took is None else "forgotten" if took else "never took"
     return Verdict(*about, state, said, tuple(_reasons(row, state, context)))
