@@ -74,7 +74,12 @@ def _options(args: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     )
     config_option(parser, "the editors: a YAML file", required=True)
     runs_options(parser, "sweeps/<name>", "name of the comparison in place of the config's")
-    more = {"nargs": "+", "dest": "only", "metavar": "NAME", "help": "these editors; --dry-run lists them"}
+    more: dict[str, Any] = {
+        "nargs": "+",
+        "dest": "only",
+        "metavar": "NAME",
+        "help": "these editors; --dry-run lists them",
+    }
     parser.add_argument("--method", aliases=("--only",), **more)
     parser.add_argument(
         "--measure", choices=["success", "accuracy"], default="success", help="what the figure shows of the edits"

@@ -49,7 +49,7 @@ class CommandParser(argparse.ArgumentParser):
             prog=f"lit-edit {command}", description=description, formatter_class=_Help, allow_abbrev=False, **more
         )
 
-    def add_argument(  # type: ignore[override]
+    def add_argument(
         self, *names: str, aliases: Iterable[str] = (), complete: Callable[[], Iterable[str]] | None = None, **more: Any
     ) -> argparse.Action:
         """Add an argument.
@@ -61,7 +61,7 @@ class CommandParser(argparse.ArgumentParser):
             more: As for :class:`argparse.ArgumentParser`.
         """
         action = super().add_argument(*names, **more)
-        self._aliases |= dict.fromkeys(map(_plain, aliases), names[0])
+        self._aliases |= dict.fromkeys(aliases, names[0])
         if complete is not None:
             action.completer = lambda **_: complete()  # type: ignore[attr-defined] # argcomplete's name
         return action
@@ -71,15 +71,16 @@ class CommandParser(argparse.ArgumentParser):
         if "_ARGCOMPLETE" in os.environ and not self._answers:
             self._answers = True  # argcomplete parses once more
             self._answer_shell()
-        spellings = {_plain(name): name for name in self._option_string_actions if name.startswith("--")}
-        return super().parse_known_args(self._renamed(list(args or ()), self._aliases | spellings), namespace)
+        spellings = {_plain(alias): name for alias, name in self._aliases.items()}
+        spellings |= {_plain(name): name for name in self._option_string_actions if name.startswith("--")}
+        return super().parse_known_args(self._renamed(list(args or ()), spellings), namespace)
 
     def _renamed(self, words: list[str], spellings: dict[str, str]) -> list[str]:
         """Return the words with all options by their shown names.
 
         A beginning that is one option's alone stands for it; but not where settings of ``fit`` may follow.
         """
-        found = []
+        found: list[str] = []
         for index, word in enumerate(words):
             name, equals, value = word.partition("=")
             if word == "--":
@@ -192,7 +193,7 @@ def method_option(parser: CommandParser, default: Any, **more: Any) -> None:
 
 def layers_option(parser: CommandParser, text: str) -> None:
     """Add ``--layers``: ``6 7``, ``6,7`` or ``[6,7]``."""
-    more = {"metavar": "LAYER", "default": None, "help": text}
+    more: dict[str, Any] = {"metavar": "LAYER", "default": None, "help": text}
     parser.add_argument("--layers", nargs="+", action=_Layers, aliases=(f"--{LAYERS}",), **more)
 
 
