@@ -126,6 +126,8 @@ def test_what_is_no_layer_is_refused(words: list[str]) -> None:
         (["--data=f.csv", "--data.source", "facts"], ["--data.path=f.csv", "--data.source", "facts"]),
         (["--data", "builtin"], ["--data.source=builtin", "--data.path=null"]),
         (["--data", "part.yaml"], ["--data=part.yaml"]),
+        (["--model", "some.package.Network"], ["--model=some.package.Network"]),
+        (["--model", "Qwen/Qwen2.5-7B"], ["--model.language_model.name=Qwen/Qwen2.5-7B"]),
         (["--limit", "3"], ["--data.limit=3"]),
         (["--model", "gpt2-xl"], ["--model.language_model.name=gpt2-xl"]),
         (["--model", "{a: 1}"], ["--model={a: 1}"]),
@@ -171,8 +173,8 @@ def test_fit_reads_short_forms_as_the_settings_that_they_stand_for(
     parser = FitParser()
     said = "--method memit --data f.csv --limit 3 --layers 6 7 --model gpt2-xl --out there/x --config quickstart"
     full = (
-        "--config quickstart --config method/memit --data.source file --data.path f.csv --data.limit 3 --runs_dir there "
-        "--run_name x --model.editor.init_args.layers [6,7] --model.language_model.name gpt2-xl"
+        "--config quickstart --config method/memit --data.source file --data.path f.csv --runs_dir there "
+        "--data.limit 3 --run_name x --model.editor.init_args.layers [6,7] --model.language_model.name gpt2-xl"
     )
     found, meant = parser.parse(said.split()), parser.parse(full.split())
     assert {**found, "config": None} == {**meant, "config": None}
