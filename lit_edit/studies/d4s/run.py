@@ -95,13 +95,13 @@ def _run_part(options: argparse.Namespace, part: str) -> int:
 
     from lit_edit.studies.d4s.report import write_part
 
-    status: int | None = 0
+    status = 0
     if options.gather:
         check_there(grid, folder, "part")
+    elif (ended := run_rest(grid, folder, options.dry_run)) is None:
+        return 0
     else:
-        status = run_rest(grid, folder, options.dry_run)
-        if status is None:
-            return 0
+        status = ended
         if part == "d" and status <= 128:
             measure_ability(grid, folder, options.tasks)
     say_report(write_part(part, grid, folder), folder, *(f"{part}.{kind}" for kind in ("md", "csv", "png")))
