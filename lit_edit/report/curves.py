@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lit_edit.report.charts import Chart, Series, as_growth, as_plain, as_share, draw, groups_by_size, running_mean
-from lit_edit.report.edits import Edit, show_p
+from lit_edit.report.edits import Edit
 from lit_edit.report.reading import KINDS, RunRecord
+from lit_edit.runs.holding import show_p
 
 SHARES = (-0.02, 1.02)
 MOST_DOTS = 1500

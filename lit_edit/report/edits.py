@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lit_edit.report.reading import RunRecord
+from lit_edit.runs.holding import REACHED, probability, show_p, visible
 
 STATES = {  # by name: how it is shown, and whether it is good
     "holds": "good",
@@ -19,8 +19,6 @@ STATES = {  # by name: how it is shown, and whether it is good
     "taken out": "plain",
 }
 FAILED = ("never took", "forgotten", "fails", "preferred only", "taken out")
-REACHED = 0.5
-"""A target whose probability stays below this was not found, so the solve had nothing to write."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,7 @@ def _said(own: Mapping[str, Any] | None, row: Mapping[str, Any], stage: str) -> 
     if f"{stage}_accuracy" not in row:
         return None
     hit = bool(row[f"{stage}_accuracy"])
-    return Said(str(row["target_new"]) if hit else "", hit, _probability(row.get(f"{stage}_target_nll")), None)
+    return Said(str(row["target_new"]) if hit else "", hit, probability(row.get(f"{stage}_target_nll")), None)
 
 
 def answer_of(answer: Mapping[str, Any]) -> Said:
@@ -163,24 +161,9 @@ def answer_of(answer: Mapping[str, Any]) -> Said:
     return Said(
         visible(str(answer["choice"])),
         bool(answer["hit"]),
-        _probability(answer.get("nll")),
-        _probability(answer.get("other_nll")),
+        probability(answer.get("nll")),
+        probability(answer.get("other_nll")),
     )
-
-
-def visible(text: str) -> str:
-    """Return a text whose blanks can be seen where there is nothing else.
-
-    Example:
-        >>> visible(" Rome"), visible(chr(10)), visible("  "), visible("a" + chr(10) + "b")
-        ('Rome', '⏎', '␣', 'a⏎b')
-    """
-    shown = text.strip(" \t").replace("\r", "").replace("\n", "⏎")
-    return shown or ("␣" if text else "")
-
-
-def _probability(nll: Any) -> float | None:
-    return math.exp(-nll) if isinstance(nll, (int, float)) and math.isfinite(nll) else None
 
 
 def _judge(edit: Edit, status: str) -> tuple[str, str]:
@@ -217,18 +200,6 @@ def _judge(edit: Edit, status: str) -> tuple[str, str]:
         return "never took", f"no target was found: p reached only {show_p(reached)} while it was fitted; {told}: {now}"
     fitted = "" if reached is None else f"its target was found (p {show_p(reached)}), but writing it did not do; "
     return "never took", f"{fitted}{told}: {now}"
-
-
-def show_p(value: float | None) -> str:
-    """Return a probability.
-
-    Example:
-        >>> show_p(0.9503), show_p(0.00012), show_p(1.0), show_p(None)
-        ('0.95', '0.0001', '1.00', '–')
-    """
-    if value is None:
-        return "–"
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}" if value >= 0.001 else f"{value:.1g}"
 
 
 def changed_neighbours(run: RunRecord, edits: Sequence[Edit]) -> tuple[list[Changed], int]:

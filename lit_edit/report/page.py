@@ -14,10 +14,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from lit_edit.files.paths import write_text
 from lit_edit.report.charts import as_growth, as_share, or_dash
 from lit_edit.report.curves import ages, charts_of, forgetting
-from lit_edit.report.edits import STATES, changed_neighbours, edits_of, failures, show_p
+from lit_edit.report.edits import STATES, changed_neighbours, edits_of, failures
 from lit_edit.report.figures import headlines, layer_rows, metric_rows
 from lit_edit.report.protocols import ability_rows, protocol_charts, protocol_headlines, protocol_rows
 from lit_edit.report.reading import RunRecord, read_run
+from lit_edit.runs.holding import show_p
 
 _TEMPLATES = Path(__file__).parent / "templates"
 MOST_NEIGHBOURS = 1000

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import config_option, data_option, limit_option, make_parser, model_option, runs_options
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.studies.batch_size.report import ALL, BATCH, EDITOR, write_report
@@ -60,13 +60,13 @@ def _options(args: list[str]) -> argparse.Namespace:
         "(steps of 1), MEMIT, EMMET, AlphaEdit and D4S, each a 'lit-edit fit' of its own; one table and one figure. "
         "What is done is not done again; what was cut goes on.",
     )
-    parser.add_argument("--edits", type=positive, default=None, help="edits of each run; by default the config's, 64")
-    parser.add_argument("--data", type=Path, default=None, metavar="FILE", help="a CounterFact file with as many edits")
-    parser.add_argument("--model", default=None, help="packaged model, folder or hub id; by default the config's")
-    parser.add_argument("--only", nargs="+", default=None, metavar="EDITOR", help="these editors of the config")
-    parser.add_argument("--config", default="studies/batch_size", help="the runs: a YAML file, or one that ships")
-    parser.add_argument("--runs_dir", default="runs", help="everything goes to RUNS_DIR/studies/<name>")
-    parser.add_argument("--name", default=None, help="name of the study in place of the config's")
+    limit_option(parser, "edits of each run; by default the config's, 64", "--edits", dest="edits")
+    data_option(parser, "a CounterFact file with as many edits", type=Path)
+    model_option(parser, None, help="packaged model, folder or hub id; by default the config's")
+    help_ = "these editors of the config"
+    parser.add_argument("--method", aliases=("--only",), nargs="+", dest="only", metavar="EDITOR", help=help_)
+    config_option(parser, "the runs: a YAML file", default="studies/batch_size")
+    runs_options(parser, "studies/<name>", "name of the study in place of the config's")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="list the runs and their commands; run nothing")
     what.add_argument("--gather", action="store_true", help="write table and figure of what is there; run nothing")
@@ -95,7 +95,7 @@ def _chosen(grid: Grid, only: Sequence[str] | None) -> list[Point]:
     known = [choice.label for choice in grid.axes[EDITOR]]
     if unknown := [name for name in only or () if name not in known]:
         raise ArgumentError(
-            f"--only {unknown[0]}: there is no such editor in {grid.path}; there are {', '.join(known)}"
+            f"--method {unknown[0]}: there is no such editor in {grid.path}; there are {', '.join(known)}"
         )
     return [point for point in grid.points if only is None or point.labels[EDITOR] in only]
 
@@ -114,7 +114,7 @@ def _check_edits(grid: Grid, options: argparse.Namespace) -> int:
 
         found = len(load_requests("file", str(options.data), edits, grid.settings.get("data.offset", 0))[0])
         if found < edits:
-            raise ArgumentError(f"--edits {edits}: {options.data} has only {found}")
+            raise ArgumentError(f"--limit {edits}: {options.data} has only {found}")
     return edits
 
 

@@ -10,7 +10,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import (
+    data_option,
+    layers_option,
+    limit_option,
+    make_parser,
+    method_option,
+    positive,
+    runs_options,
+    seed_option,
+)
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_json
@@ -69,7 +78,7 @@ def _run(options: argparse.Namespace, methods: Mapping[str, str], folder: Path) 
         if options.train_only:
             return 0
         folder.mkdir(parents=True, exist_ok=True)
-        with run_lock(folder, "--name"):
+        with run_lock(folder):
             settings = _keep_settings(folder, testbed, trained, options)
             _measure_all(folder / "cases", trained, methods, agent, cases, options.layers)
     say_report(write_report(folder, settings), folder, *(f"beliefs.{kind}" for kind in ("md", "csv", "json", "png")))
@@ -87,19 +96,18 @@ def _options(args: list[str]) -> argparse.Namespace:
         "not done again; what was cut goes on.",
     )
     add = parser.add_argument
-    add("--edits", type=positive, default=50, help="edits, each on the unedited model")
-    add("--method", nargs="+", default=list(METHODS), help="the editors: YAML files, or names of those that ship")
-    add("--layers", nargs="+", type=int, default=None, help="layers to edit; by default at the config's relative depth")
+    limit_option(parser, "edits, each on the unedited model", "--edits", dest="edits", default=50)
+    method_option(parser, list(METHODS), nargs="+", help="the editors: rome, or YAML files like configs/method/*")
+    layers_option(parser, "layers to edit; by default at the config's relative depth")
     add("--probes", type=positive, default=10, help="other subjects' facts asked behind an edit, of each of two kinds")
     add("--subjects", type=positive, default=None, help="of the generated world (200), with five facts each")
-    add("--triples", default=None, metavar="FILE", help="make the world of these: subject, relation, object with tabs")
-    add("--facts", type=positive, default=None, help="facts taken of --triples, at most (1000)")
+    data_option(parser, "make the world of these: subject, relation, object with tabs", "--triples", dest="triples")
+    add("--facts", type=positive, default=None, help="facts taken of --data, at most (1000)")
     add("--preset", choices=tuple(PRESETS), default="base", help="size of the decoder")
     add("--max-steps", type=positive, default=3000, help="steps of the training, at most")
     add("--max-minutes", type=float, default=None, help="stop the training after so long; given again, it goes on")
-    add("--seed", type=int, default=0, help="seed of world, text, training, and edits")
-    add("--runs_dir", default="runs", help="everything goes to RUNS_DIR/studies/<name>")
-    add("--name", default="beliefs", help="name of the study")
+    seed_option(parser, "seed of world, text, training, and edits")
+    runs_options(parser, "studies/<name>", "name of the study", default="beliefs")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--train-only", action="store_true", help="train the model, and measure nothing")
     what.add_argument("--gather", action="store_true", help="write table and figure of what is there; run nothing")
@@ -107,9 +115,9 @@ def _options(args: list[str]) -> argparse.Namespace:
     if options.max_minutes is not None and not options.max_minutes > 0:
         raise ArgumentError(f"--max-minutes must be positive, got {options.max_minutes}")
     if options.triples is not None and options.subjects is not None:
-        raise ArgumentError("--subjects is of the generated world; with --triples say --facts")
+        raise ArgumentError("--subjects is of the generated world; with --data say --facts")
     if options.triples is None and options.facts is not None:
-        raise ArgumentError("--facts is of --triples; the generated world has five facts for each of --subjects")
+        raise ArgumentError("--facts is of --data; the generated world has five facts for each of --subjects")
     return options
 
 

@@ -10,7 +10,14 @@ from typing import Any
 
 import yaml
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import (
+    data_option,
+    limit_option,
+    make_parser,
+    model_option,
+    runs_options,
+    task_files_option,
+)
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_text
@@ -59,27 +66,26 @@ def _options(args: list[str]) -> argparse.Namespace:
     )
     parser.epilog = "parts: " + "; ".join(f"{name}: {question}" for name, (_, question) in PARTS.items())
     parser.add_argument("--part", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="by default all of them")
-    parser.add_argument("--data", type=Path, default=None, metavar="FILE", help="a CounterFact file (all parts but c)")
-    parser.add_argument("--tasks", type=Path, default=None, metavar="FOLDER", help="a file per task (parts c and d)")
-    parser.add_argument(
-        "--text", type=Path, default=None, metavar="FILE", help="plain text for key statistics, a line more in part e"
-    )
-    parser.add_argument("--edits", type=positive, default=None, help="edits of each run; by default the config's")
-    parser.add_argument(
-        "--model",
-        default=None,
+    data_option(parser, "a CounterFact file (all parts but c)", type=Path)
+    task_files_option(parser, "parts c and d", "--tasks")
+    more: dict[str, Any] = {"type": Path, "help": "plain text for key statistics, a line more in part e"}
+    parser.add_argument("--corpus", aliases=("--text",), dest="text", metavar="FILE", **more)
+    limit_option(parser, "edits of each run; by default the config's", "--edits", dest="edits")
+    model_option(
+        parser,
+        None,
         help="packaged model, folder or hub id, edited at the layers of the methods' configs; by default the config's",
     )
-    parser.add_argument("--runs_dir", default="runs", help="everything goes to RUNS_DIR/studies/d4s-...")
+    runs_options(parser, "studies/d4s-...")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="list the runs and their commands; run nothing")
     what.add_argument("--gather", action="store_true", help="write tables and figures of what is there; run nothing")
     options = parser.parse_args(args)
-    for name in ("data", "text"):
-        if (path := getattr(options, name)) is not None and not path.is_file():
+    for name, path in (("data", options.data), ("corpus", options.text)):
+        if path is not None and not path.is_file():
             raise ArgumentError(f"--{name} {path}: no such file")
-    if options.tasks is not None and not options.tasks.is_dir():
-        raise ArgumentError(f"--tasks {options.tasks}: no such folder")
+    if options.task_files is not None and not options.task_files.is_dir():
+        raise ArgumentError(f"--task_files {options.task_files}: no such folder")
     if options.data is None and not options.gather and set(options.part) - {"c"}:
         raise ArgumentError("--data is missing: a CounterFact file with as many edits as a run makes")
     return options
@@ -98,12 +104,13 @@ def _run_part(options: argparse.Namespace, part: str) -> int:
     status = 0
     if options.gather:
         check_there(grid, folder, "part")
-    elif (ended := run_rest(grid, folder, options.dry_run)) is None:
-        return 0
     else:
-        status = ended
+        done = run_rest(grid, folder, options.dry_run)
+        if done is None:
+            return 0
+        status = done
         if part == "d" and status <= 128:
-            measure_ability(grid, folder, options.tasks)
+            measure_ability(grid, folder, options.task_files)
     say_report(write_part(part, grid, folder), folder, *(f"{part}.{kind}" for kind in ("md", "csv", "png")))
     return status
 
@@ -138,7 +145,7 @@ def _run_questions(options: argparse.Namespace) -> int:
     if options.gather:
         check_there(grid, folder, "part")
     # A listing writes the config too: its commands read it.
-    config = _with_own_base(grid, folder, None if options.gather else options.tasks)
+    config = _with_own_base(grid, folder, None if options.gather else options.task_files)
     words = ["--config", str(config), "--runs_dir", options.runs_dir]
     words += [] if options.edits is None else ["--edits", str(options.edits)]
     words += [] if options.model is None else ["--model", options.model]

@@ -11,7 +11,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import (
+    config_option,
+    limit_option,
+    make_parser,
+    method_option,
+    model_option,
+    runs_options,
+)
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_json
@@ -65,13 +72,12 @@ def _options(args: list[str]) -> argparse.Namespace:
         "'lit-edit fit' of its own, and writes one table and one figure. What is done is not done again; what was cut "
         "goes on.",
     )
-    parser.add_argument("--edits", type=positive, default=None, help="edits of each kind; by default the config's, 20")
-    parser.add_argument("--model", default=None, help="packaged model, folder or hub id; by default the config's")
-    parser.add_argument("--method", default="method/d4s", help="the editor: a YAML file, or the name of one that ships")
+    limit_option(parser, "edits of each kind; by default the config's, 20", "--edits", dest="edits")
+    model_option(parser, None, help="packaged model, folder or hub id; by default the config's")
+    method_option(parser, "method/d4s")
     add_mqd_arguments(parser)
-    parser.add_argument("--config", default="studies/mqd", help="the three runs: a YAML file, or one that ships")
-    parser.add_argument("--runs_dir", default="runs", help="everything goes to RUNS_DIR/studies/<name>")
-    parser.add_argument("--name", default=None, help="name of the study in place of the config's")
+    config_option(parser, "the three runs: a YAML file", default="studies/mqd")
+    runs_options(parser, "studies/<name>", "name of the study in place of the config's")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="list the runs and their commands; run nothing")
     what.add_argument("--gather", action="store_true", help="write table and figure of what is there; run nothing")
@@ -105,7 +111,7 @@ def _check_edits(grid: Grid, made: Mapping[str, Sequence[EditRequest]]) -> int:
     edits = grid.settings.get("data.limit")
     if edits is not None and (not isinstance(edits, int) or not 1 <= edits <= most):
         raise ArgumentError(
-            f"--edits must be from 1 to {most} (requests of each kind that the events allow), got {edits}"
+            f"--limit must be from 1 to {most} (requests of each kind that the events allow), got {edits}"
         )
     return edits or most
 

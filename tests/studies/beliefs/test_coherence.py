@@ -115,7 +115,7 @@ def test_cases_are_edits_that_tell() -> None:
         assert len(case.facts["other"]) == 4
         request = case.request(0)
         assert (request.text, request.target_new) == (f"{subject} {relation}", case.requested)
-    with pytest.raises(ArgumentError, match="--edits must be from 1 to 24"):
+    with pytest.raises(ArgumentError, match="--limit must be from 1 to 24"):
         draw_cases(world, agent, 25)
 
 

@@ -106,9 +106,9 @@ def test_errors_are_one_line(study: list[str], tmp_path: Path, capsys: pytest.Ca
     for words, said in (
         (["--method", "method/d5s"], "method/d5s: no such file"),
         (["--method", "own.yaml", "./own.yaml"], "the name 'own' is taken"),
-        (["--edits", "1000"], "--edits must be from 1 to"),
+        (["--edits", "1000"], "--limit must be from 1 to"),
         (["--triples", "bad.tsv"], "--subjects is of the generated world"),
-        (["--facts", "10"], "--facts is of --triples"),
+        (["--facts", "10"], "--facts is of --data"),
         (["--layers", "2"], "--layers 2: the decoder has layers 0 to 1"),
         (["--method", "method/grace", "--layers", "0", "1"], "method/grace edits one layer, got 0 1"),
         (["--gather"], "there is nothing of this study in"),
