@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+
 class UserError(ValueError):
     """Arguments, data or a model that cannot be used; the message says what to do."""
 

@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     Source = str
 else:  # the command line shows these and takes no others
-    Source = Literal[("builtin", "file", "hub", *FORMATS[1:])]
+    _SOURCES = ("builtin", "file", "hub", *FORMATS[1:])
+    Source = Literal[_SOURCES]
 OnError = Literal["raise", "skip"]
 
 

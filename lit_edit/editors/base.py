@@ -107,15 +107,15 @@ class Editor(ABC):
 
     Attributes:
         about: What the method is, for people.
-        depends_on: Names of the attributes that a result depends on, primitives, beside those that the classes above
-            name.
+        depends_on: Names, with spaces between, of the attributes that a result depends on, primitives, beside those
+            that the classes above name.
         built_on: What each edit of a method without exact undo has been done to the result of the earlier ones.
         ledger: Holds the model and its original weights, once prepared.
         tokenizer: Its tokenizer.
     """
 
     about: ClassVar[EditorInfo]
-    depends_on: ClassVar[tuple[str, ...]] = ()
+    depends_on: ClassVar[str] = ""
     built_on: ClassVar[str] = "was made on the weights"
 
     ledger: EditLedger
@@ -255,7 +255,7 @@ class Editor(ABC):
     def settings(self) -> dict[str, Any]:
         """Return, as primitives, all settings that a result depends on: a journal is continued with the same ones."""
         kinds = reversed(type(self).__mro__)
-        names = [name for kind in kinds for name in vars(kind).get("depends_on", ())]
+        names = [name for kind in kinds for name in vars(kind).get("depends_on", "").split()]
         return {"editor": type(self).__name__, **{name: getattr(self, name) for name in names}}
 
     def opening(self) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class AlphaEdit(ClosedFormEditor):
     )
     on_original = False
     memory = True
-    depends_on = ("weight", "explained", "threshold")
+    depends_on = "weight explained threshold"
 
     def __init__(
         self, weight: float = 10.0, explained: float = 0.98, threshold: float | None = None, **kwargs: Any

@@ -40,7 +40,7 @@ class EMMET(ClosedFormEditor):
     on_original = False
     memory = False
     single_layer = True
-    depends_on = ("slack",)
+    depends_on = "slack"
 
     def __init__(self, layers: list[int] | None = None, slack: float = 0.1, **kwargs: Any) -> None:
         check_not_negative(slack=slack)

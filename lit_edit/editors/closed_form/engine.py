@@ -74,7 +74,7 @@ class ClosedFormEditor(ReversibleEditor):
     """
 
     memory: bool = True
-    depends_on = ("covariance_weight", "ridge", "residual", "keys")
+    depends_on = "covariance_weight ridge residual keys"
 
     def __init__(
         self,

@@ -59,7 +59,7 @@ class LocatedEditor(Editor):
     on_original: bool = True
     measured: ClassVar[Measured] = "state"
     single_layer: ClassVar[bool] = False
-    depends_on = ("context_count", "seed")
+    depends_on = "context_count seed"
 
     def __init__(
         self,

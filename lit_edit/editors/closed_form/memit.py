@@ -60,7 +60,7 @@ class MEMITSeq(ClosedFormEditor):
     )
     on_original = False
     memory = True
-    depends_on = ("frobenius",)
+    depends_on = "frobenius"
 
     def __init__(self, frobenius: float = 0.0, **kwargs: Any) -> None:
         check_not_negative(frobenius=frobenius)

@@ -65,7 +65,7 @@ class NSE(LocatedEditor):
         lacks="the thresholds of its passes are lengths, to be found anew for each model",
     )
 
-    depends_on = ("covariance_weight", "neurons", "passes", "lower", "upper")
+    depends_on = "covariance_weight neurons passes lower upper"
 
     def __init__(
         self,

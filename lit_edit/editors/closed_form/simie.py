@@ -70,7 +70,7 @@ class SimIE(Editor):
         self.base, self.alpha, self.storage = base, alpha, storage
         self.solvers: dict[int, Solver] = {}
 
-    depends_on = ("alpha",)
+    depends_on = "alpha"
 
     @property
     def exact_undo(self) -> bool:

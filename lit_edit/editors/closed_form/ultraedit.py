@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
-from lit_edit.devices.algebra import algebra_device
 from lit_edit.editors.base import Deltas, EditorInfo, Moments, Proposal, Status, Stopwatch, entry_of, numbers_of, silent
 from lit_edit.editors.increments import FactoredEditor, plus
 from lit_edit.editors.layer_choice import chosen_layers, existing_layers
@@ -73,7 +72,7 @@ class UltraEdit(FactoredEditor):
         devices=False,
         lacks="one step per edit, which need not arrive; the first steps are badly normalised, larger ones are better",
     )
-    depends_on = ("eta", "ridge", "ridge_scale", "warm_up", "per_layer")
+    depends_on = "eta ridge ridge_scale warm_up per_layer"
 
     def __init__(
         self,
@@ -177,7 +176,7 @@ class UltraEdit(FactoredEditor):
         return {**super().state_dict(), **own}
 
     def check_state(self, state: Mapping[str, Any], layers: Sequence[int]) -> None:
-        """Raise :class:`ArgumentError` if a saved state is of other layers, moments or transforms, or another method."""
+        """Raise :class:`ArgumentError` if a saved state is of other layers, settings, or another method."""
         super().check_state(state, layers)
         if bool(state["per_layer"]) != self.per_layer:
             raise ArgumentError(

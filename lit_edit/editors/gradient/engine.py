@@ -86,7 +86,7 @@ class GradientEditor(IncrementEditor):
     """
 
     published: ClassVar[Published[tuple[int, ...]]] = {}
-    depends_on = ("steps", "lr", "loss_threshold")
+    depends_on = "steps lr loss_threshold"
     built_on = "was trained on the weights"
 
     def __init__(
@@ -209,6 +209,6 @@ class GradientEditor(IncrementEditor):
         bad = [request for request, loss in zip(requests, losses, strict=True) if not math.isfinite(loss)]
         if bad:
             raise FloatingPointError(
-                f"the fine-tuning of edit {', '.join(map(described, bad))} diverged at step {step}; nothing of it was written. Use a smaller "
-                f"learning rate (model.editor.init_args.lr, now {self.lr})"
+                f"the fine-tuning of edit {', '.join(map(described, bad))} diverged at step {step}; nothing of it was "
+                f"written. Use a smaller learning rate (model.editor.init_args.lr, now {self.lr})"
             )

@@ -78,7 +78,7 @@ class FT(GradientEditor):
         ("gptj", 28, 4096): (21,),  # GPT-J-6B, ROME
         ("llama", 32, 4096): (21,),  # Llama-2-7B, Llama-3-8B, EasyEdit
     }
-    depends_on = ("loss",)
+    depends_on = "loss"
 
     def __init__(self, loss: Loss = "prompt_last", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -110,7 +110,7 @@ class FTL(FT):
         ("gpt2", 48, 1600): (0,),  # GPT2-XL, ROME
         ("gptj", 28, 4096): (0,),  # GPT-J-6B, ROME
     }
-    depends_on = ("epsilon",)
+    depends_on = "epsilon"
 
     def __init__(self, epsilon: float = 5e-4, **kwargs: Any) -> None:
         super().__init__(**kwargs)

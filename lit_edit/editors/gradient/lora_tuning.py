@@ -154,7 +154,7 @@ class LoRA(GradientEditor):
         lora=True,
         lacks="room for more edits than its rank holds; regard for anything but the edit",
     )
-    depends_on = ("rank", "alpha", "seed")
+    depends_on = "rank alpha seed"
 
     def __init__(
         self,
@@ -257,7 +257,7 @@ class AdaLoRA(LoRA):
     """
 
     about: ClassVar[EditorInfo] = replace(LoRA.about, title="AdaLoRA", paper="AdaLoRA, 2303.10512")
-    depends_on = ("init_rank", "warm_up", "settled", "orthogonal")
+    depends_on = "init_rank warm_up settled orthogonal"
 
     def __init__(
         self,

@@ -66,6 +66,7 @@ class MEND(FactoredEditor):
         devices=False,
         lacks="long streams: trained on single edits, it holds for few in a row; a network for each model",
     )
+
     def __init__(
         self, network: str | None = None, same_weights: bool = True, transforms: Sequence[UpdateTransform] = ()
     ) -> None:

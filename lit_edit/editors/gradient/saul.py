@@ -82,7 +82,7 @@ class SAUL(GradientEditor):
         lacks="regard for other facts than the random ones",
     )
     published = FT.published
-    depends_on = ("joined", "augmented", "seed")
+    depends_on = "joined augmented seed"
 
     def __init__(
         self,

@@ -156,7 +156,7 @@ class GRACE(MemoryEditor):
         ("qwen2", 28, 3584): 18,  # Qwen2.5-7B
     }
 
-    depends_on = ("radius", "steps", "lr", "loss_threshold", "start", "seed")
+    depends_on = "radius steps lr loss_threshold start seed"
 
     def __init__(
         self,

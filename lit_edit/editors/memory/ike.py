@@ -232,7 +232,7 @@ class IKE(MemoryEditor):
         "by the nearest edits alone); a model to export",
     )
 
-    depends_on = ("encoder", "threshold", "edits", "demonstrations", "tokens")
+    depends_on = "encoder threshold edits demonstrations tokens"
 
     def __init__(
         self,

@@ -148,6 +148,7 @@ class SoleMemory(Memory):
         self.layer, self.delta, self.keys = layer, delta, keys
 
     def patches(self) -> Mapping[int, Patch]:
+        """Return the answer behind the layer."""
         return {self.layer: self._answer}
 
     def _answer(self, inputs: Tensor, outputs: Tensor) -> Tensor:

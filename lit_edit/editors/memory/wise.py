@@ -86,8 +86,8 @@ class WISE(MemoryEditor):
     }
     """Layer and margins."""
     depends_on = (
-        *("alpha", "beta", "gamma", "steps", "lr", "loss_threshold", "bound", "ratio", "act_ratio"),
-        *("save_freq", "merge_freq", "density", "memories", "contexts", "seed"),
+        "alpha beta gamma steps lr loss_threshold bound ratio act_ratio save_freq merge_freq density memories "
+        "contexts seed"
     )
     built_on = "was trained on the side memory"
 
