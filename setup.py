@@ -1,5 +1,13 @@
 """Finds the packages; everything else stands in setup.cfg and pyproject.toml."""
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
-setup(packages=[*find_packages(include=["lit_edit", "lit_edit.*"]), "lit_edit.callbacks", "lit_edit.configs"])
+# Every folder, with __init__.py or without: those of configs and templates hold data alone.
+HOMES = {"lit_edit": "lit_edit", "callbacks": "lit_edit.callbacks", "configs": "lit_edit.configs"}
+setup(
+    packages=[
+        ".".join((package, *inner))
+        for folder, package in HOMES.items()
+        for inner in ((), *((name,) for name in find_namespace_packages(folder, exclude=["*__pycache__*"])))
+    ]
+)

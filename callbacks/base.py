@@ -67,7 +67,58 @@ class RunEndCallback(Callback):
         """Write; called on the first rank alone."""
 
 
-class StagedCallback(Callback):
+class EveryCallback(Callback):
+    """Does something after every ``every`` edits; subclasses say what in :meth:`go_on`.
+
+    Args:
+        every: Edits between two times; 0 for never.
+
+    Attributes:
+        history: What was found so far; it is kept in checkpoints.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.history: list[dict[str, Any]] = []
+        self._seen = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where the stream starts."""
+        stream = as_stream(pl_module, self)
+        self._seen = stream.edits_made
+        self.begin(stream)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Go on when it is time."""
+        self._look(as_stream(pl_module, self))
+
+    def _look(self, stream: EditStream) -> None:
+        now = stream.edits_made
+        if self.due(stream):
+            self.go_on(stream)
+        self._seen = now
+
+    def due(self, stream: EditStream) -> bool:
+        """Tell whether it is time."""
+        return bool(self.every) and is_due(self._seen, stream.edits_made, self.every)
+
+    def begin(self, stream: EditStream) -> None:
+        """Do what is to be done where the stream starts."""
+
+    @abstractmethod
+    def go_on(self, stream: EditStream) -> None:
+        """Do it, between two edits."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the history."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the history."""
+        self.history = list(state_dict["history"])
+
+
+class StagedCallback(EveryCallback):
     """Measures before the first edit, after every ``every`` edits, and at the end; subclasses say what.
 
     The end is measured once for the edits that hold there: again if some were taken out since, and also where a run was
@@ -78,23 +129,12 @@ class StagedCallback(Callback):
     """
 
     def __init__(self, every: int) -> None:
-        self.every = every
-        self._seen = 0
+        super().__init__(every)
         self._ended: tuple[int, ...] | None = None  # the edits that held when the end was measured
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the unedited model, unless that was done."""
-        stream = as_stream(pl_module, self)
-        self._seen = stream.edits_made
-        self.begin(stream)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Measure when it is time; the end has its own measurement."""
-        stream = as_stream(pl_module, self)
-        now = stream.edits_made
-        if self.every and is_due(self._seen, now, self.every) and not stream.is_at_end:
-            self.go_on(stream)
-        self._seen = now
+    def due(self, stream: EditStream) -> bool:
+        """Tell whether it is time to measure; the end has its own measurement."""
+        return super().due(stream) and not stream.is_at_end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the end."""
@@ -117,10 +157,6 @@ class StagedCallback(Callback):
         """Measure the unedited model, unless that was done."""
 
     @abstractmethod
-    def go_on(self, stream: EditStream) -> None:
-        """Measure the model as it is, between two edits."""
-
-    @abstractmethod
     def end(self, stream: EditStream) -> None:
         """Measure the model as it is at the end."""
 
@@ -134,7 +170,6 @@ class CourseCallback(StagedCallback):
 
     def __init__(self, every: int) -> None:
         super().__init__(every)
-        self.history: list[dict[str, Any]] = []
         self._held: tuple[int, ...] | None = None  # the edits that held at the last measurement
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -175,11 +210,11 @@ class CourseCallback(StagedCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured, and which edits held at the last measurement."""
-        return {"history": self.history, "held": None if self._held is None else list(self._held)}
+        return {**super().state_dict(), "held": None if self._held is None else list(self._held)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self.history = list(state_dict["history"])
+        super().load_state_dict(state_dict)
         held = state_dict.get("held")
         self._held = None if held is None else tuple(held)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
+from lit_edit.files.pictures import add_panel, new_figure, write_figure
 from lit_edit.stream.edit_stream import EditStream
 
 from .base import RunEndCallback
@@ -15,7 +17,6 @@ from .layer_norms import LayerNorms
 from .retention import Retention
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -30,16 +31,14 @@ class RunFigures(RunEndCallback):
         """Draw what the run has recorded."""
         if not len(stream.ledger):
             return
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-        for name, figure in draw_all(stream, _history(trainer, Retention), _history(trainer, LayerNorms)).items():
-            figure.savefig(folder / "figures" / f"{name}.png", dpi=120)
-
-
-def _history(trainer: Trainer, kind: type[Retention] | type[LayerNorms]) -> list[dict[str, Any]]:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, kind):
-            return callback.history
-    return []
+        histories: dict[type[Callback], list[dict[str, Any]]] = {
+            type(callback): callback.history
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, (Retention, LayerNorms))
+        }
+        drawn = draw_all(stream, histories.get(Retention, []), histories.get(LayerNorms, []))
+        for name, figure in drawn.items():
+            write_figure(folder / "figures" / f"{name}.png", figure)
 
 
 def draw_all(
@@ -52,18 +51,6 @@ def draw_all(
     return figures
 
 
-def _new_figure(columns: int = 1) -> tuple[Figure, list[Axes]]:
-    # Not pyplot: no global state, no display needed.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * columns, 3.8), layout="constrained")
-    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 _LINES = (
     ("efficacy", "accuracy", "tab:blue"),
     ("generalization", "success", "tab:green"),
@@ -72,7 +59,9 @@ _LINES = (
 
 
 def _draw_metrics(stream: EditStream, retention: Sequence[dict[str, Any]]) -> Figure:
-    figure, (left, right) = _new_figure(2)
+    figure = new_figure(10.4, 3.8)
+    left = add_panel(figure, (1, 2, 1), "Edits so far", x_label="edits")
+    right = add_panel(figure, (1, 2, 2), "Perplexity of ordinary text", x_label="edits")
     done = stream.committed_requests()
     base, final = stream.summary_of("base", done), stream.summary_of("final", done)
     # The last point is the final measurement, over all edits; on the way there retention may have taken samples.
@@ -82,18 +71,19 @@ def _draw_metrics(stream: EditStream, retention: Sequence[dict[str, Any]]) -> Fi
         series = [(p["edits"], p["summary"][kind][name]) for p in points if p["summary"][kind].get(name) is not None]
         if series:
             left.plot(*zip(*series, strict=True), marker="o", markersize=3.5, color=colour, label=f"{kind} {name}")
-    left.set(xlabel="edits", ylim=(-0.03, 1.03), title="Edits so far")
+    left.set_ylim(-0.03, 1.03)
     left.legend(fontsize=8, loc="lower right")
     texts = [(p["edits"], p["summary"]["perplexity"]) for p in points if p["summary"].get("perplexity")]
     if texts:
         right.plot(*zip(*texts, strict=True), marker="o", markersize=3.5, color="tab:red")
         right.set_ylim(0, 1.15 * max(y for _, y in texts))
-    right.set(xlabel="edits", title="Perplexity of ordinary text")
     return figure
 
 
 def _draw_norms(norms: Sequence[dict[str, Any]]) -> Figure:
-    figure, (left, right) = _new_figure(2)
+    figure = new_figure(10.4, 3.8)
+    left = add_panel(figure, (1, 2, 1), "Growth of mean |W|, %", x_label="edits")
+    right = add_panel(figure, (1, 2, 2), "Mean |ΔW|", x_label="edits")
     edits = [point["edits"] for point in norms]
     for name in norms[0]["layers"]:
         before = norms[0]["layers"][name]["mean_abs_before"]
@@ -101,16 +91,13 @@ def _draw_norms(norms: Sequence[dict[str, Any]]) -> Figure:
         growth = [100 * (p["layers"][name]["mean_abs_after"] / before - 1) for p in norms]
         left.plot(edits, growth, label=label)
         right.plot(edits, [p["layers"][name]["mean_abs_delta"] for p in norms], label=label)
-    left.set(xlabel="edits", ylabel="%", title="Growth of mean |W|")
-    right.set(xlabel="edits", title="Mean |ΔW|")
     left.legend(fontsize=6)
     return figure
 
 
 def _draw_forgetting(stream: EditStream) -> Figure:
-    import math
-
-    figure, (axis,) = _new_figure()
+    figure = new_figure(5.2, 3.8)
+    axis = add_panel(figure, (1, 1, 1), "Forgetting by age", x_label="age: edits made since")
     total = len(stream.ledger)
     for stage, colour, label in (
         ("immediate", "tab:gray", "right after the edit"),
@@ -125,11 +112,6 @@ def _draw_forgetting(stream: EditStream) -> Figure:
         if series:
             ages, probabilities = zip(*series, strict=True)
             axis.scatter(ages, probabilities, s=12, color=colour, label=label, alpha=0.8)
-    axis.set(
-        xlabel="age: edits made since",
-        ylabel="probability of the new object",
-        ylim=(-0.03, 1.03),
-        title="Forgetting by age",
-    )
+    axis.set(ylabel="probability of the new object", ylim=(-0.03, 1.03))
     axis.legend(fontsize=8)
     return figure

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
 from lit_edit.data.datamodule import perplexity_texts
 from lit_edit.devices.algebra import for_algebra
 from lit_edit.errors import ArgumentError, UserError
@@ -18,7 +16,7 @@ from lit_edit.metrics.evaluation import summarise
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.stream.edit_stream import EditStream
 
-from .base import as_stream, check_every, is_due
+from .base import EveryCallback, check_every
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +40,7 @@ class Health:
     agreement: float | None
 
 
-class HarmGuard(Callback):
+class HarmGuard(EveryCallback):
     """Looks at the model after every ``every`` edits, and acts when it is past a bound.
 
     Which edit did it is found by halving: the edits since the last good look are taken out on a view of the model, and
@@ -69,7 +67,7 @@ class HarmGuard(Callback):
         sample: int = 8,
         texts: int = 12,
     ) -> None:
-        self.every = check_every(every, "every")
+        super().__init__(check_every(every, "every"))
         if on_harm not in ("warn", "stop", "undo"):
             raise ValueError(f"on_harm must be 'warn', 'stop' or 'undo', got {on_harm!r}")
         for name, value in (("max_growth", max_growth), ("min_agreement", min_agreement), ("sample", sample)):
@@ -82,24 +80,21 @@ class HarmGuard(Callback):
         self.on_harm, self.max_perplexity, self.max_growth = on_harm, max_perplexity, max_growth
         self.min_agreement, self.sample = min_agreement, sample
         self.texts = check_every(texts, "texts")
-        self.history: list[dict[str, Any]] = []
         self._base_perplexity: float | None = None
         self._good = 0  # number of the last edit before the last good look
-        self._seen = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note where the stream starts."""
-        stream = as_stream(pl_module, self)
-        self._seen, self._good = stream.edits_made, max(self._good, stream.ledger.history.carried)
+    def begin(self, stream: EditStream) -> None:
+        """Take what the run goes on from for good."""
+        self._good = max(self._good, stream.ledger.history.carried)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Look when it is time."""
-        stream = as_stream(pl_module, self)
-        now = stream.edits_made
-        if is_due(self._seen, now, self.every) or (stream.is_at_end and now > self._seen):
-            stream.session.repeat_between_steps()  # what was taken out by hand is not to be found harmful again
-            self.look(stream)
-        self._seen = now
+    def due(self, stream: EditStream) -> bool:
+        """Tell whether it is time to look; the end is looked at as well."""
+        return super().due(stream) or (stream.is_at_end and stream.edits_made > self._seen)
+
+    def go_on(self, stream: EditStream) -> None:
+        """Look at the model."""
+        stream.session.repeat_between_steps()  # what was taken out by hand is not to be found harmful again
+        self.look(stream)
 
     def look(self, stream: EditStream) -> None:
         """Look at the model, and act if it is past a bound.
@@ -192,11 +187,12 @@ class HarmGuard(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was found so far, and up to where all was well."""
-        return {"history": self.history, "good": self._good, "base_perplexity": self._base_perplexity}
+        return {**super().state_dict(), "good": self._good, "base_perplexity": self._base_perplexity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self.history, self._good = list(state_dict["history"]), state_dict["good"]
+        super().load_state_dict(state_dict)
+        self._good = state_dict["good"]
         self._base_perplexity = state_dict["base_perplexity"]
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from lit_edit.stream.edit_stream import EditStream
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
-from .base import as_stream, check_every, is_due
+from .base import EveryCallback, check_every
 
 
-class LayerNorms(Callback):
+class LayerNorms(EveryCallback):
     """Logs, per edited weight, mean |W|, mean |delta W| and |delta W| / |W|, to every logger.
 
     Args:
@@ -17,25 +15,15 @@ class LayerNorms(Callback):
     """
 
     def __init__(self, every: int = 1) -> None:
-        self.every = check_every(every, "LayerNorms: every")
-        self.history: list[dict[str, Any]] = []
-        self._seen = 0
+        super().__init__(check_every(every, "LayerNorms: every"))
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the unedited layers."""
-        self._seen = as_stream(pl_module, self).edits_made
+    def begin(self, stream: EditStream) -> None:
+        """Log the unedited layers, unless that was done."""
         if not self.history:
-            self._log(pl_module)
+            self.go_on(stream)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Log when it is time."""
-        now = as_stream(pl_module, self).edits_made
-        if is_due(self._seen, now, self.every):
-            self._log(pl_module)
-        self._seen = now
-
-    def _log(self, module: LightningModule) -> None:
-        stream = as_stream(module, self)
+    def go_on(self, stream: EditStream) -> None:
+        """Log the layers as they are."""
         norms = stream.ledger.layer_norms()
         self.history.append({"edits": stream.edits_made, "layers": norms})
         metrics = {}
@@ -44,11 +32,3 @@ class LayerNorms(Callback):
             metrics[f"norm/{name}/mean_abs_delta"] = values["mean_abs_delta"]
             metrics[f"norm/{name}/relative_change"] = values["relative_change"]
         stream.log_at_edit(metrics)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the history."""
-        return {"history": self.history}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the history."""
-        self.history = list(state_dict["history"])

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_edit.data.files import expand
 from lit_edit.data.request import EditRequest
-from lit_edit.files.paths import write_atomically
+from lit_edit.files.paths import write_text
 from lit_edit.metrics.ages import aged
 from lit_edit.metrics.evaluation import flatten
 from lit_edit.metrics.generated import (
@@ -98,7 +98,6 @@ class ProtocolMetrics(StagedCallback):
         self.writing = {"top_k": top_k, "length": length, "max_prompts": prompts or None, "batch_rows": batch_rows}
         self.references, self.term_weights = references, term_weights
         self.ends, self.bins, self.published, self.folder = ends, bins, published, folder
-        self.history: list[dict[str, Any]] = []
         self._base: dict[str, tuple[GenerationResult, ByKindResult]] = {}
         self._filed: dict[tuple[str, str], list[str]] = {}
         self._chosen: list[EditRequest] = []
@@ -236,21 +235,21 @@ class ProtocolMetrics(StagedCallback):
                 for prompt, text in zip(request.generation, found.texts, strict=False)
             ]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(folder / "generations.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(folder / "generations.jsonl", text)
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured, without the texts."""
         base = [[generated.as_state(), asdict(kinds)] for generated, kinds in self._base.values()]
-        return {"history": self.history, "base": base, "how": self._how()}
+        return {**super().state_dict(), "base": base, "how": self._how()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`, if it was measured in the same way."""
         if state_dict.get("how", self._how()) != self._how():
             log.warning("ProtocolMetrics: its settings have changed since the checkpoint: what was measured is dropped")
             return
-        self.history = list(state_dict["history"])
+        super().load_state_dict(state_dict)
         self._base = {
             kinds["id"]: (GenerationResult.from_state(generated), ByKindResult(**kinds))
             for generated, kinds in state_dict["base"]

@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 
 from lit_edit.files.checksum import checksum
 from lit_edit.models.shards import part_of
 from lit_edit.stream.edit_stream import EditStream
 
-from .base import as_stream, check_every, is_due
+from .base import EveryCallback, as_stream, check_every
 
 
 class ReplicaError(RuntimeError):
     """A rank's weights are not those of the others; the message names rank and layer."""
 
 
-class ReplicaCheck(Callback):
+class ReplicaCheck(EveryCallback):
     """Compares the edited weights of all ranks every ``every`` edits and at the end, and stops on a difference.
 
     They are compared before the next edit is written, which would cover up what has happened to them since the last.
@@ -32,20 +32,18 @@ class ReplicaCheck(Callback):
     """
 
     def __init__(self, every: int = 10) -> None:
-        self.every = check_every(every, "ReplicaCheck: every")
-        self._seen = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note where the stream starts."""
-        self._seen = as_stream(pl_module, self).edits_made
+        super().__init__(check_every(every, "ReplicaCheck: every"))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Compare when it is time."""
-        stream = as_stream(pl_module, self)
-        now = stream.edits_made
-        if is_due(self._seen, now, self.every):
-            check_replicas(stream)
-        self._seen = now
+        self._look(as_stream(pl_module, self))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Wait for the next edit to begin."""
+
+    def go_on(self, stream: EditStream) -> None:
+        """Compare."""
+        check_replicas(stream)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare at the end."""

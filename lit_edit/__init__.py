@@ -5,8 +5,9 @@ Names are loaded when they are first used: ``import lit_edit`` alone is cheap.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lit_edit.files.lazy import lazily
 
 if TYPE_CHECKING:
     from lit_edit.data.datamodule import EditDataModule
@@ -18,21 +19,24 @@ if TYPE_CHECKING:
     from lit_edit.stream.edit import Outcome, edit
     from lit_edit.stream.edit_stream import EditStream
 
-_HOMES = {
-    "ArchSpec": "lit_edit.models",
-    "D4S": "lit_edit.editors",
-    "EditDataModule": "lit_edit.data.datamodule",
-    "EditRequest": "lit_edit.data.request",
-    "EditStream": "lit_edit.stream.edit_stream",
-    "KeyStatistics": "lit_edit.stats.second_moment",
-    "LanguageModel": "lit_edit.models",
-    "MEMIT": "lit_edit.editors",
-    "Outcome": "lit_edit.stream.edit",
-    "Probe": "lit_edit.data.request",
-    "TargetSettings": "lit_edit.editors",
-    "apply_delta": "lit_edit.export.delta",
-    "edit": "lit_edit.stream.edit",
-}
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "ArchSpec": "lit_edit.models",
+        "D4S": "lit_edit.editors",
+        "EditDataModule": "lit_edit.data.datamodule",
+        "EditRequest": "lit_edit.data.request",
+        "EditStream": "lit_edit.stream.edit_stream",
+        "KeyStatistics": "lit_edit.stats.second_moment",
+        "LanguageModel": "lit_edit.models",
+        "MEMIT": "lit_edit.editors",
+        "Outcome": "lit_edit.stream.edit",
+        "Probe": "lit_edit.data.request",
+        "TargetSettings": "lit_edit.editors",
+        "apply_delta": "lit_edit.export.delta",
+        "edit": "lit_edit.stream.edit",
+    },
+)
 
 __all__ = [
     "D4S",
@@ -49,13 +53,3 @@ __all__ = [
     "apply_delta",
     "edit",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

@@ -2,4 +2,5 @@
 
 from lit_edit.cli.main import entry
 
-entry()
+if __name__ == "__main__":
+    entry()

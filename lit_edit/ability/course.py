@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lit_edit.ability.measure import Record, compare_records
+if TYPE_CHECKING:
+    from lit_edit.ability.measure import Record
 
 
 def ability_metrics(records: dict[str, Record]) -> dict[str, float]:
@@ -22,6 +23,8 @@ def ability_metrics(records: dict[str, Record]) -> dict[str, float]:
 
 def summarise_ability(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return what stands in ``summary.json``: first and last measurement, the change, and the points between."""
+    from lit_edit.ability.measure import compare_records  # torch: the report reads what this has written, without it
+
     first, last = history[0], history[-1]
     summary: dict[str, Any] = {
         "edits": last["edits"],

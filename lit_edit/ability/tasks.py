@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from string import Formatter
 from typing import Any
+
+import yaml
 
 from lit_edit.data.request import DataError, shorten
 
@@ -144,99 +147,26 @@ def _checked(value: object, name: str) -> str:
     return value.strip()
 
 
-_NO_YES = {"0": 0, "1": 1}
+def _read_tasks() -> dict[str, Task]:
+    tasks = {}
+    for name, told in yaml.safe_load((files("lit_edit.ability") / "tasks.yaml").read_text(encoding="utf-8")).items():
+        index = {option: number for number, option in enumerate(told["options"])}
+        path, config, split, names = told["hub"]
+        tasks[name] = Task(
+            name,
+            told["title"],
+            told["template"],
+            tuple(index),
+            {label: index[option] for label, option in told["labels"].items()},
+            HubSource(path, config, split, tuple(names)),
+            told.get("label", "label"),
+            {item: index[option] for option, items in told.get("known", {}).items() for item in items},
+        )
+    return tasks
 
-_ALL = (
-    Task(
-        name="sst2",
-        title="Is a film review positive?",
-        template="Review :{sentence}\nSentiment :",
-        options=("negative", "positive"),
-        labels={**_NO_YES, "negative": 0, "positive": 1},
-        hub=HubSource("nyu-mll/glue", "sst2", "validation", ("negative", "positive")),
-        anchors={
-            "42520e38d1e9": 1,
-            "1e4c227f6927": 1,
-            "9acb832c0efa": 1,
-            "1bc25b6c3909": 0,
-            "563f6c1fc9f9": 0,
-            "26ec462d4efd": 0,
-        },
-    ),
-    Task(
-        name="mrpc",
-        title="Do two sentences say the same?",
-        template=(
-            "Are the sentences paraphrases of each other.\nSentence 1: {sentence1}\nSentence 2: {sentence2}\nAnswer:"
-        ),
-        options=("No", "Yes"),
-        labels={**_NO_YES, "not_equivalent": 0, "equivalent": 1},
-        hub=HubSource("nyu-mll/glue", "mrpc", "validation", ("not_equivalent", "equivalent")),
-        anchors={
-            "f9073e2c9b57": 1,
-            "e96034fc9862": 1,
-            "493543f531c8": 1,
-            "85418aa3d19f": 0,
-            "ea4efafef09c": 0,
-            "71a415895c9b": 0,
-        },
-    ),
-    Task(
-        name="cola",
-        title="Is a sentence good English?",
-        template="Is this sentence linguistically acceptable?\nSentence: {sentence}\nAnswer:",
-        options=("No", "Yes"),
-        labels={**_NO_YES, "unacceptable": 0, "acceptable": 1},
-        hub=HubSource("nyu-mll/glue", "cola", "validation", ("unacceptable", "acceptable")),
-        anchors={
-            "b6148864db1a": 1,
-            "93a9437f489b": 1,
-            "428ca639ea04": 1,
-            "bde6c91d01fa": 0,
-            "44347d3d4c1f": 0,
-            "f010fb1d008e": 0,
-        },
-    ),
-    Task(
-        name="rte",
-        title="Does a second sentence follow from a text?",
-        template="{sentence1}\nquestion: {sentence2} True or False?\nanswer:",
-        options=("False", "True"),
-        # GLUE numbers the labels entailment, not_entailment: 0 is the one that is true.
-        labels={"0": 1, "1": 0, "entailment": 1, "not_entailment": 0},
-        hub=HubSource("nyu-mll/glue", "rte", "validation", ("entailment", "not_entailment")),
-        anchors={
-            "daa606993c8c": 1,
-            "095af4e8f21e": 1,
-            "577d34aacbe7": 1,
-            "9816db6657fa": 0,
-            "099ed7707a79": 0,
-            "60762b23f5f2": 0,
-        },
-    ),
-    Task(
-        name="nli",
-        title="Does a text entail a sentence?",
-        template="{sentence1} entails the {sentence2} True or False? Answer:",
-        options=("False", "True"),
-        labels={"0": 1, "1": 0, "entailment": 1, "not_entailment": 0},
-        hub=HubSource("nyu-mll/glue", "rte", "train", ("entailment", "not_entailment")),
-    ),
-    Task(
-        name="mmlu",
-        title="Exam questions of 57 subjects",
-        template=(
-            "Question: {question}\n(A) {choices[0]}\n(B) {choices[1]}\n(C) {choices[2]}\n(D) {choices[3]}\nAnswer:"
-        ),
-        options=("A", "B", "C", "D"),
-        labels={"0": 0, "1": 1, "2": 2, "3": 3, "a": 0, "b": 1, "c": 2, "d": 3},
-        hub=HubSource("cais/mmlu", "all", "test", ("A", "B", "C", "D")),
-        label_field="answer",
-    ),
-)
 
-TASKS: Mapping[str, Task] = {task.name: task for task in _ALL}
-"""By name."""
+TASKS: Mapping[str, Task] = _read_tasks()
+"""By name, as ``tasks.yaml`` describes them."""
 
 
 def find_tasks(names: Sequence[str]) -> list[Task]:

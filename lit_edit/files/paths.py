@@ -68,5 +68,9 @@ def without_nan(value: Any) -> Any:
 
 def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
     """Write strict JSON (no NaN), readable and atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text, atomically."""
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))

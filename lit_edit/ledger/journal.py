@@ -18,13 +18,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from lit_edit.errors import UserError
+from lit_edit.files.paths import sync_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -99,12 +101,14 @@ class Journal:
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Return the tensors of a record, as they were."""
+        from safetensors.torch import load  # torch takes seconds, and most who read a journal want its records alone
+
         place = self._places[index]
         with self._open() as file:
             file.seek(place.offset)
             payload = file.read(place.length)
         try:
-            loaded = safetensors.torch.load(payload)
+            loaded = load(payload)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise JournalError(
                 f"{self._name}: record {index + 1} holds no tensors that can be read ({error})"
@@ -125,9 +129,11 @@ class Journal:
         Raises:
             OSError: If the disk is full or gone.
         """
+        from safetensors.torch import save
+
         text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
         ready = {name: value.detach().cpu().contiguous() for name, value in (tensors or {}).items()}
-        payload = safetensors.torch.save(ready, metadata={"record": text})
+        payload = save(ready, metadata={"record": text})
         digest = _chain(self._places[-1].digest if self._places else _START, payload)
         end = self._end()
         try:
@@ -275,11 +281,7 @@ def _make(path: Path) -> None:
         new = not path.exists()
         path.open("ab").close()
         if new:
-            handle = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync_folder(path.parent)
     except OSError as error:
         raise JournalError(f"the journal {path} cannot be written: {error.strerror or error}") from error
 

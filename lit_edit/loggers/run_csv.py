@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_edit.files.metric_rows import read_rows
 from lit_edit.files.paths import write_atomically
 
 
@@ -129,36 +130,6 @@ class RunCSVLogger(Logger):
         text = _as_text(columns, [table[number] for number in sorted(table)], header=True)
         write_atomically(self.path, lambda path: path.write_bytes(text.encode()))
         self._columns = columns
-
-
-def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Return columns and rows of a ``metrics.csv``, as far as they can be read.
-
-    A process or a machine that goes down leaves half a line at the end, or NULs; such lines are left out, and whatever
-    else is not a row. Cells are text, as they stand in the file; empty ones mean that there is no value.
-    """
-    try:
-        with path.open("rb") as file:
-            columns = next(csv.reader(map(bytes.decode, file)), [])
-            if columns[:1] != ["step"] or len(set(columns)) < len(columns):
-                return [], []
-            return columns, [row for line in file if (row := _parse(line, columns)) is not None]
-    except (FileNotFoundError, ValueError, csv.Error):  # the last two: of the header
-        return [], []
-
-
-def _parse(line: bytes, columns: list[str]) -> dict[str, str] | None:
-    """Return the row that a line holds, or nothing if it is damaged."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        row = dict(zip(columns, next(csv.reader([line.decode()]), []), strict=True))
-        int(row["step"])
-        for cell in filter(None, row.values()):
-            float(cell)
-    except (ValueError, csv.Error):
-        return None
-    return row
 
 
 def _as_text(columns: list[str], rows: Iterable[Mapping[str, Any]], header: bool = False) -> str:

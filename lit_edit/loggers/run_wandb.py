@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_edit.files.metric_rows import read_rows
 from lit_edit.files.paths import write_atomically
-from lit_edit.loggers.run_csv import read_rows
 
 log = logging.getLogger(__name__)
 

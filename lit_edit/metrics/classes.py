@@ -21,15 +21,14 @@ if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
 
-class _ExactMetric(Metric):
-    """A metric whose sums keep their type: ``module.to(bfloat16)`` moves them and does not round them."""
+class _EditMetric(Metric):
+    """A metric whose states keep their type: ``module.to(bfloat16)`` moves them and does not round them.
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        return super()._apply(lambda state: state.to(fn(state.new_empty(0)).device), exclude_state)
-
-
-class _MeanOverEdits(_ExactMetric):
-    """Mean of one value per edit."""
+    Args:
+        means: Its shape, if it is a mean over edits, or several.
+        lists: Names of lists that it keeps.
+        kwargs: Of torchmetrics.
+    """
 
     is_differentiable = False
     higher_is_better = True
@@ -37,13 +36,33 @@ class _MeanOverEdits(_ExactMetric):
     total: Tensor
     count: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, means: tuple[int, ...] | None = None, lists: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        if means is not None:
+            self.add_state("total", torch.zeros(means, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state("count", torch.zeros(means, dtype=torch.long), dist_reduce_fx="sum")
+        for name in lists:
+            self.add_state(name, [], dist_reduce_fx="cat")
 
-    def _add(self, value: Tensor) -> None:
-        self.total += value.to(self.total)
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        return super()._apply(lambda state: state.to(fn(state.new_empty(0)).device), exclude_state)
+
+    def _means(self) -> list[float | None]:
+        """Return the mean of each kind over the edits that have it."""
+        return [t / c if c else None for t, c in zip(self.total.tolist(), self.count.tolist(), strict=True)]
+
+
+class _MeanOverEdits(_EditMetric):
+    """Mean of one value per edit: of its :attr:`formula`, the functional twin, whose arguments ``update`` takes."""
+
+    formula: Callable[..., Tensor | float]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(means=(), **kwargs)
+
+    def update(self, *edit: Any) -> None:
+        """Add one edit, as the formula takes it."""
+        self.total += torch.as_tensor(self.formula(*edit)).to(self.total)
         self.count += 1
 
     def compute(self) -> Tensor:
@@ -62,41 +81,31 @@ class Success(_MeanOverEdits):
         0.75
     """
 
-    def update(self, preferred: Tensor, other: Tensor) -> None:
-        """Add one edit: ``(prompts,)`` nll of the object that should win, and of the other."""
-        self._add(F.success(preferred, other))
+    formula = staticmethod(F.success)
 
 
 class Magnitude(_MeanOverEdits):
     """Mean difference of probabilities (EM, PM, NM); twin of :func:`functional.magnitude`."""
 
-    def update(self, preferred: Tensor, other: Tensor) -> None:
-        """Add one edit: ``(prompts,)`` nll of the object that should win, and of the other."""
-        self._add(F.magnitude(preferred, other))
+    formula = staticmethod(F.magnitude)
 
 
 class ExactAccuracy(_MeanOverEdits):
     """Share of prompts with all object tokens right; twin of :func:`functional.accuracy`."""
 
-    def update(self, hits: Sequence[Tensor]) -> None:
-        """Add one edit: per prompt, a boolean per object token."""
-        self._add(F.accuracy(hits))
+    formula = staticmethod(F.accuracy)
 
 
 class TokenAccuracy(_MeanOverEdits):
     """Share of object tokens right, as zsRE counts; twin of :func:`functional.token_accuracy`."""
 
-    def update(self, hits: Sequence[Tensor]) -> None:
-        """Add one edit: per prompt, a boolean per object token."""
-        self._add(F.token_accuracy(hits))
+    formula = staticmethod(F.token_accuracy)
 
 
 class Agreement(_MeanOverEdits):
     """Share of first choices as before editing; twin of :func:`functional.agreement`."""
 
-    def update(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
-        """Add one edit: per prompt, the first-choice token ids before and after."""
-        self._add(F.agreement(before, after))
+    formula = staticmethod(F.agreement)
 
 
 class Fluency(_MeanOverEdits):
@@ -109,9 +118,7 @@ class Fluency(_MeanOverEdits):
         0.5975
     """
 
-    def update(self, texts: Sequence[str]) -> None:
-        """Add one edit: its generated texts with their prompts."""
-        self._add(torch.tensor(fluency(texts), dtype=torch.float64))
+    formula = staticmethod(fluency)
 
 
 class Consistency(_MeanOverEdits):
@@ -126,13 +133,15 @@ class Consistency(_MeanOverEdits):
         super().__init__(**kwargs)
         self.vectorizer = vectorizer
 
-    def update(self, texts: Sequence[str], references: Sequence[str]) -> None:
-        """Add one edit: its generated texts with their prompts, and texts about the new object."""
-        self._add(torch.tensor(consistency(texts, references, self.vectorizer), dtype=torch.float64))
+    def formula(self, texts: Sequence[str], references: Sequence[str]) -> float:
+        """Return the consistency of one edit."""
+        return consistency(texts, references, self.vectorizer)
 
 
 class ExactMatch(_MeanOverEdits):
     """Share of answers that are the target but for case, marks and articles.
+
+    ``update(answers, target)``: generated answers, at least one, and what they should be.
 
     Example:
         >>> metric = ExactMatch()
@@ -141,14 +150,15 @@ class ExactMatch(_MeanOverEdits):
         0.5
     """
 
-    def update(self, answers: Sequence[str], target: str) -> None:
-        """Add one edit: its generated answers, at least one, and what they should be."""
+    @staticmethod
+    def formula(answers: Sequence[str], target: str) -> float:
+        """Return the share of one edit."""
         if not answers:
             raise ValueError("expected at least one answer")
-        self._add(torch.tensor([exact_match(answer, target) for answer in answers]).double().mean())
+        return sum(exact_match(answer, target) for answer in answers) / len(answers)
 
 
-class PortabilityAccuracy(_ExactMetric):
+class PortabilityAccuracy(_EditMetric):
     """Share of answer tokens right on what follows from the edits, per kind (EasyEdit's ``portability``).
 
     Edits without a probe of some kind do not count for that kind.
@@ -164,32 +174,23 @@ class PortabilityAccuracy(_ExactMetric):
         {'alias': 0.5}
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    totals: Tensor
-    counts: Tensor
-
     def __init__(self, kinds: Sequence[str], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(means=(len(kinds),), **kwargs)
         self.kinds = list(kinds)
-        self.add_state("totals", torch.zeros(len(self.kinds), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("counts", torch.zeros(len(self.kinds), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, hits: Mapping[str, Sequence[Tensor]]) -> None:
         """Add one edit: by kind, per prompt, a boolean per answer token."""
         for kind, found in hits.items():
             if found:
-                self.totals[self.kinds.index(kind)] += F.token_accuracy(found)
-                self.counts[self.kinds.index(kind)] += 1
+                self.total[self.kinds.index(kind)] += F.token_accuracy(found)
+                self.count[self.kinds.index(kind)] += 1
 
     def compute(self) -> dict[str, float]:
         """Return the mean over edits, of the kinds that any had."""
-        means = zip(self.kinds, self.totals.tolist(), self.counts.tolist(), strict=True)
-        return {kind: total / count for kind, total, count in means if count}
+        return {kind: mean for kind, mean in zip(self.kinds, self._means(), strict=True) if mean is not None}
 
 
-class AgeCurve(_ExactMetric):
+class AgeCurve(_EditMetric):
     """A value by the age of the edit; twin of :func:`lit_edit.metrics.ages.aged`.
 
     Args:
@@ -206,17 +207,12 @@ class AgeCurve(_ExactMetric):
         (0.0, 1.0, [1.0, 0.0])
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
     numbers: list[Tensor]
     values: list[Tensor]
 
     def __init__(self, width: int, ends: int | float = 100, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(lists=("numbers", "values"), **kwargs)
         self.width, self.ends = width, ends
-        self.add_state("numbers", [], dist_reduce_fx="cat")
-        self.add_state("values", [], dist_reduce_fx="cat")
 
     def update(self, number: int, value: float | None) -> None:
         """Add one edit: its place in the order of making, and its value now, if it has one."""
@@ -233,7 +229,7 @@ class AgeCurve(_ExactMetric):
         return aged(values, self.width, self.ends)
 
 
-class TextPerplexity(_ExactMetric):
+class TextPerplexity(_EditMetric):
     """Perplexity of texts; ``compute`` returns mean, median and corpus; twin of :func:`functional.perplexity`.
 
     Example:
@@ -243,16 +239,12 @@ class TextPerplexity(_ExactMetric):
         {'mean': 1.0, 'median': 1.0, 'corpus': 1.0}
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
     nll: list[Tensor]
     length: list[Tensor]
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("nll", [], dist_reduce_fx="cat")
-        self.add_state("length", [], dist_reduce_fx="cat")
+        super().__init__(lists=("nll", "length"), **kwargs)
 
     def update(self, nlls: Sequence[Tensor]) -> None:
         """Add texts: per text, the nll of each scored token."""
@@ -269,7 +261,7 @@ class TextPerplexity(_ExactMetric):
         return F.perplexity(dim_zero_cat(self.nll).split(lengths))
 
 
-class HarmonicScore(_ExactMetric):
+class HarmonicScore(_EditMetric):
     """Harmonic mean of the three success rates (S); twin of :func:`functional.harmonic_score`.
 
     Edits without a probe of some kind do not count for that kind.
@@ -282,16 +274,8 @@ class HarmonicScore(_ExactMetric):
         1.0
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    totals: Tensor
-    counts: Tensor
-
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("totals", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("counts", torch.zeros(3, dtype=torch.long), dist_reduce_fx="sum")
+        super().__init__(means=(3,), **kwargs)
 
     def update(
         self,
@@ -302,11 +286,10 @@ class HarmonicScore(_ExactMetric):
         """Add one edit: per kind ``(preferred, other)``, each ``(prompts,)`` nll."""
         for index, pair in enumerate((efficacy, generalization, locality)):
             if pair is not None:
-                self.totals[index] += F.success(*pair)
-                self.counts[index] += 1
+                self.total[index] += F.success(*pair)
+                self.count[index] += 1
 
     def compute(self) -> Tensor:
         """Return the score; NaN when a kind has no prompts."""
-        rates = [t / c if c else None for t, c in zip(self.totals.tolist(), self.counts.tolist(), strict=True)]
-        score = F.harmonic_score(rates)
+        score = F.harmonic_score(self._means())
         return torch.tensor(float("nan") if score is None else score, dtype=torch.float64)

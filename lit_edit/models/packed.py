@@ -5,32 +5,25 @@ therefore share states (they form a tree), and a pass may start in the middle of
 values of what comes before are kept. Linear layers, where the time goes, see one long line of tokens; only attention
 looks at rows, padded to blocks of similar length. The results equal those of an ordinary padded pass up to round-off.
 
-Attention is reached through transformers' attention interface. A model whose code does not use it (GPT-J) runs its
-layers on the padded blocks instead: the same interface here, without the gain.
+A model whose attention cannot be reached (:mod:`~lit_edit.models.packed_attention`; GPT-J) runs its layers on the
+padded blocks instead: the same interface here, without the gain.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor
 
-from lit_edit.models.adapter import CACHE_NAMES, ModelAdapter, UnknownArchitectureError
+from lit_edit.models.adapter import ModelAdapter
+from lit_edit.models.packed_attention import AttentionCall, KeyValues, RowBlock, RowCache, packed_attention
+from lit_edit.models.passes import CACHE_NAMES
 from lit_edit.text.buckets import partition_by_length
 from lit_edit.text.tokens import pad_right
 
-KeyValues = MutableMapping[int, tuple[Tensor, Tensor]]
-"""Attention keys and values by layer, each ``(tokens, heads, head size)``."""
-
-_NAME = "lit_edit_packed"
-_SHORT = 128  # rows up to so many tokens attend by the formula on a CPU
 _BLOCK_OVERHEAD = 256  # what one more block costs in attention, in padded tokens
 
 
@@ -109,46 +102,6 @@ class TokenRows:
         return self._row[nodes], self._position[nodes]
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Rows whose attention is computed together, padded.
-
-    Attributes:
-        tokens: How many tokens of the line are the block's own; they lie one behind the other.
-        span: Own tokens of a row, padded.
-        slots: ``(rows * span,)``, the block's token in each padded place.
-        place: ``(tokens,)``, the padded place of each token.
-        prefix: ``(rows * length,)``, where keys and values of what comes before the own tokens are found: in those
-            kept from the line behind, followed by those of this line.
-        shares: Whether some of them are found in this line.
-        masks: By kind of mask, ``(rows, 1, span, length + span)``.
-    """
-
-    rows: int
-    span: int
-    tokens: int
-    slots: Tensor
-    place: Tensor
-    prefix: Tensor
-    shares: bool
-    masks: Mapping[int, Tensor]
-    by_head: dict[tuple[int, int, int], _ByHead] = field(default_factory=dict)
-
-    def pad(self, tokens: Tensor) -> Tensor:
-        """``(tokens, ...)`` to ``(rows, span, ...)``."""
-        padded: Tensor = _Gather.apply(tokens, self.slots, self.place)
-        return padded.view(self.rows, self.span, *tokens.shape[1:])
-
-    def unpad(self, padded: Tensor) -> Tensor:
-        """``(rows, span, ...)`` to ``(tokens, ...)``."""
-        tokens: Tensor = _Scatter.apply(padded.reshape(self.rows * self.span, *padded.shape[2:]), self.place)
-        return tokens
-
-    def before(self, kept: Tensor) -> Tensor:
-        """Keys or values ``(rows, length, heads, head size)`` of what comes before the block's own tokens."""
-        return kept.index_select(0, self.prefix).view(self.rows, -1, *kept.shape[1:])
-
-
 class Line:
     """Tokens of some rows, one behind the other, ready to run. Made by :meth:`TokenRows.line`.
 
@@ -220,9 +173,10 @@ class Line:
             return hidden
         adapter = adapter or self.adapter
         run = self._run_packed if adapter.packs else self._run_padded
-        with packed_attention(adapter) if adapter.packs else _nothing():
+        with packed_attention(adapter) if adapter.packs else nullcontext():
             for layer in range(start, stop):
-                call = _Call(self, layer, (kept or {}).get(layer), keep)
+                kind = id(self.source.calls[layer].get("attention_mask"))
+                call = AttentionCall(self._blocks, kind, self.adapter.attention, layer, (kept or {}).get(layer), keep)
                 with adapter.record_keys([layer]) as found:
                     hidden, down_inputs = run(adapter, layer, hidden, call, found)
                 if keys is not None:
@@ -230,7 +184,7 @@ class Line:
         return hidden
 
     def _run_packed(
-        self, adapter: ModelAdapter, layer: int, hidden: Tensor, call: _Call, found: Mapping[int, Tensor]
+        self, adapter: ModelAdapter, layer: int, hidden: Tensor, call: AttentionCall, found: Mapping[int, Tensor]
     ) -> tuple[Tensor, Tensor]:
         key = tuple(id(value) for value in self.source.calls[layer].values())
         if key not in self._arguments:
@@ -240,7 +194,7 @@ class Line:
         return adapter.run_layer(layer, hidden[None], arguments).squeeze(0), found[layer].reshape(len(self), -1)
 
     def _run_padded(
-        self, adapter: ModelAdapter, layer: int, hidden: Tensor, call: _Call, found: Mapping[int, Tensor]
+        self, adapter: ModelAdapter, layer: int, hidden: Tensor, call: AttentionCall, found: Mapping[int, Tensor]
     ) -> tuple[Tensor, Tensor]:
         outputs, down_inputs, first = [], [], 0
         for number, block in enumerate(self._blocks):
@@ -249,7 +203,7 @@ class Line:
             if (number, layer) not in self._padded:
                 slots = block.slots.view(block.rows, block.span)
                 self._padded[number, layer] = self.source.arguments(layer, row[slots], position[slots])
-            cache = _RowCache(call, block)
+            cache = RowCache(call, block)
             arguments = self._padded[number, layer] | {"attention_mask": call.mask(block)}
             arguments |= {name: cache for name in CACHE_NAMES if name in arguments}
             outputs.append(block.unpad(adapter.run_layer(layer, block.pad(part), arguments)))
@@ -258,7 +212,7 @@ class Line:
         call.store_padded()
         return torch.cat(outputs), torch.cat(down_inputs)
 
-    def _block(self, own: Sequence[tuple[int, int, int]]) -> _Block:
+    def _block(self, own: Sequence[tuple[int, int, int]]) -> RowBlock:
         """Lay out rows ``(row, first own position, stop)``."""
         paths, device = self.source.paths, self.nodes.device
         span, length = max(stop - start for _, start, stop in own), max(start for _, start, _ in own)
@@ -292,277 +246,7 @@ class Line:
             masks[kind] = self.adapter.mask_like((seen & is_real[:, None, :] | itself)[:, None])
         index = [torch.tensor(values, dtype=torch.long, device=device) for values in (slots, place, prefix)]
         shares = any(p >= offset for p in prefix)
-        return _Block(len(own), span, count, index[0], index[1], index[2], shares, masks)
-
-
-class _Call:
-    """What attention must know about one layer's pass over a line; stands where the layer expects its mask."""
-
-    def __init__(self, line: Line, layer: int, kept: tuple[Tensor, Tensor] | None, keep: KeyValues | None) -> None:
-        self.line, self.layer, self.kept, self.keep = line, layer, kept, keep
-        self.kind = id(line.source.calls[layer].get("attention_mask"))
-        self._stored: list[tuple[Tensor, Tensor]] = []
-
-    def mask(self, block: _Block) -> Tensor:
-        return block.masks[self.kind]
-
-    def attend(self, inner: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-        """Attention over a line: ``(1, heads, tokens, size)`` to ``(1, tokens, heads, size)``."""
-        queries, keys, values = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (tokens, heads, size)
-        if self.keep is not None:
-            self.keep[self.layer] = (keys, values)
-        blocks = self.line._blocks
-        sizes = [block.tokens for block in blocks]
-        parts = zip(*(x.split(sizes) for x in (queries, keys, values)), strict=True)
-        outputs = []
-        for block, part in zip(blocks, parts, strict=True):
-            if inner is _short_attention and block.span <= _SHORT and not block.shares:
-                outputs.append(_attend_by_head(block, part, self.kept, self.mask(block), kwargs.get("scaling")))
-                continue
-            rows = [block.pad(x) for x in part]
-            if len(block.prefix):
-                rows[1] = torch.cat([block.before(self._sources(block, 0, keys)), rows[1]], 1)
-                rows[2] = torch.cat([block.before(self._sources(block, 1, values)), rows[2]], 1)
-            output, _ = inner(module, *(x.transpose(1, 2) for x in rows), self.mask(block), **kwargs)
-            outputs.append(block.unpad(output))
-        return outputs[0][None] if len(outputs) == 1 else torch.cat(outputs)[None]
-
-    def _sources(self, block: _Block, which: int, own: Tensor) -> Tensor:
-        """Return the keys or values that :attr:`_Block.prefix` points into."""
-        if self.kept is None:
-            return own
-        return torch.cat([self.kept[which], own]) if block.shares else self.kept[which]
-
-    def store(self, block: _Block, keys: Tensor, values: Tensor) -> None:
-        self._stored.append((block.unpad(keys.transpose(1, 2)), block.unpad(values.transpose(1, 2))))
-
-    def store_padded(self) -> None:
-        if self.keep is not None:
-            keys, values = zip(*self._stored, strict=True)
-            self.keep[self.layer] = (torch.cat(keys), torch.cat(values))
-
-
-class _RowCache:
-    """Stands in for a transformers cache in a padded block: puts what is kept in front, and notes what is new."""
-
-    def __init__(self, call: _Call, block: _Block) -> None:
-        self._call, self._block = call, block
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        call, block = self._call, self._block
-        call.store(block, keys, values)
-        if call.kept is None or not len(block.prefix):
-            return keys, values
-        before = [block.before(kept).transpose(1, 2) for kept in call.kept]
-        return torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return len(self._block.prefix) // self._block.rows
-
-
-@dataclass(frozen=True)
-class _ByHead:
-    """Where queries and keys of a block lie when heads come first: matrix products then copy nothing.
-
-    Queries of heads that share keys (grouped queries) are further queries to the same keys. Places are counted in
-    vectors of one head.
-
-    Attributes:
-        queries: ``(groups * rows * heads per group * span,)``, the block's ``token * heads + head`` in each place.
-        query_place: ``(tokens * heads,)``, the place of each.
-        keys: ``(groups * rows * (length + span),)``, likewise in kept keys followed by the block's own.
-        key_place: ``(tokens * groups,)``, the place of each of the block's own.
-    """
-
-    queries: Tensor
-    query_place: Tensor
-    keys: Tensor
-    key_place: Tensor
-
-    @classmethod
-    def of(cls, block: _Block, heads: int, groups: int, kept: int) -> _ByHead:
-        """Lay out a block for so many heads, groups of heads that share keys, and kept tokens."""
-        rows, span, device = block.rows, block.span, block.slots.device
-        shared, length = heads // groups, len(block.prefix) // block.rows
-        head, group = torch.arange(heads, device=device), torch.arange(groups, device=device)
-        slots = block.slots.view(1, rows, 1, span)
-        queries = slots * heads + head.view(groups, 1, shared, 1)
-        row, column = block.place // span, block.place % span
-        place = (head // shared * rows + row[:, None]) * shared + head % shared
-        where = torch.cat([block.prefix.view(rows, length), kept + block.slots.view(rows, span)], 1)
-        keys = where[None] * groups + group[:, None, None]
-        key_place = (group * rows + row[:, None]) * (length + span) + length + column[:, None]
-        query_place = place * span + column[:, None]
-        return cls(queries.flatten(), query_place.flatten(), keys.flatten(), key_place.flatten())
-
-
-def _attend_by_head(
-    block: _Block,
-    part: Sequence[Tensor],
-    kept: tuple[Tensor, Tensor] | None,
-    mask: Tensor,
-    scaling: float | None,
-) -> Tensor:
-    """Attention by its formula over a block; on short rows several times as fast on a CPU as the fused kernel.
-
-    Args:
-        block: The rows.
-        part: Queries, keys and values of the block's tokens, each ``(tokens, heads, size)``.
-        kept: Keys and values of what comes before.
-        mask: ``(rows, 1, span, length + span)``.
-        scaling: Of the scores.
-
-    Returns:
-        ``(tokens, heads, size)``.
-    """
-    query, key, value = part
-    tokens, heads, size = query.shape
-    groups, width = key.shape[1], value.shape[2]
-    before = 0 if kept is None else len(kept[0])
-    if (heads, groups, before) not in block.by_head:
-        block.by_head[heads, groups, before] = _ByHead.of(block, heads, groups, before)
-    layout = block.by_head[heads, groups, before]
-    batch, span = groups * block.rows, block.span
-    query = query * (size**-0.5 if scaling is None else scaling)
-    queries = _Gather.apply(query.reshape(-1, size), layout.queries, layout.query_place).view(batch, -1, size)
-    sides = []
-    for own, old in zip((key, value), kept or (key[:0], value[:0]), strict=True):
-        flat = own.reshape(-1, own.shape[2])
-        sides.append(
-            _GatherBehind.apply(flat, old.reshape(-1, own.shape[2]), layout.keys, layout.key_place)
-            .view(batch, -1, own.shape[2])
-        )  # fmt: skip
-    scores = torch.bmm(queries, sides[0].transpose(1, 2)).view(groups, block.rows, heads // groups, span, -1)
-    scores = scores.masked_fill(~mask[None], torch.finfo(scores.dtype).min)
-    shares = torch.softmax(scores, -1, dtype=torch.float32 if scores.itemsize < 4 else scores.dtype)
-    seen = torch.bmm(shares.view(batch, -1, shares.shape[-1]).to(sides[1].dtype), sides[1])
-    out: Tensor = _Scatter.apply(seen.view(-1, width), layout.query_place)
-    return out.view(tokens, heads, width)
-
-
-class _GatherBehind(torch.autograd.Function):
-    """``cat(old, own)[index]`` where ``own`` alone has a gradient, and each row of it one real place."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, old: Tensor, index: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        return (torch.cat([old.to(own.dtype), own]) if len(old) else own).index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None, None
-
-
-class _Gather(torch.autograd.Function):
-    """``tokens[slots]`` where the gradient of a token is that of its one real slot: a gather, not a sum."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, slots: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        return tokens.index_select(0, slots)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
-
-
-class _Scatter(torch.autograd.Function):
-    """``padded[place]``; the gradient of padding is zero."""
-
-    @staticmethod
-    def forward(ctx: Any, padded: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.slots = padded.shape[0]
-        return padded.index_select(0, place)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.new_zeros(ctx.slots, *grad.shape[1:]).index_copy_(0, ctx.saved_tensors[0], grad), None
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: _Call, *args: Any, **kwargs: Any
-) -> tuple[Tensor, None]:
-    eager = sys.modules[type(module).__module__].__dict__["eager_attention_forward"]
-    inner = ALL_ATTENTION_FUNCTIONS.get_interface(attention_mask.line.adapter.attention, eager)
-    if attention_mask.line.adapter.attention == "sdpa" and query.device.type == "cpu" and not kwargs.get("softcap"):
-        inner = _short_attention
-    return attention_mask.attend(inner, module, query, key, value, **kwargs), None
-
-
-def _short_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Attention by its formula; on short rows several times as fast on a CPU as the fused kernel.
-
-    Heads that share keys (grouped queries) are further queries to the same keys.
-    """
-    rows, heads, span, size = query.shape
-    if span > _SHORT:
-        output: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
-        return output
-    groups = key.shape[1]
-    scaling = kwargs.get("scaling")
-    query = (query * (size**-0.5 if scaling is None else scaling)).reshape(rows, groups, heads // groups * span, size)
-    scores = (query @ key.transpose(2, 3)).view(rows, groups, heads // groups, span, -1)
-    scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
-    shares = (
-        torch.softmax(scores, -1, dtype=torch.float32 if scores.itemsize < 4 else scores.dtype)
-        .view(rows, groups, heads // groups * span, -1)
-        .to(value.dtype)
-    )
-    return (shares @ value).view(rows, heads, span, -1).transpose(1, 2), None
-
-
-AttentionInterface.register(_NAME, _attention)
-
-
-@contextmanager
-def packed_attention(adapter: ModelAdapter) -> Iterator[None]:
-    """Let the model's attention understand lines, inside this context."""
-    before = [(config, config._attn_implementation_internal) for config in adapter.layer_configs]
-    try:
-        for config, _ in before:
-            config._attn_implementation_internal = _NAME
-        yield
-    finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@torch.no_grad()
-def check_passes(adapter: ModelAdapter) -> None:
-    """Compare passes of ours with the model's own, for an architecture that somebody has described.
-
-    Raises:
-        UnknownArchitectureError: If they differ: the model does something that the description does not say.
-    """
-    words = int(adapter.model.config.get_text_config().vocab_size)
-    rows = [[(7 * i + 3 * n + 1) % words for i in range(length)] for n, length in enumerate((9, 5))]
-    try:
-        line = TokenRows(adapter, rows, pad=0).line()
-        logits = adapter.logits(adapter.finish(line.run(line.hidden, 0, adapter.n_layers)))
-        error = 0.0
-        for number, row in enumerate(rows):
-            own = adapter.model(input_ids=torch.tensor([row], device=adapter.device)).logits[0].to(logits)
-            ours = logits[[line.index(number, i) for i in range(len(row))]]
-            error = max(error, float((ours - own).norm() / own.norm()))
-    except (RuntimeError, TypeError, KeyError, AttributeError, IndexError, ValueError) as failure:
-        raise UnknownArchitectureError(
-            f"a model of family {adapter.spec.family!r} cannot be run layer by layer as described "
-            f"({type(failure).__name__}: {str(failure).splitlines()[0]})"
-        ) from failure
-    if not error < (1e-3 if adapter.dtype in (torch.float32, torch.float64) else 0.1):
-        raise UnknownArchitectureError(
-            f"run layer by layer as described, a model of family {adapter.spec.family!r} says something else than on "
-            f"its own (logits differ by {error:.0%}): it does something between its layers, or behind them, that "
-            "model.language_model.arch cannot say. Editing it would go wrong"
-        )
+        return RowBlock(len(own), span, count, index[0], index[1], index[2], shares, masks)
 
 
 def allowed_positions(mask: Tensor | None, padding: Tensor) -> Tensor:

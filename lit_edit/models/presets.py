@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from lit_edit.models.adapter import ModelAdapter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lit_edit.models.adapter import ModelAdapter
 
 PUBLISHED: dict[tuple[str, int, int], tuple[int, ...]] = {
     # (model type, layers, hidden size): edited layers

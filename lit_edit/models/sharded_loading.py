@@ -13,9 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
-from lit_edit.models.adapter import find_spec
 from lit_edit.models.packaged import ModelUnavailableError
 from lit_edit.models.spec import ArchSpec
+from lit_edit.models.structure import find_spec
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

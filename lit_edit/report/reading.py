@@ -7,19 +7,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from lit_edit.errors import UserError
+from lit_edit.files.metric_rows import read_rows
 from lit_edit.files.paths import without_nan, write_json
 from lit_edit.ledger.history import EditHistory
 from lit_edit.ledger.journal import Journal
-from lit_edit.loggers.run_csv import read_rows
 from lit_edit.runs.answers import read_answers, write_answers
 from lit_edit.runs.files import edit_rows, journal_path
 from lit_edit.runs.versions import versions
-from lit_edit.stream.edit_stream import EditStream
+
+if TYPE_CHECKING:
+    from lit_edit.stream.edit_stream import EditStream
 
 KINDS = ("efficacy", "generalization", "locality")
 Values = dict[str, float]
@@ -68,10 +70,14 @@ class RunRecord:
 
     def setting(self, path: str) -> Any:
         """Return a setting by its dotted name, or ``None``."""
-        value: Any = self.config
-        for part in path.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        return value
+        return look_up(self.config, *path.split("."))
+
+
+def look_up(tree: Any, *path: str) -> Any:
+    """Return what stands at a place of nested mappings, or ``None``."""
+    for part in path:
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def write_notes(folder: Path, stream: EditStream) -> None:

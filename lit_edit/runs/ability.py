@@ -9,7 +9,6 @@ from typing import Any
 
 from lit_edit.errors import ArgumentError
 
-
 Point = dict[str, Any]
 """``edits``, and ``tasks``: their records by name."""
 
@@ -68,7 +67,8 @@ def measure_run(run: Path, numbers: Sequence[int], asked: Asked, out: Path) -> l
     from lit_edit.files.paths import without_nan, write_json
     from lit_edit.ledger.journal import Journal
     from lit_edit.runs.files import journal_path
-    from lit_edit.runs.folder import open_as_of, read_history, records_until
+    from lit_edit.runs.folder import open_as_of, records_until
+    from lit_edit.runs.reading import read_history
     from lit_edit.runs.results import ResultsFolder
 
     history = read_history(run)

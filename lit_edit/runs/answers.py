@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from lit_edit.data.request import DataError, EditRequest
-from lit_edit.ledger.history import EditHistory, LedgerEntry
-from lit_edit.metrics.evaluation import KINDS, EditResult, ProbeResult
 from lit_edit.files.paths import without_nan, write_atomically
+from lit_edit.ledger.history import EditHistory, LedgerEntry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_edit.metrics.evaluation import EditResult, ProbeResult
 
 STAGES = ("base", "immediate", "final")
 
@@ -40,7 +42,7 @@ def write_answers(
         results: By stage and id.
         tokenizer: Decodes first choices.
     """
-    rows = answer_rows(history, results, lambda ids: str(tokenizer.decode(list(ids))))
+    rows = answers_of(history, results, tokenizer)
     earlier = {row["number"]: row for row in read_answers(folder)}
     for row in rows:
         old = earlier.get(row["number"], {})
@@ -50,6 +52,19 @@ def write_answers(
             prompt |= {s: before[s] for s in STAGES[:2] if s in before and s not in prompt}
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in without_nan(rows))
     write_atomically(answers_path(folder), lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def answers_of(
+    history: EditHistory, results: Mapping[str, Mapping[str, EditResult]], tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """Return :func:`answer_rows` in a tokenizer's words, with ``lookup``: tokens before the subject's last."""
+    from lit_edit.text.tokens import locate  # imports torch
+
+    rows = answer_rows(history, results, lambda ids: str(tokenizer.decode(list(ids))))
+    for row in rows:
+        request = EditRequest.from_dict(history.entry(row["number"]).request)
+        row["lookup"] = locate(tokenizer, request.text, request.subject_span).lookup
+    return rows
 
 
 def read_answers(folder: Path) -> list[dict[str, Any]]:
@@ -77,6 +92,8 @@ def answer_rows(
         results: By stage and id.
         decode: From token ids to text.
     """
+    from lit_edit.metrics.evaluation import KINDS
+
     rows = []
     for entry in history.made:
         prompts = list(_prompts(entry))

@@ -17,32 +17,28 @@ import yaml
 from jsonargparse import ArgumentParser
 from safetensors import SafetensorError, safe_open
 
-from lit_edit.runs.answers import write_answers
-from lit_edit.stream.checkpoints import CheckpointError, load_tree
 from lit_edit.data.datamodule import perplexity_texts
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.editors.memory.engine import MemoryEditor
-from lit_edit.errors import ArgumentError, UserError
+from lit_edit.errors import UserError
 from lit_edit.export.model import apply_deltas
+from lit_edit.files.trees import CheckpointError, load_tree
+from lit_edit.ledger.edit_ledger import EditLedger, weights_state
 from lit_edit.ledger.history import EditHistory, LedgerEntry
 from lit_edit.ledger.journal import Journal
-from lit_edit.ledger.edit_ledger import EditLedger, weights_state
 from lit_edit.metrics.evaluation import Summary, summarise
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.spec import ArchSpec
-from lit_edit.files.paths import sync_folder
-from lit_edit.stream.precision import cast_as
+from lit_edit.runs.answers import write_answers
 from lit_edit.runs.files import deltas_path, journal_path, run_lock, update_summary, write_run_files
-from lit_edit.stream.session import EditSession
+from lit_edit.runs.reading import RunError, check_folder, has_ended, read_history
 from lit_edit.stats.second_moment import weights_hash
 from lit_edit.stream.edit_stream import EditStream
+from lit_edit.stream.precision import cast_as
+from lit_edit.stream.session import EditSession
 
 log = logging.getLogger(__name__)
-
-
-class RunError(UserError):
-    """A run folder that cannot be opened; the message says why."""
 
 
 @dataclass
@@ -87,7 +83,7 @@ def open_run(folder: Path) -> OpenRun:
     Raises:
         RunError: If the folder is no finished run.
     """
-    folder = _check_folder(folder)
+    folder = check_folder(folder)
     deltas = deltas_path(folder)
     if not deltas.is_file() and not has_ended(folder):
         raise RunError(
@@ -119,21 +115,6 @@ def open_run(folder: Path) -> OpenRun:
     return OpenRun(folder, language_model, EditLedger(adapter, layers), tokenizer, entries, base_hash, editor)
 
 
-def has_ended(folder: Path) -> bool:
-    """Tell whether a run has come to its end and everything it leaves behind is written."""
-    path = journal_path(folder)
-    return path.is_file() and any(record["kind"] == "end" for record in Journal(path, writable=False).records)
-
-
-def _check_folder(folder: Path) -> Path:
-    folder = folder.expanduser()
-    if not folder.is_dir():
-        raise RunError(f"there is no run folder {folder}")
-    if not (folder / "config.yaml").is_file():
-        raise RunError(f"{folder} is no finished run (no config.yaml)")
-    return folder
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     if not isinstance(config, dict):
@@ -155,20 +136,6 @@ def _entries(folder: Path) -> list[LedgerEntry]:
         for row in (json.loads(row) for row in rows if row)
         if row.get("status", "holds") == "holds"
     ]
-
-
-def read_history(folder: Path) -> EditHistory:
-    """Return what the journal of a run says, without opening a model or changing a file.
-
-    Raises:
-        RunError: If there is no such run or it has no journal.
-    """
-    folder = folder.expanduser()
-    if not folder.is_dir():
-        raise RunError(f"there is no run folder {folder}")
-    if not journal_path(folder).is_file():
-        raise RunError(f"{folder} has no journal ({journal_path(folder)}): it is no run of this version of lit-edit")
-    return EditHistory.of(Journal(journal_path(folder), writable=False).records)
 
 
 def _catch_up(folder: Path) -> None:
@@ -234,7 +201,7 @@ def open_for_change(folder: Path) -> Iterator[ChangingRun]:
         RunError: If it cannot be opened.
         RunLockedError: If another process works in it.
     """
-    folder = _check_folder(folder).resolve()
+    folder = check_folder(folder).resolve()
     if not journal_path(folder).is_file():
         raise RunError(f"{folder} has no journal ({journal_path(folder)}): its edits cannot be changed")
     with run_lock(folder):
@@ -261,7 +228,7 @@ def open_as_of(folder: Path, edits: int) -> Iterator[ChangingRun]:
     Raises:
         RunError: If the run cannot be opened or has not made so many.
     """
-    folder = _check_folder(folder).resolve()
+    folder = check_folder(folder).resolve()
     count = records_until(read_history(folder), Journal(journal_path(folder), writable=False).records, edits)
     with tempfile.TemporaryDirectory(prefix="lit-edit-") as made:
         shutil.copy(folder / "config.yaml", made)
@@ -328,65 +295,3 @@ def find_checkpoint(folder: Path) -> Path | None:
         if position <= len(journal) and journal.digest(position) == digest:
             found.append((position, checkpoint))
     return max(found)[1] if found else None
-
-
-def check_source(source: Path, target: Path, overwrite: bool = False) -> None:
-    """Check that a run can begin, or has begun, with the edits of another.
-
-    Args:
-        source: The folder of the earlier run.
-        target: The folder of the new one, which may exist.
-        overwrite: It will be deleted.
-
-    Raises:
-        RunError: If the earlier run is not there or has no journal.
-        ArgumentError: If it is the new one itself, or that has begun with something else.
-    """
-    read_history(source)
-    source, target = source.expanduser().resolve(), target.resolve()
-    if source == target or source in target.parents or target in source.parents:
-        raise ArgumentError(f"--continue {source}: a run cannot continue itself; choose another --run_name")
-    path = journal_path(target)
-    if overwrite or not path.is_file():
-        return
-    continued = [r["from"] for r in Journal(path, writable=False).records if r["kind"] == "continued"]
-    if str(source) not in continued[-1:]:
-        begun = f"with the edits of {continued[-1]}" if continued else "with none"
-        raise ArgumentError(f"--continue {source}: {target} has begun already, {begun}; choose another --run_name")
-
-
-def carry_over(source: Path, target: Path) -> int:
-    """Begin a run's journal with the edits of another run, whose ids are marked with its name.
-
-    Args:
-        source: The folder of the earlier run.
-        target: The folder of the new one.
-
-    Returns:
-        How many edits hold.
-
-    Raises:
-        RunError: If the earlier run has no journal.
-        ArgumentError: If the new one has one already.
-    """
-    history, name = read_history(source), source.expanduser().resolve().name
-    if journal_path(target).is_file() and len(Journal(journal_path(target))):
-        raise ArgumentError(f"{target} has edits already; continue {source} in a new run")
-    part = journal_path(target).with_suffix(".part")
-    part.unlink(missing_ok=True)
-    earlier, journal = Journal(journal_path(source.expanduser()), writable=False), Journal(part)
-    for index, record in enumerate(earlier.records):
-        if record["kind"] == "end":
-            continue
-        entries = [
-            {**e, "id": f"{name}/{e['id']}", "request": {**e["request"], "id": f"{name}/{e['id']}"}}
-            for e in record.get("entries", ())
-        ]
-        marked = {**record, **({"entries": entries} if entries else {})}
-        if "ids" in record:  # of edits that were refused
-            marked["ids"] = [f"{name}/{refused}" for refused in record["ids"]]
-        journal.append(marked, earlier.tensors(index))
-    journal.append({"kind": "continued", "from": str(source.expanduser().resolve()), "facts": False})
-    part.replace(journal_path(target))  # whole, or not at all
-    sync_folder(journal_path(target).parent)
-    return len(history.live)

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.files.paths import write_atomically, write_json
-from lit_edit.loggers.run_csv import read_rows
-from lit_edit.sweeps.gathering import COSTS, METRICS, as_csv, as_markdown, as_number, row_of
+from lit_edit.files.metric_rows import read_rows
+from lit_edit.files.pictures import add_panel, looks_of, new_figure
+from lit_edit.sweeps import gathering
+from lit_edit.sweeps.gathering import COSTS, METRICS, failure_of, row_of, with_failures
 from lit_edit.sweeps.grids import Grid, Point
-from lit_edit.sweeps.points import LOG, last_line
+from lit_edit.sweeps.outputs import as_markdown, write_outputs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,14 +114,11 @@ def write_comparison(grid: Grid, folder: Path, measure: str = "success") -> list
         rows.append(row)
         courses.append(course)
     text = f"# {grid.name}\n\n{as_markdown(shown(rows))}"
-    if failures := [f"- {row[AXIS]}: {row['error']}\n" for row in rows if row["error"]]:
-        text += f"\nFailed:\n\n{''.join(failures)}"
-    write_atomically(folder / "compare.md", lambda path: path.write_text(text, encoding="utf-8"))
-    write_atomically(folder / "compare.csv", lambda path: path.write_text(as_csv(rows), encoding="utf-8"))
-    write_json(folder / "compare.json", {"comparison": grid.name, "settings": grid.settings, "editors": rows})
+    text = with_failures(text, [f"{row[AXIS]}: {row['error']}" for row in rows if row["error"]])
     begun = [course for course in courses if course.state != "not run"]  # the table says what was not
     figure = draw_comparison(begun or courses, measure, title=grid.name)
-    write_atomically(folder / "compare.png", lambda path: figure.savefig(path, format="png", dpi=140))
+    content = {"comparison": grid.name, "settings": grid.settings, "editors": rows}
+    write_outputs(folder, "compare", text, rows, figure, content)
     return rows
 
 
@@ -129,24 +127,16 @@ def _row_and_course(point: Point, folder: Path) -> tuple[dict[str, Any], Course]
     course = read_course(point.labels[AXIS], row["state"], folder)
     if row["edits"] is None and course.edits:
         row["edits"] = course.edits
-    row["error"] = None
-    if row["state"].startswith("failed"):
-        row["error"] = last_line(folder / LOG) if (folder / LOG).is_file() else row["state"]
-    return row, course
+    return row | {"error": failure_of(row, folder)}, course
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Return the rows as tables show them."""
-    names = [AXIS, "state", "edits", *COMPARED, *COSTS]
-    return [{name: as_number(name, row[name]) for name in names} for row in rows]
+    return gathering.shown(rows, [AXIS, "state", "edits", *COMPARED, *COSTS])
 
 
 # ---- the picture --------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, which are told apart with any kind of colour vision; yellow is left out, it is too pale.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "h")
-STYLES: tuple[Any, ...] = ("-", (0, (7, 1.5, 1.5, 1.5)), (0, (1.5, 1)))  # after so many colours come again
 BASE: Any = {"color": "0.45", "linestyle": (0, (4, 3)), "linewidth": 1.1, "zorder": 1}
 LOGARITHMIC = 4
 """Where the largest value is more times the smallest, curves near the latter would lie on each other otherwise."""
@@ -165,27 +155,17 @@ def draw_comparison(courses: Sequence[Course], measure: str = "success", title: 
         measure: Of efficacy and generalization, ``success`` or ``accuracy``; the other where it is not known.
         title: Of the figure.
     """
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(13.5, 7.4), layout="constrained")
+    figure = new_figure(13.5, 7.4, title)
     names = [_quantity(courses, kind, measure) for kind in ("efficacy", "generalization", "locality")]
     panels = [(name, name.replace("/", " ").capitalize()) for name in names]
     panels += [("perplexity", "Perplexity of ordinary text"), ("mean |W|", "Growth of mean |W| (unedited: 1)")]
     last = max((course.edits for course in courses), default=0)
     for place, (quantity, heading) in enumerate(panels, 1):
-        axis = figure.add_subplot(2, 3, place, gid=quantity)
-        axis.set_title(heading, fontsize=11, loc="left")
-        axis.grid(alpha=0.25, linewidth=0.7)
-        axis.spines[["top", "right"]].set_visible(False)
+        x_label = "edits" if place >= 3 else ""
+        axis = add_panel(figure, (2, 3, place), heading, quantity, x_label=x_label, whole=True)
         axis.set_xlim(-0.02 * max(last, 1), 1.03 * max(last, 1))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if place >= 3:
-            axis.set_xlabel("edits")
-        _draw_panel(axis, quantity, courses)
+        draw_panel(axis, quantity, courses)
     _draw_legend(figure.add_subplot(2, 3, 6), courses)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure
 
 
@@ -196,19 +176,21 @@ def _quantity(courses: Iterable[Course], kind: str, measure: str) -> str:
     return next((name for name in wanted if name in taken), wanted[0])
 
 
-def _draw_panel(axis: Axes, quantity: str, courses: Sequence[Course]) -> None:
+def draw_panel(axis: Axes, quantity: str, courses: Sequence[Course]) -> None:
+    """Draw one quantity of every course into a panel; see :func:`draw_comparison`."""
     finite: list[float] = []
     for value in {round(course.base[quantity], 6) for course in courses if quantity in course.base}:
         axis.axhline(value, gid="base", **BASE)
         finite.append(value)
     beyond: list[tuple[int, Line2D]] = []
-    for course, style in zip(courses, _styles(len(courses)), strict=True):
+    for course, style in zip(courses, looks_of(len(courses)), strict=True):
         series = list(course.series.get(quantity, ()))
         starts = series and not quantity.startswith(("efficacy", "generalization"))  # of those nothing is there at 0
         if starts and quantity in course.base and series[0][0] > 0:
             series.insert(0, (0, course.base[quantity]))
         points = [(edits, value if math.isfinite(value) else math.nan) for edits, value in series]
-        [line] = axis.plot(*zip(*points, strict=True) if points else ((), ()), gid=course.editor, **style)
+        drawn = zip(*points, strict=True) if points else ((), ())
+        [line] = axis.plot(*drawn, gid=course.editor, label=course.label, **style)
         line.set_markevery(_spread(len(points)))
         if len(points) == 1:  # no line shows where to look
             line.set(markersize=11, markeredgecolor=line.get_color())
@@ -223,26 +205,6 @@ def _draw_panel(axis: Axes, quantity: str, courses: Sequence[Course]) -> None:
         axis.plot(edits, 1.0, "^", color=line.get_color(), markersize=8, **place)
     if not finite and not beyond:
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="0.5")
-
-
-def _styles(count: int) -> list[dict[str, Any]]:
-    """Return a look for each editor; the first are drawn below, and broader."""
-    looks = []
-    for index in range(count):
-        share = index / max(1, count - 1)
-        looks.append(
-            {
-                "color": COLOURS[index % len(COLOURS)],
-                "linestyle": STYLES[index // len(COLOURS) % len(STYLES)],
-                "linewidth": 4.2 - 2.8 * share if count > 1 else 2.0,
-                "marker": MARKERS[index % len(MARKERS)],
-                "markersize": 9.5 - 3.0 * share if count > 1 else 6.0,
-                "markeredgecolor": "white",
-                "markeredgewidth": 0.6,
-                "zorder": 3 + index / 100,
-            }
-        )
-    return looks
 
 
 def _spread(count: int, most: int = 12) -> list[int]:
@@ -293,7 +255,7 @@ def _draw_legend(axis: Axes, courses: Sequence[Course]) -> None:
     axis.set_gid("legend")
     lines = [
         Line2D([], [], label=course.label, **style)
-        for course, style in zip(courses, _styles(len(courses)), strict=True)
+        for course, style in zip(courses, looks_of(len(courses)), strict=True)
     ]
     lines.append(Line2D([], [], label="before the first edit", **BASE))
     cross: Any = {"marker": "x", "linestyle": "", "color": "0.3", "markeredgewidth": 2.2, "markersize": 8}

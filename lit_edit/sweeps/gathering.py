@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lit_edit.files.paths import without_nan, write_atomically, write_json
+from lit_edit.data.request import shorten
+from lit_edit.files.paths import without_nan, write_text
 from lit_edit.runs.files import journal_path
-from lit_edit.runs.folder import has_ended
+from lit_edit.runs.reading import has_ended
 from lit_edit.sweeps.grids import Grid, Point, is_seed
+from lit_edit.sweeps.outputs import as_csv, as_markdown, write_outputs
 
 RECORD = "sweep.json"
 """In a point's folder: with which settings it was begun, and how its last process ended."""
+LOG = "sweep.log"
+"""In a point's folder: what its processes have written."""
 
 METRICS = {  # by column: where summary.json has it, and digits
     "efficacy success": ("final", "efficacy", "success"),
@@ -68,16 +71,13 @@ def gather(grid: Grid, folder: Path) -> str:
     """
     rows = [row_of(point, folder / point.name) for point in grid.points]
     over = over_seeds(grid, rows)
-    text = f"# {grid.name}\n\n{as_markdown(_shown(rows))}"
+    text = f"# {grid.name}\n\n{as_markdown(shown(rows, [name for name in rows[0] if name != 'point']))}"
     if over:
         seeds = ", ".join(axis for axis in grid.axes if is_seed(axis))
         text += f"\nMean and standard deviation over {seeds}:\n\n{as_markdown(_shown_over(over))}"
-    write_atomically(folder / "table.md", lambda path: path.write_text(text, encoding="utf-8"))
-    write_atomically(folder / "table.csv", lambda path: path.write_text(as_csv(rows), encoding="utf-8"))
-    if over:
-        write_atomically(folder / "over_seeds.csv", lambda path: path.write_text(as_csv(over), encoding="utf-8"))
-    write_json(folder / "table.json", {"sweep": grid.name, "points": rows, "over_seeds": over})
-    return text
+        write_text(folder / "over_seeds.csv", as_csv(over))
+    content = {"sweep": grid.name, "points": rows, "over_seeds": over}
+    return write_outputs(folder, "table", text, rows, content=content)
 
 
 def row_of(
@@ -145,9 +145,28 @@ def as_number(column: str, value: Any, signed: bool = True) -> str:
     return f"{value:.2f}" if column == "seconds per edit" else f"{value:.3f}"
 
 
-def _shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    names = [name for name in rows[0] if name != "point"]  # the axes say it
+def shown(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, str]]:
+    """Return some columns of a table's rows as they are shown."""
     return [{name: as_number(name, row[name]) for name in names} for row in rows]
+
+
+def failure_of(row: Mapping[str, Any], run: Path) -> str | None:
+    """Return what a failed run has said last; ``None`` of one that has not failed."""
+    if not row["state"].startswith("failed"):
+        return None
+    return last_line(run / LOG) if (run / LOG).is_file() else str(row["state"])
+
+
+def last_line(log: Path) -> str:
+    """Return the last thing that a point's processes have said: the error, if one has named it."""
+    lines = [line.strip() for line in re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace"))]
+    errors = [line for line in lines if line.startswith("lit-edit: error:")]
+    return shorten((errors or [line for line in lines if line] or ["nothing said"])[-1], 400)
+
+
+def with_failures(table: str, failures: Sequence[str]) -> str:
+    """Return a text with what runs have failed of below."""
+    return f"{table}\nFailed:\n\n{''.join(f'- {line}' + chr(10) for line in failures)}" if failures else table
 
 
 def _shown_over(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -159,23 +178,3 @@ def _shown_over(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
                 cells[name] += f" ± {as_number(name, row[f'{name} sd'], signed=False)}"
         shown.append(cells)
     return shown
-
-
-def as_markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """Return rows as a table whose columns stand below each other."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |\n" for line in lines
-    )
-
-
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as a CSV file, every digit kept."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -19,11 +18,8 @@ from lit_edit.data.request import shorten
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_json
 from lit_edit.runs.files import RunLockedError, journal_path, run_lock
-from lit_edit.sweeps.gathering import RECORD, is_done, read_record, state_of
+from lit_edit.sweeps.gathering import LOG, RECORD, is_done, last_line, read_record, state_of
 from lit_edit.sweeps.grids import Grid, Point
-
-LOG = "sweep.log"
-"""In a point's folder: what its processes have written."""
 
 
 def parse_points(grid: Grid, points: Sequence[Point]) -> dict[str, Any]:
@@ -152,13 +148,6 @@ def _run_point(line: ProcessLine, grid: Grid, point: Point, folder: Path, settin
         return "being done elsewhere"
     write_json(run / RECORD, record | {"status": status})
     return "done" if status == 0 else f"failed, exit status {status}: {said} (all of it: {run / LOG})"
-
-
-def last_line(log: Path) -> str:
-    """Return the last thing that a point's processes have said: the error, if one has named it."""
-    lines = [line.strip() for line in re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace"))]
-    errors = [line for line in lines if line.startswith("lit-edit: error:")]
-    return shorten((errors or [line for line in lines if line] or ["nothing said"])[-1], 400)
 
 
 def _say(text: str, end: str = "\n") -> None:

@@ -72,25 +72,12 @@ def test_continued_pass_equals_the_model(family: str, side: str, attention: str)
     adapter = ModelAdapter(load(family, attention))
     truth = row_logits(adapter.model)
     ids, mask = padded(side)
+    first, calls = adapter.record_calls(ids, mask)
     for layer in (0, 2, adapter.n_layers):
-        trace = adapter.trace(ids, mask, at=layer)
-        hidden = adapter.run_layers(trace.hidden, trace.calls, layer, adapter.n_layers)
+        entering = adapter.run_layers(first, calls, 0, layer)
+        hidden = adapter.run_layers(entering, calls, layer, adapter.n_layers)
         logits = adapter.logits(adapter.finish(hidden))
         torch.testing.assert_close(logits[mask.bool()], truth, **tolerance(family, attention))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_trace_stopped_early_records_the_same(family: str) -> None:
-    adapter = ModelAdapter(load(family))
-    ids, mask = padded("right")
-    whole, stopped = adapter.trace(ids, mask, at=1), adapter.trace(ids, mask, at=1, stop=3)
-    assert sorted(stopped.calls) == [1, 2]
-    assert sorted(whole.calls) == [1, 2, 3]
-    results = [adapter.run_layers(t.hidden, t.calls, 1, 3) for t in (whole, stopped)]
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
-    expected = adapter.trace(ids, mask, at=3).hidden
-    torch.testing.assert_close(results[0][mask.bool()], expected[mask.bool()], **tolerance(family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,7 +93,7 @@ def test_last_hidden_is_what_the_head_reads(family: str) -> None:
 def test_no_hook_stays_behind() -> None:
     adapter = ModelAdapter(load("llama"))
     ids, mask = padded("right")
-    adapter.trace(ids, mask, at=1, stop=2)
+    adapter.record_calls(ids, mask)
     adapter.read_keys(ids, mask, [1])
     with pytest.raises(RuntimeError, match="inside"), adapter.record_keys([0, 3]):
         raise RuntimeError("inside")
@@ -262,12 +249,13 @@ def test_read_keys_equals_a_plain_hook(family: str) -> None:
 def test_keys_of_a_layer_run_alone_agree_with_read_keys(family: str) -> None:
     adapter = ModelAdapter(load(family))
     ids, mask = padded("right")
-    trace = adapter.trace(ids, mask, at=1)
+    first, calls = adapter.record_calls(ids, mask)
+    entering = adapter.run_layer(0, first, calls[0])
     with adapter.record_keys([1]) as keys:
-        output = adapter.run_layer(1, trace.hidden, trace.calls[1])
+        output = adapter.run_layer(1, entering, calls[1])
     real, found = mask.bool(), keys[1].reshape(*ids.shape, -1)
     torch.testing.assert_close(found[real], adapter.read_keys(ids, mask, [1])[1][real], **tolerance(family))
-    torch.testing.assert_close(output, adapter.run_layers(trace.hidden, trace.calls, 1, 2), rtol=0, atol=0)
+    torch.testing.assert_close(output, adapter.run_layers(entering, calls, 1, 2), rtol=0, atol=0)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -308,8 +296,7 @@ def test_view_computes_with_other_weights_and_leaves_the_model_alone(family: str
         weights[name] = module.weight.clone()
     view = adapter.with_weights({adapter.weight_name(1): weights[adapter.weight_name(1)]}).with_weights(weights)
     truth, real = row_logits(other), mask.bool()
-    trace = view.trace(ids, mask, at=1)
-    continued = view.logits(view.finish(view.run_layers(trace.hidden, trace.calls, 1, 4)))
+    continued = view.logits(view.finish(view.run_layers(*view.record_calls(ids, mask), 0, 4)))
     for logits in (continued, view.logits(view.last_hidden(ids, mask))):
         torch.testing.assert_close(logits[real], truth, **tolerance(family))
     expected = ModelAdapter(other).read_keys(ids, mask, [3])[3]
@@ -368,8 +355,7 @@ def test_described_architecture_works() -> None:
     spec = ArchSpec(family="olmo2", layers="model.layers", down_proj="mlp.down_proj", norm="model.norm")
     adapter = ModelAdapter(unknown_model(), spec)
     ids, mask = padded("left")
-    trace = adapter.trace(ids, mask, at=2)
-    logits = adapter.logits(adapter.finish(adapter.run_layers(trace.hidden, trace.calls, 2, 4)))
+    logits = adapter.logits(adapter.finish(adapter.run_layers(*adapter.record_calls(ids, mask), 0, 4)))
     torch.testing.assert_close(logits[mask.bool()], row_logits(adapter.model), **tolerance("olmo2"))
 
 
@@ -413,6 +399,5 @@ def test_opt_with_projected_embeddings() -> None:
     assert adapter.norm is None
     assert isinstance(adapter.post_norm, nn.Linear)
     ids, mask = padded("left")
-    trace = adapter.trace(ids, mask, at=1)
-    logits = adapter.logits(adapter.finish(adapter.run_layers(trace.hidden, trace.calls, 1, 4)))
+    logits = adapter.logits(adapter.finish(adapter.run_layers(*adapter.record_calls(ids, mask), 0, 4)))
     torch.testing.assert_close(logits[mask.bool()], row_logits(adapter.model), **tolerance("opt"))

@@ -57,7 +57,8 @@ def test_state_reaches_its_target(family: str) -> None:
     run, value = one_edit(tiny(family), (1, 2))
     prompt = build_problem(tiny_tokenizer(), VISIT, (("{}",),)).prompts[0]
     ids = torch.tensor([prompt.ids])
-    state = run.ledger.adapter.trace(ids, torch.ones_like(ids), at=3).hidden[0, prompt.lookup]
+    first, calls = run.ledger.adapter.record_calls(ids, torch.ones_like(ids))
+    state = run.ledger.adapter.run_layers(first, calls, 0, 3)[0, prompt.lookup]
     assert (state - value).norm() < 1e-2 * value.norm()  # lambda is 1e-3, not 0
 
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from lit_edit.models import ModelAdapter
 from lit_edit.models import packed as packed_module
-from lit_edit.models.adapter import UnknownArchitectureError, find_spec
-from lit_edit.models.packed import Line, TokenRows, allowed_positions, check_passes, packed_attention
+from lit_edit.models.described import check_passes
+from lit_edit.models.packed import Line, TokenRows, allowed_positions
+from lit_edit.models.packed_attention import packed_attention
+from lit_edit.models.structure import UnknownArchitectureError, find_spec
 from lit_edit.testing import TINY_CONFIGS, tiny_model
 
 LAYERS = 4

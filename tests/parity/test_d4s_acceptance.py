@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from lit_edit.data.request import EditRequest
 from lit_edit.editors import D4S, MEMIT, ClosedFormEditor, Proposal, TargetSettings
 from lit_edit.editors.base import commit_proposal
+from lit_edit.files.trees import load_tree, save_tree
 from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.models import ModelAdapter
-from lit_edit.stream.checkpoints import load_tree, save_tree
 from lit_edit.targets.problem import build_problem
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 
@@ -313,7 +313,8 @@ def test_7_weak_prior_reaches_the_target_states() -> None:
     for request in requests:
         prompt = build_problem(tiny_tokenizer(), request, (("{}",),)).prompts[0]
         ids = torch.tensor([prompt.ids])
-        state = run.ledger.adapter.trace(ids, torch.ones_like(ids), at=2).hidden[0, prompt.lookup]
+        first, calls = run.ledger.adapter.record_calls(ids, torch.ones_like(ids))
+        state = run.ledger.adapter.run_layers(first, calls, 0, 2)[0, prompt.lookup]
         torch.testing.assert_close(state, targets[request.id].value, rtol=0, atol=1e-5)  # lambda x condition
 
 

@@ -20,8 +20,9 @@ from lit_edit.devices.ranks import Ranks
 from lit_edit.ledger.edit_ledger import EditLedger, LayerUpdate
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.models.adapter import ModelAdapter
+from lit_edit.models.described import check_passes
 from lit_edit.models.language_model import LanguageModel
-from lit_edit.models.packed import TokenRows, check_passes
+from lit_edit.models.packed import TokenRows
 from lit_edit.models.sharded_loading import load_in_parts
 from lit_edit.models.shards import is_sharded, own_part, part_of, whole, write_
 from lit_edit.stats.corpus import DocumentText
@@ -96,13 +97,9 @@ def passes(adapter: ModelAdapter, texts: bool = True) -> Iterator[tuple[str, Ten
     yield "left padded", adapter.last_hidden(left_ids, left_mask)[left_mask.bool()]
     for layer, keys in adapter.read_keys(ids, mask, (1, 2)).items():
         yield f"keys {layer}", keys[real]
-    for at, stop in ((1, 3), (0, None), (adapter.n_layers, None)):
-        trace = adapter.trace(ids, mask, at, stop)
-        yield f"trace {at}", trace.hidden[real]
-        if stop is not None:
-            yield "run on", adapter.run_layers(trace.hidden, trace.calls, at, stop)[real]
     first, calls = adapter.record_calls(ids, mask)
     yield "first", first[real]
+    yield "run on", adapter.run_layers(first, calls, 0, 3)[real]
     yield "whole way", adapter.finish(adapter.run_layers(first, calls, 0, adapter.n_layers))[real]
     line = TokenRows(adapter, ROWS, 0).line()
     found: dict[int, Tensor] = {}

@@ -26,6 +26,7 @@ from lit_edit.ledger.journal import Journal, JournalError
 from lit_edit.stream.session import EditSession
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 from tests.streams import FixedStatistics, make_trainer
+from tests.tolerances import assert_near, rounding
 
 REQUESTS = tiny_requests()
 FAST: dict[str, Any] = {
@@ -95,6 +96,15 @@ def off(session: EditSession, expected: dict[str, Tensor]) -> float:
     return max(float((found[n] - d).norm() / d.norm().clamp(min=1e-300)) for n, d in expected.items())
 
 
+def near(batch: int) -> float:
+    """How far off the same edits may be, relative, that were found in steps of this size and in others.
+
+    One by one, all passes have the same shapes and only the solver's order differs, in float64. Beside others a target
+    is fitted in passes of another shape, and Llama's norms are float32.
+    """
+    return 1e-8 if batch == 1 else rounding("llama")
+
+
 def state_of(session: EditSession) -> dict[str, Any]:
     """Everything that a second process must arrive at, bit for bit."""
     solvers = {
@@ -160,7 +170,7 @@ def test_undo_equals_a_stream_that_never_had_the_edits(mode: str, batch: int, ou
     assert holds(session) == [n for n in range(1, 7) if n not in out]
     kept = steps_without(out, batch)
     if kept:
-        assert off(session, never(mode, kept)) < 1e-8
+        assert off(session, never(mode, kept)) < near(batch)
         assert off(session, before) > 1e-2  # the edits had been in
     else:
         assert max(float(delta.abs().max()) for delta in session.ledger.deltas.values()) < 1e-12
@@ -184,7 +194,7 @@ def test_exact_undo_makes_the_later_edits_again(mode: str, batch: int, out: list
     """In a batch the other edits were found beside those that go: they are made again as well."""
     session = make(start(mode), batch=batch)
     session.undo(out, exact=True)
-    assert off(session, never(mode, steps_without(out, batch))) < 1e-8
+    assert off(session, never(mode, steps_without(out, batch))) < near(batch)
     assert holds(session) == [n for n in range(1, 7) if n not in out]
     weights_are_whole(session)
 
@@ -250,9 +260,9 @@ def test_undo_inside_a_batch_leaves_the_others(mode: str) -> None:
     if mode == "memit":  # keys of the second layer were read with all six written into the first
         first = session.ledger.names[1]
         expected = never("memit", ((1, 3, 4),))
-        torch.testing.assert_close(session.ledger.deltas[first], expected[first], rtol=1e-8, atol=1e-10)
+        assert_near(session.ledger.deltas[first], expected[first], near(6))
     else:
-        assert off(session, never(mode, ((1, 3, 4),))) < 1e-8
+        assert off(session, never(mode, ((1, 3, 4),))) < near(6)
 
 
 # ---- how far an undo can be off --------------------------------------------------------------------------------------
@@ -495,7 +505,7 @@ def checkpoint_of(stream: EditStream) -> dict[str, Any]:
     """What a checkpoint would hold, through a file as a checkpoint goes."""
     from tempfile import NamedTemporaryFile
 
-    from lit_edit.stream.checkpoints import load_tree, save_tree
+    from lit_edit.files.trees import load_tree, save_tree
 
     saved = {
         "base_hash": stream.base_hash,
@@ -592,7 +602,7 @@ def test_a_stream_of_other_data_is_refused(data: str, tmp_path: Path) -> None:
 def test_order_does_not_matter_where_keys_are_of_the_original(mode: str) -> None:
     expected = never(mode, steps_without([]))
     assert off(make(start(mode), requests_of(6, 3, 1, 5, 2, 4)), expected) < 1e-8
-    assert off(make(start(mode), requests_of(2, 1, 6, 5, 4, 3), batch=4), expected) < 1e-8
+    assert off(make(start(mode), requests_of(2, 1, 6, 5, 4, 3), batch=4), expected) < near(4)
 
 
 def test_order_matters_elsewhere() -> None:
@@ -750,7 +760,7 @@ def test_refusing_keeps_the_first(where: str, told: pytest.LogCaptureFixture) ->
     assert name == "b"
     assert "the same fact" in reason or "is of the same fact" in reason
     assert "not made: edit 'b'" in told.text
-    assert off(session, dict(make(start(), [ROME, REQUESTS[1]]).ledger.deltas)) < 1e-8
+    assert off(session, dict(make(start(), [ROME, REQUESTS[1]]).ledger.deltas)) < near(3)
     assert set(session.ledger.history.handled) == {"a", "b", "1"}
 
 
@@ -890,7 +900,7 @@ def test_harm_is_skipped(harm: str, batch: int, tmp_path: Path, monkeypatch: pyt
     kinds = [record["kind"] for record in session.ledger.journal.records]
     assert kinds.count("refused") == 1
     if harm != "a target that diverges":  # whose model is another one
-        assert off(session, never("walked", steps_without([3], batch))) < 1e-8
+        assert off(session, never("walked", steps_without([3], batch))) < near(batch)
 
     recorded = path.read_bytes()
     with monkeypatch.context() as patch:  # a new process repeats it, and does not try the third again
@@ -1012,7 +1022,7 @@ def test_a_stream_cut_between_a_refusal_and_the_rest_of_its_step_goes_on(
 def test_the_state_of_the_weights_is_told_by_the_records_that_write_them(tmp_path: Path) -> None:
     session = make(start(journal=tmp_path / "journal"), requests_of(1, 2))
     first = weights_state(session.ledger.journal)
-    session.refuse(["x"], "for fun")
+    session.refuse(requests_of(3), "for fun")
     session.ledger.note({"kind": "end"})
     assert weights_state(session.ledger.journal) == first
     session.undo([1])

@@ -9,7 +9,7 @@ from torch import Tensor
 from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.closed_form.engine import ClosedFormEditor
 from lit_edit.errors import check_not_negative
-from lit_edit.solvers.ridge import RidgeSolver
+from lit_edit.solvers.recursive_least_squares import RidgeSolver
 from lit_edit.solvers.shared import OwnSolver
 
 

@@ -26,7 +26,7 @@ from lit_edit.editors.transforms.norm_anchor import NormAnchor
 from lit_edit.errors import ArgumentError, check_not_negative, check_one_of, check_positive
 from lit_edit.ledger.edit_ledger import Change, LedgerEntry, RecordedFacts
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.solvers.ridge import RidgeSolver, RidgeStep
+from lit_edit.solvers.recursive_least_squares import RidgeSolver, RidgeStep
 from lit_edit.solvers.shared import OwnSolver, SharedSolver, Solver
 from lit_edit.solvers.storage import SolverStorage
 from lit_edit.targets.optimize import TargetSettings

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.files.paths import write_atomically
-from lit_edit.sweeps.comparison import COLOURS, LOGARITHMIC, MARKERS
-from lit_edit.sweeps.gathering import COSTS, METRICS, as_csv, as_markdown, as_number, row_of
+from lit_edit.files.pictures import add_panel, looks_of, new_figure
+from lit_edit.sweeps.comparison import LOGARITHMIC
+from lit_edit.sweeps.gathering import COSTS, METRICS, failure_of, row_of, shown, with_failures
 from lit_edit.sweeps.grids import Grid
-from lit_edit.sweeps.points import LOG, last_line
+from lit_edit.sweeps.outputs import as_markdown, write_outputs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,24 +50,17 @@ def write_report(grid: Grid, folder: Path) -> str:
         The table as Markdown.
     """
     rows = [_row(point, folder / point.name) for point in grid.points]
-    text = f"# {grid.name}\n\n{as_markdown([{name: as_number(name, row[name]) for name in SHOWN} for row in rows])}"
-    if failures := [f"- {row[EDITOR]}, {row['batch']}: {row['error']}\n" for row in rows if row["error"]]:
-        text += f"\nFailed:\n\n{''.join(failures)}"
-    figure = draw_batches(rows)
-    write_atomically(folder / "batch_size.md", lambda path: path.write_text(text, encoding="utf-8"))
-    write_atomically(folder / "batch_size.csv", lambda path: path.write_text(as_csv(rows), encoding="utf-8"))
-    write_atomically(folder / "batch_size.png", lambda path: figure.savefig(path, format="png", dpi=120))
-    return text
+    text = f"# {grid.name}\n\n{as_markdown(shown(rows, SHOWN))}"
+    text = with_failures(text, [f"{row[EDITOR]}, {row['batch']}: {row['error']}" for row in rows if row["error"]])
+    return write_outputs(folder, "batch_size", text, rows, draw_batches(rows))
 
 
 def _row(point: Any, run: Path) -> Row:
     row = row_of(point, run)
     batch = row.pop(BATCH)
-    row = {EDITOR: row.pop(EDITOR), "batch": batch, **row, "score": None, "error": None}
+    row = {EDITOR: row.pop(EDITOR), "batch": batch, **row, "score": None, "error": failure_of(row, run)}
     if row["edits"] is not None:
         row["score"] = json.loads((run / "summary.json").read_text(encoding="utf-8"))["final"].get("score")
-    if row["state"].startswith("failed"):
-        row["error"] = last_line(run / LOG) if (run / LOG).is_file() else row["state"]
     return row
 
 
@@ -91,16 +84,10 @@ def lines_of(rows: Sequence[Mapping[str, Any]], column: str) -> dict[str, list[t
 
 def draw_batches(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw a panel per quantity with a line per editor over the edits in a step; the largest step holds them all."""
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
-
-    figure = Figure(figsize=(16, 7.6), layout="constrained")
+    figure = new_figure(16, 7.6)
     for place, (column, heading) in enumerate(PANELS.items(), 1):
-        axis = figure.add_subplot(2, 4, place, gid=column)
-        axis.set_title(heading, loc="left", fontsize=11)
-        axis.grid(alpha=0.25, linewidth=0.7)
-        axis.spines[["top", "right"]].set_visible(False)
-        if place > 4:
-            axis.set_xlabel("edits in a step")
+        x_label = "edits in a step" if place > 4 else ""
+        axis = add_panel(figure, (2, 4, place), heading, column, x_label=x_label)
         _draw_panel(axis, lines_of(rows, column), is_share=column in SHARES)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
@@ -109,12 +96,8 @@ def draw_batches(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _draw_panel(axis: Axes, lines: Mapping[str, Sequence[tuple[int, float]]], is_share: bool) -> None:
-    for number, (editor, line) in enumerate(lines.items()):
+    for (editor, line), look in zip(lines.items(), looks_of(len(lines)), strict=True):
         seen = [(size, value) for size, value in line if math.isfinite(value)]
-        look: Any = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-        # The first lie below and are broader: what coincides stays visible.
-        share = number / max(1, len(lines) - 1)
-        look |= {"markersize": 11 - 5 * share, "linewidth": 4.5 - 3 * share, "markeredgecolor": "white"}
         axis.plot(*zip(*seen, strict=True) if seen else ((), ()), label=editor, gid=editor, **look)
     sizes = sorted({size for line in lines.values() for size, _ in line})
     values = [value for line in lines.values() for _, value in line if math.isfinite(value)]

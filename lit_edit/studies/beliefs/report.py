@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.files.paths import without_nan, write_atomically, write_json
+from lit_edit.files.paths import without_nan
+from lit_edit.files.pictures import COLOURS, add_panel, new_figure
 from lit_edit.studies.beliefs.coherence import GAPS, KINDS, OBJECTS
-from lit_edit.sweeps.comparison import COLOURS
-from lit_edit.sweeps.gathering import as_csv, as_markdown
+from lit_edit.sweeps.outputs import as_markdown, write_outputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,13 +48,8 @@ def write_report(folder: Path, settings: Mapping[str, Any]) -> str:
     for row in rows:
         if row["refused"]:
             text += f"\n{row['editor']}: {row['refused']} edits were refused and are measured as none.\n"
-    write_atomically(folder / "beliefs.md", lambda path: path.write_text(text, encoding="utf-8"))
-    if rows:
-        write_atomically(folder / "beliefs.csv", lambda path: path.write_text(as_csv(rows), encoding="utf-8"))
-        figure = draw_study(rows, folder.name)
-        write_atomically(folder / "beliefs.png", lambda path: figure.savefig(path, format="png", dpi=140))
-    write_json(folder / "beliefs.json", without_nan({"study": folder.name, "settings": settings, "rows": rows}))
-    return text
+    content = without_nan({"study": folder.name, "settings": settings, "rows": rows})
+    return write_outputs(folder, "beliefs", text, rows, draw_study(rows, folder.name) if rows else None, content)
 
 
 def _order(path: Path) -> tuple[int, str]:
@@ -128,9 +123,7 @@ def draw_study(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
         rows: Of :func:`mean_row`.
         title: Of the figure.
     """
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
-
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    figure = new_figure(13, 4.4, title)
     kinds = dict(
         zip(KINDS, ("edited", "dependent", "other subject,\nsame relation", "other subject\nand relation"), strict=True)
     )
@@ -142,9 +135,7 @@ def draw_study(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     )
     width = 0.8 / len(rows)
     for place, (heading, names) in enumerate(panels, 1):
-        axis = figure.add_subplot(1, 3, place, gid=heading)
-        axis.set_title(heading, fontsize=11, loc="left")
-        axis.spines[["top", "right"]].set_visible(False)
+        axis = add_panel(figure, (1, 3, place), heading, heading, grid=False)
         for number, row in enumerate(rows):
             xs = [at + (number - (len(rows) - 1) / 2) * width for at in range(len(names))]
             heights = [0.0 if row[name] is None else row[name] for name in names]
@@ -154,6 +145,4 @@ def draw_study(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
             axis.set_ylim(0, 1.03)
             shown = axis.get_legend_handles_labels()
             figure.legend(*shown, loc="outside upper right", ncols=len(rows), frameon=False, fontsize=9)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
-from lit_edit.files.paths import write_atomically
-from lit_edit.sweeps.comparison import COLOURS, COMPARED, MARKERS, Course, draw_comparison, read_course
-from lit_edit.sweeps.gathering import COSTS, as_csv, as_markdown, as_number, is_done, row_of
+from lit_edit.files.pictures import add_panel, looks_of, new_figure
+from lit_edit.sweeps.comparison import COMPARED, Course, draw_comparison, draw_panel, read_course
+from lit_edit.sweeps.gathering import COSTS, is_done, row_of, shown, state_of
 from lit_edit.sweeps.grids import Grid
+from lit_edit.sweeps.outputs import as_markdown, write_outputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,21 +38,13 @@ def write_part(part: str, grid: Grid, folder: Path) -> str:
     """
     said, rows, figure = _PARTS[part](grid, folder)
     text = f"{said}\n\n{as_markdown(rows)}" if rows else f"{said}\n\nNothing has been measured yet.\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / f"{part}.md", lambda path: path.write_text(text, encoding="utf-8"))
-    if rows:
-        write_atomically(folder / f"{part}.csv", lambda path: path.write_text(as_csv(rows), encoding="utf-8"))
-    write_atomically(folder / f"{part}.png", lambda path: figure.savefig(path, format="png", dpi=120))
-    return text
+    return write_outputs(folder, part, text, rows, figure)
 
 
 def _courses(grid: Grid, folder: Path) -> list[Course]:
     [axis] = grid.axes
-    states = [row_of(point, folder / point.name, COMPARED)["state"] for point in grid.points]
-    return [
-        read_course(point.labels[axis], state, folder / point.name)
-        for point, state in zip(grid.points, states, strict=True)
-    ]
+    runs = {point.labels[axis]: folder / point.name for point in grid.points}
+    return [read_course(label, state_of(run), run) for label, run in runs.items()]
 
 
 # ---- a: what is kept, b: mean |W| -----------------------------------------------------------------------------------
@@ -128,27 +121,20 @@ def correlations(pairs: Sequence[tuple[float, float]]) -> tuple[float | None, fl
 def _draw_norms(courses: Sequence[Course], pairs: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure, axes = _new_figure(3)
-    for axis, quantity, heading in (
-        (axes[0], ACCURACY, "Accuracy over the edits so far"),
-        (axes[1], GROWTH, "Growth of mean |W| (unedited: 1)"),
-    ):
-        for course, look in zip(courses, _looks(len(courses)), strict=True):
-            points = [(n, v) for n, v in course.series.get(quantity, ()) if math.isfinite(v)]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=course.label, markevery=max(1, len(points) // 12), **look)
-        axis.set(xlabel="edits")
-        axis.set_title(heading, loc="left", fontsize=11)
-    for course, look in zip(courses, _looks(len(courses)), strict=True):
+    figure = new_figure(13.8, 3.8)
+    panels = ((ACCURACY, "Accuracy over the edits so far"), (GROWTH, "Growth of mean |W| (unedited: 1)"))
+    for place, (quantity, heading) in enumerate(panels, 1):
+        draw_panel(add_panel(figure, (1, 3, place), heading, quantity, x_label="edits"), quantity, courses)
+    axis = add_panel(figure, (1, 3, 3), "Accuracy against growth", x_label="growth of mean |W|")
+    for course, look in zip(courses, looks_of(len(courses)), strict=True):
         if own := pairs[course.editor]:
-            axes[2].plot(*zip(*own, strict=True), linestyle="", **look)
-    axes[2].set(xlabel="growth of mean |W|", xscale="log")
-    axes[2].xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0), numticks=12))
-    axes[2].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes[2].xaxis.set_minor_formatter(NullFormatter())
-    axes[2].set_title("Accuracy against growth", loc="left", fontsize=11)
+            axis.plot(*zip(*own, strict=True), **look | {"linestyle": ""})
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0), numticks=12))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     if any(pairs.values()):
-        axes[0].legend(frameon=False, fontsize=9)
+        figure.axes[0].legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -157,7 +143,8 @@ def _draw_norms(courses: Sequence[Course], pairs: Mapping[str, Sequence[tuple[fl
 
 def _ability(grid: Grid, folder: Path) -> tuple[str, list[Row], Figure]:
     [axis] = grid.axes
-    found = {point.labels[axis]: read_points(folder / point.name) for point in grid.points}
+    runs = {point.labels[axis]: folder / point.name for point in grid.points}
+    found = {name: read_points(run) for name, run in runs.items()}
     rows: list[Row] = []
     tasks = list(dict.fromkeys(task for points in found.values() for values in points.values() for task in values))
     for task in [*tasks, *(["mean"] if tasks else [])]:
@@ -167,23 +154,17 @@ def _ability(grid: Grid, folder: Path) -> tuple[str, list[Row], Figure]:
             rows.append({"task": task, axis: name, **numbers})
     columns = list(dict.fromkeys(name for row in rows for name in row))
     rows = [{name: row.get(name, "–") for name in columns} for row in rows]
-    figure, axes = _new_figure(1)
-    for (name, points), look in zip(found.items(), _looks(len(found)), strict=True):
+    figure = new_figure(4.6, 3.8)
+    panel: Any = add_panel(figure, (1, 1, 1), "Mean accuracy over the tasks (95 %)", x_label="edits")
+    for (name, points), look in zip(found.items(), looks_of(len(found)), strict=True):
         if points:
             means = [_of_task(values, "mean") for values in points.values()]
-            items = read_items(folder / _point_of(grid, name))
+            items = read_items(runs[name])
             bars = [1.96 * mean_error(values, items) for values in points.values()]
-            axes[0].errorbar(list(points), means, bars, capsize=3, elinewidth=0.8, label=name, **look)
-    axes[0].set(xlabel="edits")
-    axes[0].set_title("Mean accuracy over the tasks (95 %)", loc="left", fontsize=11)
+            panel.errorbar(list(points), means, bars, capsize=3, elinewidth=0.8, label=name, **look)
     if tasks:
-        axes[0].legend(frameon=False)
+        panel.legend(frameon=False)
     return "Accuracy on few-shot tasks (the likeliest option), by the number of edits:", rows, figure
-
-
-def _point_of(grid: Grid, label: str) -> str:
-    [axis] = grid.axes
-    return next(point.name for point in grid.points if point.labels[axis] == label)
 
 
 def _read_ability(run: Path) -> dict[str, Any]:
@@ -235,9 +216,8 @@ def _of_task(values: Mapping[str, float], task: str) -> float | None:
 def _ablation(grid: Grid, folder: Path) -> tuple[str, list[Row], Figure]:
     [axis] = grid.axes
     rows = [row_of(point, folder / point.name, COMPARED) for point in grid.points]
-    names = [axis, "state", "edits", *COMPARED, *COSTS]
-    shown = [{name: as_number(name, row[name]) for name in names} for row in rows]
-    return "Each line changes one thing of the first:", shown, draw_comparison(_courses(grid, folder), "accuracy")
+    table = shown(rows, [axis, "state", "edits", *COMPARED, *COSTS])
+    return "Each line changes one thing of the first:", table, draw_comparison(_courses(grid, folder), "accuracy")
 
 
 _PARTS: dict[str, Callable[[Grid, Path], tuple[str, list[Row], Any]]] = {
@@ -247,23 +227,6 @@ _PARTS: dict[str, Callable[[Grid, Path], tuple[str, list[Row], Any]]] = {
     "d": _ability,
     "e": _ablation,
 }
-
-
-def _new_figure(columns: int) -> tuple[Figure, list[Any]]:
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
-
-    figure = Figure(figsize=(4.6 * columns, 3.8), layout="constrained")
-    axes = [figure.add_subplot(1, columns, place + 1) for place in range(columns)]
-    for axis in axes:
-        axis.grid(alpha=0.25, linewidth=0.7)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _looks(count: int) -> list[dict[str, Any]]:
-    return [
-        {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5} for i in range(count)
-    ]
 
 
 def _number(value: float | None, form: str = ".3f") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from lit_edit.files.pictures import add_panel, new_figure
 from lit_edit.studies.layers.candidates import Layers
 from lit_edit.studies.layers.trial import Trial
 
@@ -38,31 +39,20 @@ def draw_search(trials: Sequence[Trial], default: Layers, title: str = "") -> Fi
         default: The layers that the method takes by itself.
         title: Of the figure.
     """
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
-
     searched = [trial for trial in trials if trial.stage != "held out"]
     singles = [trial for trial in thorough(searched) if len(trial.layers) == 1]
     groups = [t for t in thorough(searched) if len(t.layers) > 1 or t.layers == default]
     held_out = [trial for trial in trials if trial.stage == "held out"]
     rows = max(3, len(groups) + len(held_out) + 2)
-    figure = Figure(figsize=(12.0, 1.6 + 0.32 * max(9, rows)), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _draw_singles(left, singles)
-    _draw_bars(right, groups, held_out, default)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", parse_math=False)
+    figure = new_figure(12.0, 1.6 + 0.32 * max(9, rows), title)
+    heading = "One layer (hollow: over fewer edits)"
+    _draw_singles(add_panel(figure, (1, 2, 1), heading, "singles", x_label="layer", whole=True), singles)
+    heading = "Score of groups (pale: over fewer edits), and held out"
+    _draw_bars(add_panel(figure, (1, 2, 2), heading, "groups", grid=False), groups, held_out, default)
     return figure
 
 
 def _draw_singles(axis: Axes, trials: Sequence[Trial]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_gid("singles")
-    axis.set_title("One layer (hollow: over fewer edits)", fontsize=11, loc="left")
-    axis.set_xlabel("layer")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25, linewidth=0.7)
     axis.set_ylim(-0.03, 1.03)
     most = max((trial.edits for trial in trials), default=0)
     for name, (colour, style) in LINES.items():
@@ -80,9 +70,6 @@ def _draw_singles(axis: Axes, trials: Sequence[Trial]) -> None:
 
 
 def _draw_bars(axis: Axes, groups: Sequence[Trial], held_out: Sequence[Trial], default: Layers) -> None:
-    axis.set_gid("groups")
-    axis.set_title("Score of groups (pale: over fewer edits), and held out", fontsize=11, loc="left")
-    axis.spines[["top", "right"]].set_visible(False)
     most = max((trial.edits for trial in groups), default=0)
     names, values, colours, alphas = [], [], [], []
     for trial in [*groups, *held_out]:

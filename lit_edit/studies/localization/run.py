@@ -5,15 +5,24 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import (
+    data_option,
+    layers_option,
+    limit_option,
+    make_parser,
+    method_option,
+    out_option,
+    positive,
+    seed_option,
+)
 from lit_edit.errors import ArgumentError
+from lit_edit.sweeps.study import begin_study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,31 +43,27 @@ def _options(args: list[str]) -> argparse.Namespace:
         "and by both. What is done is not done again; what was cut goes on.",
     )
     parser.add_argument("--trace", type=Path, required=True, metavar="FOLDER", help="of a finished 'lit-edit trace'")
-    parser.add_argument("--data", default="builtin", metavar="FILE", help="the facts that were traced, as given there")
-    parser.add_argument("--method", default="method/rome", help="the editor: a YAML file, or one that ships")
-    parser.add_argument(
-        "--layers", type=int, nargs="+", default=None, help="to edit at (default: about eight over the depth)"
-    )
+    data_option(parser, "the facts that were traced, as given there", default="builtin")
+    method_option(parser, "method/rome")
+    layers_option(parser, "to edit at (default: about eight over the depth)")
     parser.add_argument("--width", type=positive, default=1, help="layers edited together, around each")
     parser.add_argument("--kind", default="mlp", choices=["hidden", "mlp", "attn"], help="of tracing effect")
-    parser.add_argument("--limit", type=positive, default=None, help="edit so many of the facts")
-    parser.add_argument("--seed", type=int, default=0, help="of the new objects, and of the method")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder to write to (default: runs/studies/tracing-NAME)"
-    )
+    limit_option(parser, "edit so many of the facts")
+    seed_option(parser, "of the new objects, and of the method")
+    out_option(parser, "folder to write to (default: runs/studies/tracing-NAME)")
     return parser.parse_args(args)
 
 
 def run_tracing(args: list[str]) -> int:
     """Run the study; return the exit status."""
     options = _options(args)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    begin_study()
 
-    from lit_edit.files.paths import without_nan, write_atomically, write_json
+    from lit_edit.files.paths import without_nan, write_text
     from lit_edit.runs.files import run_lock
     from lit_edit.studies.tracing.facts import find_file, read_facts
     from lit_edit.studies.tracing.regression import regress
-    from lit_edit.sweeps.gathering import as_csv, as_markdown
+    from lit_edit.sweeps.outputs import as_csv, as_markdown, write_outputs
 
     told, traces = _read_trace(options.trace, options.kind)
     file = find_file(options.data)
@@ -87,12 +92,10 @@ def run_tracing(args: list[str]) -> int:
     left_out = len(edits) - len(kept)
     text += f"{left_out} edits could not be made and are left out.\n" if left_out else ""
     rows = [{**edit.as_dict(), "score": edit.score} for edit in edits]
-    write_atomically(out / "tracing.md", lambda path: path.write_text(text, encoding="utf-8"))
-    write_atomically(out / "edits.csv", lambda path: path.write_text(as_csv(rows), encoding="utf-8"))
-    write_json(out / "tracing.json", without_nan({**regression, "layers": by_layer}))
+    write_text(out / "edits.csv", as_csv(rows))
     title = f"{told['model']}, {options.method}: {len({e.fact for e in kept})} facts at {len(by_layer)} layers"
-    figure = draw_study(kept, title)
-    write_atomically(out / "tracing.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    content = without_nan({**regression, "layers": by_layer})
+    write_outputs(out, "tracing", text, figure=draw_study(kept, title), content=content)
     sys.stdout.write(f"{text}Everything is in {out}/ (tracing.md, edits.csv, tracing.json, tracing.png)\n")
     return 0
 
@@ -212,30 +215,20 @@ def verdict(fit: LocalizationFit) -> str:
 
 def draw_study(edits: Sequence[LayerEdit], title: str = "") -> Figure:
     """Draw rewrite scores against tracing effects, a point per edit, and the means of both by layer."""
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
-    from matplotlib.ticker import MaxNLocator
+    from lit_edit.files.pictures import COLOURS, MARKERS, add_panel, new_figure
 
-    figure = Figure(figsize=(11.5, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = new_figure(11.5, 4.6, title)
+    left: Any = add_panel(figure, (1, 2, 1), "A fact edited at a layer", x_label="fraction restored (tracing)")
+    right = add_panel(figure, (1, 2, 2), "Means by layer", x_label="layer", whole=True)
     points = left.scatter(
         [e.effect for e in edits], [e.score for e in edits], c=[e.layer for e in edits], cmap="viridis", s=22
     )
     figure.colorbar(points, ax=left, label="layer")
-    left.set_xlabel("fraction restored (tracing)")
     left.set_ylabel("rewrite score (edit)")
-    left.set_title("A fact edited at a layer", fontsize=11, loc="left")
     rows = layer_rows(edits)
-    for name, colour, marker in (("rewrite score", "#0072B2", "o"), ("fraction restored", "#D55E00", "s")):
+    for name, colour, marker in zip(("rewrite score", "fraction restored"), COLOURS, MARKERS, strict=False):
         right.plot([r["layer"] for r in rows], [r[name] for r in rows], color=colour, marker=marker, label=name)
-    right.set_xlabel("layer")
-    right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    right.set_title("Means by layer", fontsize=11, loc="left")
     right.legend(frameon=False)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25, linewidth=0.7)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", parse_math=False)
     return figure
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.files.paths import write_atomically, write_json
-from lit_edit.sweeps.comparison import COLOURS, LEAST_SPAN, MARKERS, Course, read_course
-from lit_edit.sweeps.gathering import COSTS, as_csv, as_markdown, as_number, row_of
+from lit_edit.files.pictures import COLOURS, add_panel, new_figure
+from lit_edit.sweeps.comparison import Course, draw_panel, read_course
+from lit_edit.sweeps.gathering import COSTS, failure_of, row_of, shown
 from lit_edit.sweeps.grids import Grid
-from lit_edit.sweeps.points import LOG, last_line
+from lit_edit.sweeps.outputs import as_markdown, write_outputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,21 +62,17 @@ def write_report(grid: Grid, folder: Path, targets: Mapping[str, Any]) -> str:
     text += as_markdown([_shown_target(row) for row in targets["targets"] if row["of"] == "all"])
     text += f"\nTargets of the first {number}, which are edited:\n\n"
     text += as_markdown([_shown_target(row) for row in by_kind.values()])
-    text += f"\nAfter {number} sequential edits of one kind:\n\n{as_markdown(_shown(rows))}"
+    text += f"\nAfter {number} sequential edits of one kind:\n\n"
+    text += as_markdown(shown(rows, [AXIS, "state", "edits", *MEASURED, *COSTS]))
     for row in rows:
-        if row["state"].startswith("failed"):
-            log = folder / row["point"] / LOG
-            text += f"\n{row[AXIS]} failed: {last_line(log) if log.is_file() else row['state']}\n"
+        if (error := failure_of(row, folder / row["point"])) is not None:
+            text += f"\n{row[AXIS]} failed: {error}\n"
     joined = [
         {**row, **{f"target {name}": by_kind[row[AXIS]][name] for name in _COLUMNS if name != "edits"}} for row in rows
     ]
-    write_atomically(folder / "mqd.md", lambda path: path.write_text(text, encoding="utf-8"))
-    write_atomically(folder / "mqd.csv", lambda path: path.write_text(as_csv(joined), encoding="utf-8"))
     content = {"study": grid.name, "base": list(grid.base), "settings": grid.settings, **targets, "runs": rows}
-    write_json(folder / "mqd.json", content)
     figure = draw_study(list(by_kind.values()), courses, f"{grid.name}: {number} edits of each kind")
-    write_atomically(folder / "mqd.png", lambda path: figure.savefig(path, format="png", dpi=140))
-    return text
+    return write_outputs(folder, "mqd", text, joined, figure, content)
 
 
 def _shown_target(row: Mapping[str, Any]) -> dict[str, str]:
@@ -89,11 +84,6 @@ def _shown_target(row: Mapping[str, Any]) -> dict[str, str]:
     return cells
 
 
-def _shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    names = [AXIS, "state", "edits", *MEASURED, *COSTS]
-    return [{name: as_number(name, row[name]) for name in names} for row in rows]
-
-
 def draw_study(targets: Sequence[Mapping[str, Any]], courses: Sequence[Course], title: str = "") -> Figure:
     """Draw the targets of each kind as bars, and below what its edits do to the model.
 
@@ -102,43 +92,19 @@ def draw_study(targets: Sequence[Mapping[str, Any]], courses: Sequence[Course], 
         courses: Per kind, in the same order, the course of its run.
         title: Of the figure.
     """
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(12.5, 7.0), layout="constrained")
+    figure = new_figure(12.5, 7.0, title)
     kinds = [str(row[AXIS]) for row in targets]
     bars = (("perplexity", "Perplexity of the targets"), ("entropy", "Entropy of the targets, bits"))
     for place, (name, heading) in enumerate((*bars, ("tokens", "Tokens in a target")), 1):
-        axis = figure.add_subplot(2, 3, place, gid=f"targets/{name}")
-        axis.set_title(heading, fontsize=11, loc="left")
-        axis.spines[["top", "right"]].set_visible(False)
+        axis = add_panel(figure, (2, 3, place), heading, f"targets/{name}", grid=False)
         drawn = axis.bar(kinds, [row[name] for row in targets], color=COLOURS[: len(kinds)], width=0.6)
         axis.bar_label(drawn, fmt=lambda value: f"{value:,.3g}")
         axis.margins(y=0.12)
     lines = (("efficacy/accuracy", "Edits that hold (accuracy)"), ("perplexity", "Perplexity of ordinary text"))
     for place, (name, heading) in enumerate((*lines, ("mean |W|", "Growth of mean |W| (unedited: 1)")), 4):
-        axis = figure.add_subplot(2, 3, place, gid=name)
-        axis.set_title(heading, fontsize=11, loc="left")
-        axis.set_xlabel("edits")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.ticklabel_format(axis="y", useOffset=False)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25, linewidth=0.7)
-        seen: list[float] = []
-        for number, course in enumerate(courses):
-            points = [(edits, value) for edits, value in course.series.get(name, ()) if math.isfinite(value)]
-            if points and points[0][0] > 0 and name in course.base:
-                points.insert(0, (0, course.base[name]))
-            seen += [value for _, value in points]
-            look: Any = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-            xs, ys = zip(*points, strict=True) if points else ((), ())
-            axis.plot(xs, ys, label=course.label, markersize=5, markevery=max(1, len(points) // 10), **look)
-        if seen and name in LEAST_SPAN:  # small differences are to look small
-            low, high = min(seen), max(*seen, min(seen) * (1 + LEAST_SPAN[name]))
-            axis.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+        axis = add_panel(figure, (2, 3, place), heading, name, x_label="edits", whole=True)
+        draw_panel(axis, name, courses)
         if place == 4:
             axis.set_ylim(-0.03, 1.03)
             axis.legend(frameon=False)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure

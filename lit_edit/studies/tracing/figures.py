@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lit_edit.files.pictures import add_panel, new_figure
 from lit_edit.studies.tracing.prompts import ROLES
 from lit_edit.studies.tracing.summary import AverageEffect
 from lit_edit.studies.tracing.trace import FactTrace
@@ -30,11 +31,11 @@ def draw_fact(trace: FactTrace, window: int = 10) -> Figure:
         trace: Of the fact.
         window: How many layers were restored together, for the titles.
     """
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display needed
-
     first, behind = trace.subject
     labels = [f"{token.strip() or repr(token)}{'*' if first <= i < behind else ''}" for i, token in _texts(trace)]
-    figure = Figure(figsize=(1.2 + 3.9 * len(trace.restored), 1.5 + 0.24 * len(labels)), layout="constrained")
+    known = f"clean {trace.p_clean:.3f}, corrupted {trace.p_corrupt:.3f}"
+    title = f"{' '.join(trace.prompt.splitlines())} …  ({known})"
+    figure = new_figure(1.2 + 3.9 * len(trace.restored), 1.5 + 0.24 * len(labels), title)
     for place, (kind, layers) in enumerate(trace.restored.items(), 1):
         axis = figure.add_subplot(1, len(trace.restored), place, gid=kind)
         values = [[trace.p_corrupt] * len(layers)] * first  # nothing is corrupted before the subject
@@ -46,8 +47,6 @@ def draw_fact(trace: FactTrace, window: int = 10) -> Figure:
         axis.set_yticks(range(len(labels)), labels if place == 1 else [""] * len(labels), fontsize=8)
         axis.tick_params(axis="x", labelsize=8)
         figure.colorbar(image, ax=axis).ax.set_title(f"p({trace.answer.strip()})", fontsize=8)
-    heading = f"clean {trace.p_clean:.3f}, corrupted {trace.p_corrupt:.3f}"
-    figure.suptitle(f"{_plain(trace.prompt)} …  ({heading})", fontsize=10, x=0.01, ha="left")
     return figure
 
 
@@ -59,10 +58,8 @@ def draw_averages(averages: Sequence[AverageEffect], window: int = 10, title: st
         window: How many layers were restored together, for the titles.
         title: Of the figure.
     """
-    from matplotlib.figure import Figure
-
     kinds = list(dict.fromkeys(average.kind for average in averages))
-    figure = Figure(figsize=(2.0 + 4.2 * len(kinds), 6.8), layout="constrained")
+    figure = new_figure(2.0 + 4.2 * len(kinds), 6.8, title)
     curves: Axes | None = None
     for place, kind in enumerate(kinds, 1):
         rows = {role: [a for a in averages if a.kind == kind and a.role == role] for role in ROLES}
@@ -74,16 +71,17 @@ def draw_averages(averages: Sequence[AverageEffect], window: int = 10, title: st
         axis.set_title(_title(kind, window), fontsize=10)
         axis.set_yticks(range(len(rows)), list(rows) if place == 1 else [""] * len(rows), fontsize=9)
         figure.colorbar(image, ax=axis).ax.set_title("AIE", fontsize=8)
-        below = curves = figure.add_subplot(2, len(kinds), len(kinds) + place, gid=f"{kind} curves", sharey=curves)
+        below = add_panel(figure, (2, len(kinds), len(kinds) + place), name=f"{kind} curves", x_label="layer")
+        if curves is None:
+            below.set_ylabel("average indirect effect")
+        else:
+            below.sharey(curves)
+        curves = below
         _draw_curves(below, rows)
-        if place == 1:
-            below.set_ylabel("average indirect effect", fontsize=9)
     if curves is not None:
         figure.legend(
             *curves.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9, frameon=False
         )
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
 
 
@@ -98,9 +96,6 @@ def _draw_curves(axis: Axes, rows: Mapping[str, Sequence[AverageEffect]]) -> Non
         low = [a.effect - 1.96 * a.error for a in found]
         high = [a.effect + 1.96 * a.error for a in found]
         axis.fill_between(layers, low, high, color=COLOURS[index], alpha=0.15, linewidth=0)
-    axis.set_xlabel("layer", fontsize=9)
-    axis.grid(alpha=0.25, linewidth=0.7)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _title(kind: str, window: int) -> str:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lit_edit.files.paths import without_nan, write_atomically
+from lit_edit.files.paths import without_nan, write_atomically, write_text
 from lit_edit.runs.results import ResultsFolder
 from lit_edit.studies.tracing.prompts import role_of
 from lit_edit.studies.tracing.summary import AverageEffect, fraction_restored
 from lit_edit.studies.tracing.trace import FactTrace
+from lit_edit.sweeps.outputs import as_csv
 
 
 class TraceFolder(ResultsFolder[FactTrace]):
@@ -49,7 +48,7 @@ class TraceFolder(ResultsFolder[FactTrace]):
         }
         names = []
         for name, rows in tables.items():
-            write_atomically(self.path / f"{name}.csv", partial(Path.write_text, data=_as_csv(rows), encoding="utf-8"))
+            write_text(self.path / f"{name}.csv", as_csv(without_nan(rows)))
             names.append(f"{name}.csv")
         try:
             pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
@@ -90,12 +89,3 @@ def fraction_rows(traces: Sequence[FactTrace]) -> Iterator[dict[str, Any]]:
         for kind in trace.restored:
             for layer, fraction in enumerate(fraction_restored(trace, kind)):
                 yield {"fact": trace.id, "kind": kind, "layer": layer, "fraction_restored": fraction}
-
-
-def _as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(without_nan(list(rows)))
-    return text.getvalue()

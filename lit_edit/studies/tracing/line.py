@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lit_edit.devices.algebra import without_autocast
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.models.packed import _SHORT, _short_attention, allowed_positions, packed_attention
+from lit_edit.models.packed import allowed_positions
+from lit_edit.models.packed_attention import SHORT, packed_attention
 
 KeyValues = tuple[Tensor, Tensor]
 """Attention keys and values of kept versions, each ``(heads, versions * length, head size)``."""
@@ -171,19 +172,29 @@ class PromptLine:
 
 
 class _Attention:
-    """Stands where a layer expects its mask; :mod:`lit_edit.models.packed` hands attention over to it."""
+    """Stands where a layer expects its mask; :mod:`lit_edit.models.packed_attention` hands attention over to it."""
 
     def __init__(self, line: PromptLine, mask: Tensor, kept: KeyValues | None) -> None:
         self.line, self.mask, self.kept = line, mask, kept
+        self.attention = line.adapter.attention
 
-    def attend(self, inner: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+    def attend(
+        self,
+        inner: Any,
+        by_formula: bool,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
         """Attention over the line: ``(1, heads, tokens, size)`` to ``(1, tokens, heads, size)``."""
         line = self.line
         self.own = (key[0], value[0])
         keys, values = self.own
         if self.kept is not None:
             keys, values = torch.cat([self.kept[0], keys], 1), torch.cat([self.kept[1], values], 1)
-        if inner is _short_attention and self.mask.shape[-1] <= _SHORT:
+        if by_formula and self.mask.shape[-1] <= SHORT:
             return _attend(line, self.mask, query[0], keys, values, kwargs.get("scaling"))[None]
         rows = [_rows(query[0], line._queries, line.versions)]
         rows += [_rows(side, line._keys, line.versions) for side in (keys, values)]

@@ -31,6 +31,7 @@ from lit_edit.stream.session import EditSession
 from lit_edit.testing import TINY_CONFIGS, tiny_model, tiny_requests, tiny_tokenizer
 from lit_edit.text.tokens import continuation
 from tests.streams import FixedStatistics, make_trainer
+from tests.tolerances import assert_near, rounding
 
 F64 = torch.float64
 REQUESTS = tiny_requests()
@@ -235,15 +236,15 @@ def by_autograd(model: Any, adapter: ModelAdapter, layers: Sequence[int], row: A
 
 
 def check_against_autograd(found: TokenGradients, adapter: ModelAdapter, layers: Sequence[int], rows: Any) -> None:
-    first = 0
+    first, most = 0, rounding(adapter.model.config.model_type)
     for number, row in enumerate(rows):
         keys, slopes, loss = by_autograd(adapter.model, adapter, layers, row)
         own = slice(first, first + len(row[1]))
         assert found.owner[own].tolist() == [number] * len(row[1])
         for layer in layers:
-            torch.testing.assert_close(found.inputs[layer][own], keys[layer], rtol=1e-9, atol=1e-11)
-            torch.testing.assert_close(found.gradients[layer][own], slopes[layer], rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(found.losses[number], loss[0], rtol=1e-9, atol=1e-11)
+            assert_near(found.inputs[layer][own], keys[layer], most)
+            assert_near(found.gradients[layer][own], slopes[layer], most)
+        assert_near(found.losses[number], loss[0], most)
         first += len(row[1])
     assert first == len(found.owner)
 
@@ -264,8 +265,8 @@ def test_batches_do_not_matter() -> None:
     for batch_tokens in (1, 30, 70):
         found = collect_gradients(adapter, rows, (0, 2), pad=7, batch_tokens=batch_tokens)
         for layer in (0, 2):
-            torch.testing.assert_close(found.inputs[layer], together.inputs[layer], rtol=1e-9, atol=1e-11)
-            torch.testing.assert_close(found.gradients[layer], together.gradients[layer], rtol=1e-9, atol=1e-11)
+            assert_near(found.inputs[layer], together.inputs[layer], rounding("gpt2"))
+            assert_near(found.gradients[layer], together.gradients[layer], rounding("gpt2"))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
@@ -311,7 +312,8 @@ def test_two_steps_are_the_published_algorithm(model_type: str, per_layer: bool)
                 reference.own_weight(layer).add_(reference.to_layout(layer, delta))
     for layer in (1, 2):
         found = session.ledger.deltas[session.ledger.names[layer]]
-        torch.testing.assert_close(found, total[layer], rtol=1e-8, atol=1e-10)
+        # Dividing by the standard deviations of a few tokens magnifies what rounding did.
+        assert_near(found, total[layer], 10 * rounding(model_type))
         assert float(found.norm()) > 1e-4
 
 

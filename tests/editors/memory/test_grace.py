@@ -25,6 +25,7 @@ from lit_edit.stream.session import EditSession
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 from lit_edit.text.tokens import continuation, encode
 from tests.editors.gradient.test_gradient import equal, make, start, weights
+from tests.tolerances import assert_near, rounding
 
 REQUESTS = tiny_requests()
 F64 = torch.float64
@@ -246,7 +247,8 @@ def test_a_preview_shows_what_would_be() -> None:
     seen = [r.efficacy[0].preferred for r in evaluate_edits(view, tiny_tokenizer(), REQUESTS[:2])]
     assert probabilities(session) == before
     session.undo([2])
-    assert [math.exp(-nll) for nll in seen] == probabilities(session)[:2]
+    # Of all edits in one pass: in another shape, and Llama's norms are float32.
+    assert [math.exp(-nll) for nll in seen] == pytest.approx(probabilities(session)[:2], rel=rounding("llama"))
 
 
 def test_an_edit_that_diverges_is_refused_and_nothing_kept() -> None:
@@ -307,14 +309,15 @@ def test_prompts_are_answered_along_their_routes() -> None:
     rest = [(CONTEXT + pairs[0][0], pairs[0][1]), *pairs[1:5]]
     wanted = [score.nll for score in score_continuations(base, tokenizer, rest)]
     wanted.append(score_continuations(other, tokenizer, pairs[5:])[0].nll)
-    assert found == pytest.approx(wanted, abs=1e-9)
+    near = rounding("llama")  # each in a pass of another shape
+    assert found == pytest.approx(wanted, rel=near)
     texts = [f"{r.text} {r.target_new} or not." for r in REQUESTS]
     seen = text_nlls(view, tokenizer, texts)
     with_context = text_nlls(base, tokenizer, [CONTEXT + texts[0]])[0]
     assert len(seen[0]) == len(encode(tokenizer, texts[0])) - 1
-    torch.testing.assert_close(seen[0], with_context[-len(seen[0]) :], rtol=0, atol=1e-9)
-    torch.testing.assert_close(seen[1], text_nlls(base, tokenizer, texts[1:2])[0], rtol=0, atol=1e-9)
-    torch.testing.assert_close(seen[5], text_nlls(other, tokenizer, texts[5:])[0], rtol=0, atol=1e-9)
+    assert_near(seen[0], with_context[-len(seen[0]) :], near)
+    assert_near(seen[1], text_nlls(base, tokenizer, texts[1:2])[0], near)
+    assert_near(seen[5], text_nlls(other, tokenizer, texts[5:])[0], near)
     for prompt, model, before in ((pairs[0][0], base, CONTEXT), (pairs[5][0], other, "")):
         assert continue_greedily(view, tokenizer, prompt, 4) == continue_greedily(model, tokenizer, before + prompt, 4)
 

@@ -25,6 +25,7 @@ from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 from lit_edit.text.tokens import encode
 from tests.editors.memory.words import WordEncoder
 from tests.streams import FixedStatistics
+from tests.tolerances import SINGLE, assert_near
 
 REQUESTS = tiny_requests()
 TOKENIZER = tiny_tokenizer()
@@ -119,8 +120,8 @@ def test_demonstrations_are_of_the_published_kinds_and_give_nothing_away() -> No
 def test_what_does_not_fit_is_left_out_the_least_like_first() -> None:
     near = (Probe("Oslo is in", "Europe"),)
     shown = [
-        EditRequest(name, "{} is in", name, "Asia", paraphrases=(f"Where is {name}? In",), neighborhood=near)
-        for name in ("Rome", "Bonn")
+        EditRequest(name, prompt, name, "Asia", paraphrases=(f"Where is {name}? In",), neighborhood=near)
+        for name, prompt in (("Rome", "{} is in"), ("Bonn", "{} is at"))  # two of three words, and one
     ]
     facts = [fact("Paris is in", "Africa"), fact("Paris lies in", "Africa")]
     whole = put_before(contexts(facts, shown, edits=2), "Paris is in")
@@ -201,7 +202,8 @@ def test_edits_are_answered_in_their_context_and_the_rest_as_ever(shown: str) ->
     nlls = text_nlls(adapter, TOKENIZER, [text, far])
     expected = plain_nll(adapter.model, QUESTION, text)[1:]  # a text alone has no nll of its first token
     torch.testing.assert_close(nlls[0], expected, atol=1e-4, rtol=1e-4)
-    assert torch.equal(nlls[1], text_nlls(original, TOKENIZER, [far])[0])
+    # Beside another text, in a pass of another shape: not the same bits.
+    assert_near(nlls[1], text_nlls(original, TOKENIZER, [far])[0], SINGLE)
     assert all(torch.equal(value, weights[name]) for name, value in adapter.model.state_dict().items())
 
 

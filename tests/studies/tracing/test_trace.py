@@ -14,6 +14,7 @@ from lit_edit.models import ModelAdapter
 from lit_edit.studies.tracing import KINDS, FactTrace, KnownFact, TokenizedFact, tokenize_fact, trace_fact
 from lit_edit.studies.tracing.trace import window_around
 from lit_edit.testing import tiny_model, tiny_tokenizer
+from tests.tolerances import rounding
 
 FACT = KnownFact("0", "The capital of Italy is the city of", "Italy", "Rome", 15)
 LAYERS = {"llama": "model.layers", "gpt2": "transformer.h", "gptj": "transformer.h", "gemma2": "model.layers"}
@@ -94,15 +95,20 @@ def brute_force(adapter: ModelAdapter, fact: TokenizedFact, noise: Tensor, kind:
     }
 
 
-def check(found: FactTrace, expected: dict[str, Any], kind: str) -> None:
-    start = found.subject[0]
+def near(model_type: str, found: FactTrace) -> float:
+    """What passes of another shape make of a probability."""
+    return rounding(model_type) * found.p_clean
+
+
+def check(found: FactTrace, expected: dict[str, Any], kind: str, model_type: str) -> None:
+    start, most = found.subject[0], near(model_type, found)
     assert found.answer == str(expected["answer"])
-    assert found.p_clean == pytest.approx(expected["p_clean"], abs=1e-9)
-    assert found.p_corrupt == pytest.approx(expected["p_corrupt"], abs=1e-9)
+    assert found.p_clean == pytest.approx(expected["p_clean"], abs=most)
+    assert found.p_corrupt == pytest.approx(expected["p_corrupt"], abs=most)
     assert abs(found.p_clean - found.p_corrupt) > 1e-6  # noise does something
     for ours, theirs in zip(found.restored[kind], expected["restored"], strict=True):
-        assert ours == pytest.approx(theirs[start:], abs=1e-9)
-        assert theirs[:start] == pytest.approx([expected["p_corrupt"]] * start, abs=1e-9)  # nothing is corrupted there
+        assert ours == pytest.approx(theirs[start:], abs=most)
+        assert theirs[:start] == pytest.approx([expected["p_corrupt"]] * start, abs=most)  # nothing is corrupted there
     assert len({round(p, 9) for row in found.restored[kind] for p in row}) > 8  # places differ
 
 
@@ -110,7 +116,7 @@ def check(found: FactTrace, expected: dict[str, Any], kind: str) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "gptj"])
 def test_tracing_equals_brute_force(model_type: str, kind: Any) -> None:
     adapter, fact, noise = make(model_type)
-    check(trace_fact(adapter, fact, noise, window=3), brute_force(adapter, fact, noise, kind, 3), kind)
+    check(trace_fact(adapter, fact, noise, window=3), brute_force(adapter, fact, noise, kind, 3), kind, model_type)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "opt", "gemma2", "mistral"])
@@ -118,7 +124,7 @@ def test_every_kind_of_layer(model_type: str) -> None:
     adapter, fact, noise = make(model_type)
     found = trace_fact(adapter, fact, noise[:1], window=2)
     for kind in KINDS:
-        check(found, brute_force(adapter, fact, noise[:1], kind, 2), kind)
+        check(found, brute_force(adapter, fact, noise[:1], kind, 2), kind, model_type)
 
 
 def test_long_prompts_are_traced_in_portions() -> None:
@@ -127,7 +133,7 @@ def test_long_prompts_are_traced_in_portions() -> None:
     portions = trace_fact(adapter, fact, noise, most_tokens=1)
     for kind in KINDS:
         for ours, theirs in zip(portions.restored[kind], whole.restored[kind], strict=True):
-            assert ours == pytest.approx(theirs, abs=1e-12)
+            assert ours == pytest.approx(theirs, abs=near("llama", whole))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gptj"])
@@ -139,13 +145,13 @@ def test_restorations_run_together_as_alone(model_type: str, window: int) -> Non
         apart = trace_fact(adapter, fact, noise, window=window, most_together=most)
         for kind in KINDS:
             for ours, theirs in zip(apart.restored[kind], together.restored[kind], strict=True):
-                assert ours == pytest.approx(theirs, abs=1e-12)
+                assert ours == pytest.approx(theirs, abs=near(model_type, together))
 
 
 def test_the_last_token_behind_the_last_layer_restores_everything() -> None:
     adapter, fact, noise = make()
     found = trace_fact(adapter, fact, noise, kinds=["hidden"])
-    assert found.restored["hidden"][-1][-1] == pytest.approx(found.p_clean, abs=1e-12)
+    assert found.restored["hidden"][-1][-1] == pytest.approx(found.p_clean, rel=rounding("llama"))
     assert found.restored["hidden"][-1][:-1] == pytest.approx(
         [found.p_corrupt] * (len(found.tokens) - fact.subject[0] - 1)
     )

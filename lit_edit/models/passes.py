@@ -1,0 +1,268 @@
+"""Forward passes, cut where editing needs them cut: parts of them, what layers read on the way, texts that follow."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import DynamicCache, PreTrainedModel
+
+from lit_edit.models.kernels import Kernels
+from lit_edit.models.shards import stand_ins
+
+CACHE_NAMES = ("past_key_values", "layer_past")
+"""What layers call the cache of attention keys and values."""
+
+
+class _StopForward(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by a hook to leave a forward pass early; never reaches the caller."""
+
+
+class Passes(Kernels):
+    """The passes of a view: with its weights, its memory and its kernels."""
+
+    _signatures: dict[int, inspect.Signature]
+
+    def record_calls(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, dict[int, dict[str, Any]]]:
+        """Return the first layer's input and how the model would call each of its layers, without running them.
+
+        Args:
+            input_ids: ``(batch, time)`` token ids.
+            attention_mask: ``(batch, time)``, padding on either side.
+
+        Returns:
+            ``(batch, time, d_model)``, and by layer the keyword arguments (masks, positions, rotary tables).
+        """
+        calls: dict[int, dict[str, Any]] = {}
+        first: list[Tensor] = []
+
+        def stand_in(index: int) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, calls[index] = self._bind(index, args, kwargs)
+                if index == 0:
+                    first.append(hidden)
+                if index == self.n_layers - 1:
+                    raise _StopForward
+                return (hidden,) if not self.packs else hidden
+
+            return forward
+
+        for index in range(self.n_layers):
+            self._signature(index)
+        with ExitStack() as stack, suppress(_StopForward):
+            if self.sharded:  # the layers themselves would gather their weights
+                stack.enter_context(stand_ins(self._module(self.spec.layers), stand_in))
+            for index, layer in enumerate(self.layers if not self.sharded else ()):
+                if "forward" in vars(layer):  # somebody else's, as accelerate puts there
+                    stack.callback(vars(layer).__setitem__, "forward", vars(layer)["forward"])
+                else:
+                    stack.callback(vars(layer).pop, "forward")
+                layer.forward = stand_in(index)  # shadows the method of the class
+            self._run_backbone(input_ids, attention_mask)
+        return first[0], calls
+
+    def run_layers(self, hidden: Tensor, calls: Mapping[int, Mapping[str, Any]], start: int, stop: int) -> Tensor:
+        """Continue a pass: layers ``start .. stop - 1`` on ``hidden`` ``(batch, time, d_model)``."""
+        for index in range(start, stop):
+            hidden = self.run_layer(index, hidden, calls[index])
+        return hidden
+
+    @contextmanager
+    def record_keys(self, layers: Sequence[int], stop_after_last: bool = False) -> Iterator[dict[int, Tensor]]:
+        """Record the down-projection inputs of layers, by layer, during passes run inside this context.
+
+        Args:
+            layers: The layers to listen to.
+            stop_after_last: Leave the pass as soon as the highest of them has been read.
+        """
+        keys: dict[int, Tensor] = {}
+        last = max(layers) if stop_after_last else None
+
+        def reader(layer: int) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                keys[layer] = args[0]
+                if layer == last and not self.sharded:
+                    raise _StopForward
+
+            return hook
+
+        def leave(*_: Any) -> None:
+            raise _StopForward
+
+        with ExitStack() as stack:
+            if last is not None and self.sharded:  # the layer runs to its end: FSDP then puts its weights away
+                stack.callback(self.layers[last].register_forward_hook(leave).remove)
+            for layer in layers:
+                stack.callback(self.down_proj(layer).register_forward_pre_hook(reader(layer)).remove)
+            yield keys
+
+    def last_hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the final, normalised hidden states ``(batch, time, d_head)``: what the head reads."""
+        return self._run_backbone(input_ids, attention_mask).last_hidden_state
+
+    def read_keys(self, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Return ``{layer: (batch, time, d_in)}`` of one pass that stops at the highest layer asked for."""
+        with self.record_keys(layers, stop_after_last=True) as keys, suppress(_StopForward):
+            self._run_backbone(input_ids, attention_mask)
+        return {layer: key.reshape(*input_ids.shape, -1) for layer, key in keys.items()}
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, seed: int | None = None, **settings: Any) -> Tensor:
+        """Continue rows of equal length with transformers' ``generate``, with the weights of this view.
+
+        Args:
+            input_ids: ``(batch, time)``, without padding.
+            seed: Seeds sampling; the global random state is left as it was.
+            settings: Passed to ``generate``.
+
+        Returns:
+            ``(batch, longer time)``, the rows with their continuations.
+        """
+        settings |= {"attention_mask": torch.ones_like(input_ids), "max_length": None}
+        weights = {} if self.sharded else {f"model.{name}": weight for name, weight in self.weights.items()}
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices, enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            with self.lent() if self.sharded else self.patched():
+                rows: Tensor = functional_call(_Generate(self.model), weights, (input_ids,), settings)
+        return rows
+
+    @torch.no_grad()
+    def sample(self, input_ids: Tensor, new: int, top_k: int, seed: int) -> Tensor:
+        """Let the model go on with rows of equal length, each token drawn from its ``top_k`` most probable ones.
+
+        Much faster than ``generate`` for many rows, which draws from the whole vocabulary.
+
+        Args:
+            input_ids: ``(batch, time)``, without padding.
+            new: Tokens to add to each row.
+            top_k: Draw from this many.
+            seed: Seeds the drawing; the global random state is left as it was.
+
+        Returns:
+            ``(batch, time + new)``.
+        """
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+
+        def draw(logits: Tensor, step: int) -> Tensor:
+            likely = logits.topk(min(top_k, logits.shape[-1]))
+            choice = torch.multinomial(torch.softmax(likely.values, -1), 1, generator=generator)
+            return likely.indices.gather(1, choice)
+
+        return self.go_on(input_ids, new, draw)
+
+    @torch.no_grad()
+    def go_on(self, input_ids: Tensor, new: int, choose: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Let the model go on with rows of equal length; no token ends a row.
+
+        Args:
+            input_ids: ``(batch, time)``, without padding.
+            new: Tokens to add to each row.
+            choose: Returns the next tokens ``(batch, 1)`` from logits ``(batch, vocab)`` and the number of the step.
+
+        Returns:
+            ``(batch, time + new)``.
+        """
+        cache, rows, step = DynamicCache(config=self.model.config), input_ids, input_ids
+        for number in range(new):
+            with self.fast_products():
+                states = self._run_backbone(step, torch.ones_like(rows), cache).last_hidden_state[:, -1]
+                logits = self.logits(states)
+            step = choose(logits, number)
+            rows = torch.cat([rows, step], 1)
+        return rows
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Apply final norm (and what follows it) to the output of the last layer."""
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        return hidden if self.post_norm is None else self.post_norm(hidden)
+
+    def logits(self, normalised: Tensor) -> Tensor:
+        """Apply the head to :meth:`finish`-ed states ``(..., d_head)``; returns ``(..., vocab)``, at least float32."""
+        if self.head_weight is None:
+            logits = self.head(normalised)
+        else:
+            logits = functional_call(self.head, {"weight": self.head_weight}, (normalised,))
+        cap = getattr(self.model.config, self.spec.logit_softcap, None) if self.spec.logit_softcap else None
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+    def _run_backbone(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None) -> Any:
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        kwargs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            # Positions count tokens, not padding: left padding must not move them.
+            "position_ids": positions[:, -input_ids.shape[1] :],
+            "use_cache": cache is not None,
+            "past_key_values": cache,
+        }
+        if self.spec.family == "opt":  # OPT derives its positions from the mask, with an offset of its own.
+            del kwargs["position_ids"]
+        if self.sharded:
+            with self.lent():
+                return self.backbone(**kwargs)
+        local = {name.removeprefix(self.backbone_prefix): value for name, value in self.weights.items()}
+        with self.patched():
+            return functional_call(self.backbone, local, (), kwargs) if local else self.backbone(**kwargs)
+
+    def run_layer(self, index: int, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """Run one layer on ``hidden`` ``(batch, time, d_model)``."""
+        if self.sharded:
+            with self.lent(index):
+                return _first(self.layers[index](hidden, **call))
+        prefix = self.layer_prefix(index)
+        local = {n.removeprefix(prefix): w for n, w in self.weights.items() if n.startswith(prefix)}
+        layer = self.layers[index]
+        with self.patched(index):
+            output = functional_call(layer, local, (hidden,), dict(call)) if local else layer(hidden, **call)
+        return _first(output)
+
+    def _signature(self, index: int) -> inspect.Signature:
+        if index not in self._signatures:
+            self._signatures[index] = inspect.signature(self.layers[index].forward)
+        return self._signatures[index]
+
+    def mask_like(self, allowed: Tensor) -> Tensor:
+        """Turn booleans into the mask that the model's attention takes: additive floats for eager attention."""
+        if self.attention != "eager":
+            return allowed
+        return torch.zeros_like(allowed, dtype=self.dtype).masked_fill(~allowed, torch.finfo(self.dtype).min)
+
+    def _bind(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Name the positional arguments of a layer call; return the hidden states and the rest."""
+        arguments = dict(self._signature(index).bind(*args, **kwargs).arguments)
+        arguments.update(arguments.pop("kwargs", {}))
+        hidden = arguments.pop("hidden_states")
+        for name in CACHE_NAMES:
+            if name in arguments:
+                arguments[name] = None
+        if "use_cache" in arguments:
+            arguments["use_cache"] = False
+        return hidden, arguments
+
+
+class _Generate(nn.Module):
+    """``generate`` as a forward pass, so that ``functional_call`` can lend it other weights."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, ids: Tensor, **settings: Any) -> Tensor:
+        """Return the continued rows."""
+        rows: Tensor = self.model.generate(ids, **settings)
+        return rows
+
+
+def _first(output: Any) -> Tensor:
+    """Decoder layers return a tensor or a tuple that starts with one, depending on family and release."""
+    return output[0] if isinstance(output, tuple) else output

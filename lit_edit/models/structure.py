@@ -1,0 +1,194 @@
+"""Where a model keeps the parts that editing touches.
+
+Everything that knows of families is here: :func:`find_spec` says which names a model's parts have, :class:`Structure`
+finds the parts by these names. What else reads a model asks a structure and never a path.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lit_edit.errors import ArgumentError, UserError
+from lit_edit.models.families import SPECS
+from lit_edit.models.shards import is_sharded, written_class
+from lit_edit.models.spec import ArchSpec
+
+
+class UnknownArchitectureError(UserError):
+    """The model's family is not described, or its description does not fit the model."""
+
+
+def find_spec(model: nn.Module) -> ArchSpec:
+    """Return the description of a model's family.
+
+    Raises:
+        UnknownArchitectureError: If no family fits; the message lists the model's modules and says what to write.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    for spec in SPECS:
+        if model_type in spec.model_types:
+            return spec
+    known = ", ".join(sorted(spec.family for spec in SPECS))
+    raise UnknownArchitectureError(
+        f"architecture {model_type!r} is not described (known: {known}).\n{_describe(model)}"
+    )
+
+
+def _describe(model: nn.Module) -> str:
+    names = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", name) for name, _ in model.named_modules() if name)
+    listing = "\n".join(f"  {name}" for name in names)
+    return (
+        f"The modules of this model ({{}} stands for the layer number):\n{listing}\n"
+        "Describe it in YAML and pass the file with --config:\n"
+        "  model:\n    language_model:\n      arch:\n"
+        "        family: my-family\n        layers: <path to the list of decoder layers>\n"
+        "        down_proj: <path from one layer to the MLP down projection>\n"
+        "        norm: <path to the final norm, or null>"
+    )
+
+
+class Structure:
+    """The parts of one decoder-only model.
+
+    Args:
+        model: A Hugging Face model.
+        spec: Its family's description; found by ``config.model_type`` when not given.
+
+    Attributes:
+        layers: The decoder layers.
+        norm: The final norm, if there is one.
+        post_norm: What stands between final norm and head, if anything does.
+        head: The language-model head.
+        backbone: All of the model below the head.
+        packs: Whether attention goes through transformers' interface, where a line of tokens can be told apart into
+            rows.
+        attention: The kind of attention in passes of our own.
+        layer_configs: The configurations that the layers look at.
+        sharded: Whether several processes hold a part of each layer each.
+
+    Raises:
+        UnknownArchitectureError: If the family is unknown or ``spec`` names modules that the model does not have.
+    """
+
+    def __init__(self, model: PreTrainedModel, spec: ArchSpec | None = None) -> None:
+        self.model = model
+        self.sharded = any(is_sharded(parameter) for parameter in model.parameters())
+        self.spec = spec or find_spec(model)
+        self.layers = list(self._module(self.spec.layers))
+        if not self.layers:
+            raise UnknownArchitectureError(f"{self.spec.layers!r} holds no layers.\n{_describe(model)}")
+        self.norm = self._optional(self.spec.norm)
+        self.post_norm = self._optional(self.spec.post_norm)
+        self.head = self._module(self.spec.head) if self.spec.head else model.get_output_embeddings()
+        self.down_proj(0)
+        self.backbone: nn.Module = model.base_model
+        self.backbone_prefix = next(f"{n}." if n else "" for n, m in model.named_modules() if m is self.backbone)
+        code = sys.modules[written_class(self.layers[0]).__module__].__dict__
+        self.packs = (
+            "ALL_ATTENTION_FUNCTIONS" in code
+            and "eager_attention_forward" in code
+            and not getattr(model.config, "reorder_and_upcast_attn", False)
+        )
+        self.attention = "eager" if model.config._attn_implementation == "eager" else "sdpa"
+        self.layer_configs = list(
+            {id(m.config): m.config for layer in self.layers for m in layer.modules() if hasattr(m, "config")}.values()
+        )
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first edited-layer weight; inputs go there."""
+        return self.own_weight(0).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the weights."""
+        return self.own_weight(0).dtype
+
+    def check_layer(self, layer: int) -> None:
+        """Raise :class:`ArgumentError` unless ``layer`` counts one of the model's layers."""
+        if not 0 <= layer < self.n_layers:
+            raise ArgumentError(
+                f"layer {layer} does not exist: this model has layers 0 to {self.n_layers - 1}; "
+                "choose others (the editor's setting layers, or layer)"
+            )
+
+    def down_proj(self, layer: int) -> nn.Linear | Conv1D:
+        """Return the MLP down projection of a layer.
+
+        Raises:
+            ValueError: If the model has no such layer.
+            UnknownArchitectureError: If the layer has no such module, or the module is neither Linear nor Conv1D.
+        """
+        self.check_layer(layer)
+        try:
+            module = self.layers[layer].get_submodule(self.spec.down_proj)
+        except AttributeError:
+            raise UnknownArchitectureError(
+                f"layer {layer} has no module {self.spec.down_proj!r}.\n{_describe(self.model)}"
+            ) from None
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            raise UnknownArchitectureError(
+                f"{self.spec.down_proj!r} of layer {layer} is a {type(module).__name__}; "
+                "editing needs torch.nn.Linear or transformers' Conv1D (quantised layers cannot be edited: load the "
+                "model in float32 or bfloat16)"
+            )
+        return module
+
+    def attention_module(self, layer: int) -> nn.Module:
+        """Return the attention of a layer: its one module whose class is called so.
+
+        Raises:
+            UnknownArchitectureError: If there is none, or more than one.
+        """
+        self.check_layer(layer)
+        found = [m for m in self.layers[layer].modules() if type(m).__name__.endswith("Attention")]
+        if len(found) != 1:
+            raise UnknownArchitectureError(
+                f"layer {layer} has {len(found)} modules whose class ends in 'Attention'; expected one"
+            )
+        return found[0]
+
+    def output_norm(self, layer: int) -> nn.Module | None:
+        """Return what stands between a layer's down projection and the residual stream; mostly nothing does."""
+        return self.layers[layer].get_submodule(self.spec.output_norm) if self.spec.output_norm else None
+
+    def own_weight(self, layer: int) -> nn.Parameter:
+        """Return the edited parameter of a layer as the model itself holds it."""
+        weight = self.down_proj(layer).weight
+        assert isinstance(weight, nn.Parameter)  # noqa: S101 - Linear and Conv1D have no other
+        return weight
+
+    def weight_name(self, layer: int) -> str:
+        """Return the full name of the edited parameter of a layer, as in ``model.named_parameters()``."""
+        return f"{self.layer_prefix(layer)}{self.spec.down_proj}.weight"
+
+    def layer_prefix(self, layer: int) -> str:
+        """Return what the names of a layer's parameters begin with."""
+        return f"{self.spec.layers}.{layer}."
+
+    def _module(self, path: str) -> Any:
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError:
+            raise UnknownArchitectureError(
+                f"the description of family {self.spec.family!r} names {path!r}, which this "
+                f"{type(self.model).__name__} does not have.\n{_describe(self.model)}"
+            ) from None
+
+    def _optional(self, path: str | None) -> nn.Module | None:
+        if path is None:
+            return None
+        parent, _, name = path.rpartition(".")
+        return getattr(self._module(parent), name, None) if parent else self._module(name)

@@ -1,0 +1,147 @@
+"""The weights of a model as a view of it computes with them, whatever layout they are stored in.
+
+``torch.nn.Linear`` stores ``(d_out, d_in)``, transformers' ``Conv1D`` stores ``(d_in, d_out)``; editors only see the
+former. A view borrows parameters, and has a memory beside them, for the time of its passes: the model stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from lit_edit.devices.algebra import for_algebra
+from lit_edit.models.memory import Memory, Patch, Route
+from lit_edit.models.shards import lend, whole
+from lit_edit.models.structure import Structure
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Weights(Structure):
+    """The edited weights of a model, and those that a view of it borrows.
+
+    Attributes:
+        weights: Parameters that take the place of the model's own, by full name.
+        memory: What the model computes with beside its weights; whoever keeps one says so here.
+    """
+
+    weights: dict[str, Tensor]
+    memory: Memory | None = None
+
+    def weight(self, layer: int) -> Tensor:
+        """Return the edited weight of a layer in this view, in the layout the model stores it in."""
+        lent = self.weights.get(self.weight_name(layer))
+        return whole(self.own_weight(layer)) if lent is None else lent
+
+    def shape(self, layer: int) -> tuple[int, int]:
+        """Return ``(d_out, d_in)`` of a layer's down projection, whatever its layout."""
+        rows, columns = self.own_weight(layer).shape
+        return (columns, rows) if isinstance(self.down_proj(layer), Conv1D) else (rows, columns)
+
+    def to_layout(self, layer: int, delta: Tensor) -> Tensor:
+        """Turn a ``(d_out, d_in)`` matrix into the layout of the layer's weight.
+
+        Decided by the module's type: ``Conv1D`` stores ``(d_in, d_out)``, ``Linear`` stores ``(d_out, d_in)``.
+        """
+        return delta.T if isinstance(self.down_proj(layer), Conv1D) else delta
+
+    def project(self, layer: int, keys: Tensor) -> Tensor:
+        """Return what a layer's down projection makes of its inputs ``(n, d_in)``, in this view: ``(n, d_out)``."""
+        bias = self.down_proj(layer).bias
+        values = torch.nn.functional.linear(keys, self.to_layout(layer, self.weight(layer)))
+        return values + whole(bias) if isinstance(bias, Tensor) else values
+
+    def mlp_output(self, layer: int, keys: Tensor) -> Tensor:
+        """Return what a layer's MLP adds to the stream, from the inputs of its down projection ``(n, d_in)``."""
+        return self._normalised(layer)(self.project(layer, keys))
+
+    def _normalised(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """Return what becomes of a down projection's output before it is added to the residual stream."""
+        module = self.output_norm(layer)
+        if module is None:
+            return lambda states: states
+        own = {name: whole(parameter) for name, parameter in module.named_parameters()}
+
+        def norm(states: Tensor) -> Tensor:
+            normalised: Tensor = functional_call(module, own, (states,))
+            return normalised
+
+        return norm
+
+    def to_weight_residual(self, layer: int, keys: Tensor, residuals: Tensor) -> Tensor:
+        r"""Turn what the residual stream lacks into what the down projection's output lacks.
+
+        The same thing for most families. Gemma normalises that output, :math:`N(x) = s \odot x / \mathrm{rms}(x)`,
+        before it is added: the output is then to point where :math:`N(x) + r` does, at its old length (only the
+        direction passes through the norm).
+
+        Args:
+            layer: The edited layer.
+            keys: ``(n, d_in)``, the inputs of the down projection.
+            residuals: ``(d_out, n)``, in the residual stream, float64.
+
+        Returns:
+            ``(d_out, n)``, before the norm.
+        """
+        if self.spec.output_norm is None:
+            return residuals
+        norm = self._normalised(layer)
+        weight = self.to_layout(layer, self.weight(layer))  # (d_out, d_in)
+        output = keys.to(weight) @ weight.T  # (n, d_out)
+        scale = for_algebra(norm(torch.ones_like(output[0])))  # the norm of ones is its scale
+        wanted, output = for_algebra(norm(output)) + residuals.T, for_algebra(output)
+        direction = wanted / torch.where(scale.abs() < 1e-6, torch.full_like(scale, 1e-6), scale)
+        length = torch.linalg.vector_norm(output, dim=1, keepdim=True)
+        aimed = direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True) * length
+        return (aimed - output).T.to(residuals)
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Self:
+        """Return a view of the same model that computes with other parameters; the model itself is not touched."""
+        view = copy.copy(self)
+        view.weights = {**self.weights, **weights}
+        return view
+
+    def with_memory(self, memory: Memory | None) -> Self:
+        """Return a view of the same model that computes with a memory, or without the one it has."""
+        view = copy.copy(self)
+        view.memory = memory
+        return view
+
+    def routes(self, prompts: Sequence[str]) -> list[Route[Self]]:
+        """Return how this view answers each prompt."""
+        found = None if self.memory is None else self.memory.routes(prompts)
+        return [Route() for _ in prompts] if found is None else found
+
+    @contextmanager
+    def patched(self, layer: int | None = None) -> Iterator[None]:
+        """Let the model itself compute with this view's memory, in one layer or in all.
+
+        All passes of the view do so anyway. For your own calls of the model: ``with adapter.patched(): model(...)``.
+        """
+        with ExitStack() as stack:
+            for index, patch in ({} if self.memory is None else self.memory.patches()).items():
+                if layer is None or layer == index:
+                    stack.callback(self.down_proj(index).register_forward_hook(_patching(patch)).remove)
+            yield
+
+    @contextmanager
+    def lent(self, layer: int | None = None) -> Iterator[None]:
+        """Let the down projections of a model in parts (of one layer, or all) compute with this view's weights."""
+        with ExitStack() as stack:
+            for index in range(self.n_layers) if layer is None else (layer,):
+                if (weight := self.weights.get(self.weight_name(index))) is not None:
+                    stack.enter_context(lend(self.down_proj(index), weight))
+            yield
+
+
+def _patching(patch: Patch) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """Return a patch as a hook of the module behind which it stands."""
+    return lambda module, args, output: patch(args[0], output)
