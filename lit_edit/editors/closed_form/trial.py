@@ -115,5 +115,12 @@ class Trial:
         return step.delta
 
 
+def absorb(solvers: Mapping[int, Solver], steps: Mapping[int, Sequence[RidgeStep]]) -> None:
+    """Bring solvers, by layer, to where the steps of a trial have led."""
+    for layer, done in steps.items():
+        for step in done:
+            solvers[layer].absorb(step)
+
+
 def _block(facts: Facts, layer: int) -> Block:
     return Block(facts.keys[layer], facts.residuals[layer])

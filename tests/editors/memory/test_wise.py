@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_edit.data.sources import builtin_text
-from lit_edit.editors.memory.wise import (
-    WISE,
+from lit_edit.editors.memory.side_memories import (
     SideMemories,
     activations,
     margin_loss,
@@ -22,6 +21,7 @@ from lit_edit.editors.memory.wise import (
     masked_step,
     ties_merge,
 )
+from lit_edit.editors.memory.wise import WISE
 from lit_edit.errors import ArgumentError
 from lit_edit.metrics.scoring import score_continuations, text_nlls
 from lit_edit.models.adapter import ModelAdapter
