@@ -53,13 +53,15 @@ def is_module(name: str) -> bool:
 
 
 def exists(name: str) -> bool:
-    if "/" in name or name.endswith((".py", ".md", ".yaml")):
+    if "/" in name or name.endswith((".py", ".md", ".yaml", ".toml")):
         return (ROOT / name).exists()
+    if name.startswith("LIT_EDIT_"):  # read from the environment
+        return name in (ROOT / "tests" / "conftest.py").read_text("utf-8")
     if name in DEFINED or name in BY_NAME or (ROOT / "lit_edit" / "editors" / name).is_dir():
         return True
     module, _, attribute = name.rpartition(".")
     if not module:
-        return hasattr(import_module("typing"), name) or is_module(name)
+        return any(hasattr(import_module(home), name) for home in ("builtins", "typing")) or is_module(name)
     return (name in MODULES or is_module(module)) and (
         name in MODULES or hasattr(import_module(module), attribute) or is_module(name)
     )
