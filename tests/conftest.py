@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 DEFAULT_GOLDEN = os.environ.get("LIT_EDIT_GOLDEN", str(SHARED / "golden"))
 
-# What `pytest -m fast` runs: the examples of the docstrings, and of these folders all but what is slow or loads the real
-# model. They compute, and start no processes; together they take three minutes of one core.
+# What `pytest -m fast` runs: the examples of the docstrings, and of these folders all but what is slow or loads the
+# real model. They compute, and start no processes; together they take three minutes of one core.
 FAST = {"data", "editors", "files", "ledger", "metrics", "models", "parity", "solvers", "stats", "targets", "text"}
 
 
