@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import make_parser, positive, run_option
 
 
 def run_ask(args: list[str]) -> None:
     """Show the continuations of some prompts, of both models."""
     parser = make_parser("ask", "Show how the base model and the edited model of a run continue a prompt.")
     parser.add_argument("prompt", nargs="+", type=_prompt, help="one or more prompts, each in quotes")
-    parser.add_argument("--run", required=True, type=Path, help="the run folder, for example runs/x")
+    run_option(parser)
     parser.add_argument("--tokens", type=positive, default=20, help="length of the continuation")
     options = parser.parse_args(args)
 

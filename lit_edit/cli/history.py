@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import CommandParser, make_parser, positive, run_option
 
 if TYPE_CHECKING:
     from lit_edit.ledger.history import EditHistory, LedgerEntry
@@ -79,7 +78,7 @@ def run_redo(args: list[str]) -> None:
 def run_log(args: list[str]) -> None:
     """List the edits of a run."""
     parser = make_parser("log", "List the edits of a run, also while it runs: what was written, and whether it holds.")
-    parser.add_argument("--run", required=True, type=Path, help="the run folder, for example runs/x")
+    run_option(parser)
     parser.add_argument("--subject", default=None, help="only edits of this subject")
     parser.add_argument("--last", type=positive, default=None, metavar="N", help="only the last N")
     parser.add_argument("--json", action="store_true", help="a JSON object per line instead of a table")
@@ -133,8 +132,8 @@ def _table(history: EditHistory, entries: Sequence[LedgerEntry], times: dict[int
     return table
 
 
-def _choose(parser: argparse.ArgumentParser, which: str) -> None:
-    parser.add_argument("--run", required=True, type=Path, help="the run folder, for example runs/x")
+def _choose(parser: CommandParser, which: str) -> None:
+    run_option(parser)
     parser.add_argument(
         "--edit",
         action="append",

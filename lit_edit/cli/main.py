@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import atexit
 import errno
-import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 from lit_edit.cli.registry import BY_NAME, HELP
+from lit_edit.console.terminal import show_messages
 from lit_edit.errors import RunStoppedError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0 done, 2 bad arguments or data, 1 anything else."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what can stand where the cursor is
+        from lit_edit.cli.completion import complete_line
+
+        return complete_line()
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
         sys.stdout.write(HELP)
@@ -34,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Compiled matrix products are kept by shape, and here every pass has another: hundreds of megabytes for nothing.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("lit_edit").setLevel(logging.INFO)
+    show_messages()
     try:
         return command.load()(args[1:]) or 0
     except UserError as error:

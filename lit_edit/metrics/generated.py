@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.data.request import EditRequest
+from lit_edit.metrics.ages import mean_of_known
 from lit_edit.metrics.classes import Agreement, ExactAccuracy, ExactMatch, PortabilityAccuracy, TokenAccuracy
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.metrics.texts import consistency, fluency
@@ -248,8 +249,8 @@ def summarise_generation(results: Iterable[GenerationResult]) -> dict[str, Any]:
             for name, metric in (("token_accuracy", tokens), ("accuracy", whole), ("exact_match", match))
         }
     return {
-        "fluency": _mean([r.fluency for r in results]),
-        "consistency": _mean([r.consistency for r in results]),
+        "fluency": mean_of_known(r.fluency for r in results),
+        "consistency": mean_of_known(r.consistency for r in results),
         "generation": asked,
     }
 
@@ -290,11 +291,6 @@ def _by_kind(hits: Sequence[Mapping[str, Sequence[Sequence[bool]]]]) -> dict[str
 
 def _tensors(rows: Sequence[Sequence[int]]) -> list[Tensor]:
     return [torch.tensor(row) for row in rows]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _behind(tokenizer: PreTrainedTokenizerBase, context: str, row: Sequence[int]) -> tuple[int, ...]:

@@ -77,6 +77,11 @@ def as_share(value: float) -> str:
     return f"{100 * value:.1f}%".replace("-", "−")
 
 
+def or_dash(show: Callable[[float], str], value: float | None) -> str:
+    """Return a number as it is shown, a dash where there is none."""
+    return "–" if value is None else show(value)
+
+
 def as_growth(value: float) -> str:
     """Return a growth in percent.
 

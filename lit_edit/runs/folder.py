@@ -23,6 +23,7 @@ from lit_edit.editors.memory.engine import MemoryEditor
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.export.model import apply_deltas
 from lit_edit.files.paths import sync_folder
+from lit_edit.files.trees import CheckpointError, load_tree
 from lit_edit.ledger.edit_ledger import EditLedger, weights_state
 from lit_edit.ledger.history import EditHistory, LedgerEntry
 from lit_edit.ledger.journal import Journal
@@ -34,7 +35,6 @@ from lit_edit.runs.answers import write_answers
 from lit_edit.runs.files import deltas_path, journal_path, run_lock, update_summary, write_run_files
 from lit_edit.runs.reading import RunError, check_folder, has_ended, read_history
 from lit_edit.stats.second_moment import weights_hash
-from lit_edit.stream.checkpoints import CheckpointError, load_tree
 from lit_edit.stream.edit_stream import EditStream
 from lit_edit.stream.precision import cast_as
 from lit_edit.stream.session import EditSession

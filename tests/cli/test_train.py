@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from lit_edit.cli.main import main
-from lit_edit.console.configs import trains_network
-from lit_edit.stream.checkpoints import load_tree
+from lit_edit.console.words import trains_network
+from lit_edit.files.trees import load_tree
 
 
 class Line(LightningModule):

@@ -19,7 +19,7 @@ from lit_edit.models import LanguageModel, ModelAdapter, ModelUnavailableError
 from lit_edit.models.known import KNOWN, find_architecture, make_meta_model
 from lit_edit.planning.estimate import FOLD_EVERY, Item, ModelSizes, Plan, Setup, Speed, make_plan, suggestions
 from lit_edit.planning.workload import Workload
-from lit_edit.solvers.ridge import RidgeSolver
+from lit_edit.solvers.recursive_least_squares import RidgeSolver
 from lit_edit.solvers.storage import SolverStorage
 from lit_edit.targets.contexts import PLAIN
 from lit_edit.targets.optimize import TargetSettings

@@ -25,7 +25,7 @@ from lit_edit.editors.transforms.base import UpdateTransform
 from lit_edit.editors.transforms.norm_anchor import NormAnchor
 from lit_edit.errors import ArgumentError
 from lit_edit.ledger.edit_ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
-from lit_edit.solvers.ridge import RidgeSolver, RidgeStep
+from lit_edit.solvers.recursive_least_squares import RidgeSolver, RidgeStep
 from lit_edit.solvers.shared import OwnSolver, SharedSolver, Solver
 from lit_edit.solvers.storage import SolverStorage
 from lit_edit.targets.optimize import TargetSettings

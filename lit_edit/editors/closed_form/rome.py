@@ -12,7 +12,7 @@ from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.closed_form.engine import ClosedFormEditor
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.presets import edit_layer
-from lit_edit.solvers.ridge import RidgeSolver
+from lit_edit.solvers.recursive_least_squares import RidgeSolver
 from lit_edit.solvers.shared import OwnSolver, Solver
 from lit_edit.targets.contexts import Templates
 from lit_edit.targets.optimize import TargetSettings

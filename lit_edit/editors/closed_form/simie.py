@@ -18,7 +18,7 @@ from lit_edit.ledger.edit_ledger import Change, EditLedger, LayerUpdate, LedgerE
 from lit_edit.ledger.history import EditHistory
 from lit_edit.ledger.journal import Journal
 from lit_edit.models.packed import TokenRows
-from lit_edit.solvers.ridge import RidgeSolver, RidgeStep
+from lit_edit.solvers.recursive_least_squares import RidgeSolver, RidgeStep
 from lit_edit.solvers.shared import SharedSolver, Solver
 from lit_edit.solvers.storage import SolverStorage
 from lit_edit.text.tokens import continuation, pad_token

@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_edit.devices.algebra import algebra_device
 from lit_edit.editors.closed_form.facts import Facts, join_facts
 from lit_edit.ledger.edit_ledger import RecordedFacts
-from lit_edit.solvers.ridge import Block, RidgeStep
+from lit_edit.solvers.recursive_least_squares import Block, RidgeStep
 from lit_edit.solvers.shared import Solver
 
 

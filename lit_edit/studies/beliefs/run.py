@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -13,10 +11,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import (
+    data_option,
+    layers_option,
+    limit_option,
+    make_parser,
+    method_option,
+    positive,
+    runs_options,
+    seed_option,
+)
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_json
+from lit_edit.sweeps.study import begin_study, folder_of, say_how_to_go_on, say_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +34,7 @@ if TYPE_CHECKING:
     from lit_edit.models import ModelAdapter
     from lit_edit.studies.beliefs.agent import Agent
     from lit_edit.studies.beliefs.coherence import Case
-    from lit_edit.studies.beliefs.model import Testbed, Trained
+    from lit_edit.studies.beliefs.testbed import Testbed, Trained
     from lit_edit.studies.beliefs.world import World
 
 METHODS = ("method/d4s", "method/memit", "method/lora")
@@ -39,17 +47,16 @@ DEPTH = 30
 def run_beliefs(args: list[str]) -> int:
     """Run the study; return the exit status."""
     options = _options(args)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    begin_study()
     methods = _methods(options.method)
-    folder = Path(options.runs_dir).expanduser().resolve() / "studies" / options.name
-    again = shlex.join(["lit-edit", "study", "beliefs", *args])
+    folder = folder_of(options.runs_dir, options.name)
     try:
         return _run(options, methods, folder)
     except TimeoutError as error:  # of the training, by --max-minutes
-        sys.stderr.write(f"\nlit-edit: {error}:\n  {again}\n")
+        say_how_to_go_on("beliefs", args, f"{error}:")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {again}\n")
+        say_how_to_go_on("beliefs", args)
         return 130
 
 
@@ -78,11 +85,10 @@ def _run(options: argparse.Namespace, methods: Mapping[str, str], folder: Path) 
         if options.train_only:
             return 0
         folder.mkdir(parents=True, exist_ok=True)
-        with run_lock(folder, "--name"):
+        with run_lock(folder):
             settings = _keep_settings(folder, testbed, trained, options)
             _measure_all(folder / "cases", trained, methods, agent, cases, options.layers)
-    sys.stdout.write(f"\n{write_report(folder, settings)}\n")
-    sys.stdout.write(f"Everything is in {folder}/ (beliefs.md, beliefs.csv, beliefs.json, beliefs.png)\n")
+    say_report(write_report(folder, settings), folder, *(f"beliefs.{kind}" for kind in ("md", "csv", "json", "png")))
     return 0
 
 
@@ -97,19 +103,18 @@ def _options(args: list[str]) -> argparse.Namespace:
         "not done again; what was cut goes on.",
     )
     add = parser.add_argument
-    add("--edits", type=positive, default=50, help="edits, each on the unedited model")
-    add("--method", nargs="+", default=list(METHODS), help="the editors: YAML files, or names of those that ship")
-    add("--layers", nargs="+", type=int, default=None, help="layers to edit; by default at the config's relative depth")
+    limit_option(parser, "edits, each on the unedited model", "--edits", dest="edits", default=50)
+    method_option(parser, list(METHODS), nargs="+", help="the editors: rome, or YAML files like configs/method/*")
+    layers_option(parser, "layers to edit; by default at the config's relative depth")
     add("--probes", type=positive, default=10, help="other subjects' facts asked behind an edit, of each of two kinds")
     add("--subjects", type=positive, default=None, help="of the generated world (200), with five facts each")
-    add("--triples", default=None, metavar="FILE", help="make the world of these: subject, relation, object with tabs")
-    add("--facts", type=positive, default=None, help="facts taken of --triples, at most (1000)")
+    data_option(parser, "make the world of these: subject, relation, object with tabs", "--triples", dest="triples")
+    add("--facts", type=positive, default=None, help="facts taken of --data, at most (1000)")
     add("--preset", choices=tuple(PRESETS), default="base", help="size of the decoder")
     add("--max-steps", type=positive, default=3000, help="steps of the training, at most")
     add("--max-minutes", type=float, default=None, help="stop the training after so long; given again, it goes on")
-    add("--seed", type=int, default=0, help="seed of world, text, training, and edits")
-    add("--runs_dir", default="runs", help="everything goes to RUNS_DIR/studies/<name>")
-    add("--name", default="beliefs", help="name of the study")
+    seed_option(parser, "seed of world, text, training, and edits")
+    runs_options(parser, "studies/<name>", "name of the study", default="beliefs")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--train-only", action="store_true", help="train the model, and measure nothing")
     what.add_argument("--gather", action="store_true", help="write table and figure of what is there; run nothing")
@@ -117,9 +122,9 @@ def _options(args: list[str]) -> argparse.Namespace:
     if options.max_minutes is not None and not options.max_minutes > 0:
         raise ArgumentError(f"--max-minutes must be positive, got {options.max_minutes}")
     if options.triples is not None and options.subjects is not None:
-        raise ArgumentError("--subjects is of the generated world; with --triples say --facts")
+        raise ArgumentError("--subjects is of the generated world; with --data say --facts")
     if options.triples is None and options.facts is not None:
-        raise ArgumentError("--facts is of --triples; the generated world has five facts for each of --subjects")
+        raise ArgumentError("--facts is of --data; the generated world has five facts for each of --subjects")
     return options
 
 
@@ -141,7 +146,8 @@ def _methods(names: Sequence[str]) -> dict[str, str]:
 
 def _testbed(options: argparse.Namespace) -> Testbed:
     from lit_edit.studies.beliefs.corpus import CorpusConfig
-    from lit_edit.studies.beliefs.model import Testbed, TrainingConfig
+    from lit_edit.studies.beliefs.decoder import TrainingConfig
+    from lit_edit.studies.beliefs.testbed import Testbed
 
     world = _world(options)
     training = TrainingConfig(preset=options.preset, max_steps=options.max_steps, seed=options.seed)
@@ -314,7 +320,7 @@ def scaled_layers(layers: Sequence[int], n_layers: int, depth: int = DEPTH) -> l
 
 
 def _sentences(folder: Path) -> list[str]:
-    from lit_edit.studies.beliefs.model import CORPUS
+    from lit_edit.studies.beliefs.testbed import CORPUS
 
     first = (folder / CORPUS).read_text(encoding="utf-8").partition("\n")[0]
     return [text for text in first.split(" . ") if text.strip(" .")]
@@ -333,7 +339,7 @@ class Bench:
     def __init__(self, editor: Editor, adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         from lit_edit.ledger.edit_ledger import EditLedger
         from lit_edit.stats.second_moment import KeyStatistics
-        from lit_edit.studies.beliefs.model import CORPUS
+        from lit_edit.studies.beliefs.testbed import CORPUS
 
         self.editor, self.adapter, self.tokenizer = editor, adapter, tokenizer
         self.ledger = EditLedger(adapter, editor.resolve_layers(adapter))

@@ -128,12 +128,14 @@ def test_equals_plain_fine_tuning(method: str, family: str) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_equals_plain_fine_tuning_in_single_precision(family: str) -> None:
     editor, model = METHODS["FTM"](lr=1e-3), tiny_model(family, F32)
+    before = {name: p.clone() for name, p in model.named_parameters()}
     expected = naive(model, editor, [[r] for r in REQUESTS[:2]])
     found = weights(make(start(editor, model), REQUESTS[:2]))
     for name, value in expected.items():
-        # Adam makes a whole step of a gradient that is all round-off: a few entries may differ by more.
+        # Adam makes a whole step of a gradient that is all round-off: a few entries may differ by that much, and how
+        # many depends on the processor. One is half a hundredth of the way that all have gone.
         assert float((found[name] - value).abs().median()) < 1e-6
-        assert float((found[name] - value).norm() / value.norm()) < 1e-5
+        assert float((found[name] - value).norm() / (value - before[name]).norm()) < 1e-2
 
 
 @every_method
