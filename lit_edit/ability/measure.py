@@ -18,7 +18,6 @@ from lit_edit.errors import ArgumentError
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.generation import continue_rows
-from lit_edit.models.routes import by_route
 from lit_edit.text.tokens import continuation, encode
 
 NEW_TOKENS = 5  # that a model may say; as the published benchmarks have it
@@ -187,7 +186,7 @@ def choose_and_say(
     """
     chosen: dict[str, int] = {}
     texts: dict[str, str] = {}
-    for model, context_of in by_route(adapter, list(dict.fromkeys(prompts))):
+    for model, context_of in adapter.by_route(list(dict.fromkeys(prompts))):
         rows = [encode(tokenizer, context + prompt) for prompt, context in context_of.items()]
         heads = [
             _single_tokens(tokenizer, context + prompt, options, row)

@@ -61,7 +61,7 @@ class CommandParser(argparse.ArgumentParser):
             more: As for :class:`argparse.ArgumentParser`.
         """
         action = super().add_argument(*names, **more)
-        self._aliases |= dict.fromkeys(map(_plain, aliases), names[0])
+        self._aliases |= dict.fromkeys(aliases, names[0])
         if complete is not None:
             action.completer = lambda **_: complete()  # type: ignore[attr-defined] # argcomplete's name
         return action
@@ -71,8 +71,9 @@ class CommandParser(argparse.ArgumentParser):
         if "_ARGCOMPLETE" in os.environ and not self._answers:
             self._answers = True  # argcomplete parses once more
             self._answer_shell()
-        spellings = {_plain(name): name for name in self._option_string_actions if name.startswith("--")}
-        return super().parse_known_args(self._renamed(list(args or ()), self._aliases | spellings), namespace)
+        spellings = {_plain(alias): name for alias, name in self._aliases.items()}
+        spellings |= {_plain(name): name for name in self._option_string_actions if name.startswith("--")}
+        return super().parse_known_args(self._renamed(list(args or ()), spellings), namespace)
 
     def _renamed(self, words: list[str], spellings: dict[str, str]) -> list[str]:
         """Return the words with all options by their shown names.

@@ -66,7 +66,7 @@ def known_editors() -> list[KnownEditor]:
 
 def setting_names() -> list[str]:
     """Return the names of what ``lit-edit fit`` can be told of stream and data, as their constructors take it."""
-    sources, found = Sources(), []
+    sources, found = Sources(), list[str]()
     for prefix, module, name in (
         ("data", "data.datamodule", "EditDataModule"),
         ("model", "stream.edit_stream", "EditStream"),
@@ -74,7 +74,10 @@ def setting_names() -> list[str]:
         ("model.statistics", "stats.second_moment", "KeyStatistics"),
     ):
         known = _class_of(sources, f"lit_edit.{module}", name)
-        found += [] if known is None else [f"{prefix}.{setting.name}" for setting in known.settings()]
+        if known is not None:
+            fields = [node for node in known.node.body if isinstance(node, ast.AnnAssign)]  # of a dataclass
+            names = [setting.name for setting in known.settings()] or [ast.unparse(field.target) for field in fields]
+            found += [f"{prefix}.{name}" for name in names]
     return found
 
 

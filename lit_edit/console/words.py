@@ -19,11 +19,14 @@ from lit_edit.errors import ArgumentError
 _SAME = MappingProxyType({"--seed": "seed_everything", "--name": "run_name", "--limit": "data.limit"})
 
 
+_CLASS_OR_CONFIG = re.compile(r"\.ya?ml$|^\{|^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\.[A-Z]\w*$")
+
+
 def full_settings(args: Sequence[str], elsewhere: bool = False) -> list[str]:
     """Return arguments of ``lit-edit fit`` with all settings by their full names, and ``_`` for ``-`` in names.
 
-    What short forms stand for comes behind the configs, wherever they stood: it wins over these. A config of settings
-    is no file of edits and no model: ``--data x.yaml`` and ``--model x.yaml`` stay Lightning's.
+    What short forms stand for comes behind the configs, wherever they stood: it wins over these. A config or a class is
+    no file of edits and no model: ``--data x.yaml`` and ``--model package.Class`` stay Lightning's.
 
     Args:
         args: As they were written.
@@ -57,7 +60,7 @@ def full_settings(args: Sequence[str], elsewhere: bool = False) -> list[str]:
             while rest and re.fullmatch(r"-?\d+[\],]*", rest[0]):
                 value += f" {rest.pop(0)}"
             (short if name == "--layers" else kept).append(_layers(name, value))
-        elif name in ("--data", "--model") and re.search(r"\.ya?ml$|^\{", value):
+        elif name in ("--data", "--model") and _CLASS_OR_CONFIG.search(value) and not Path(value).is_dir():
             kept.append(f"{name}={value}")
         elif name == "--method":
             configs += ["--config", method_config(value)]

@@ -17,7 +17,6 @@ from lit_edit.metrics.scoring import score_continuations
 from lit_edit.metrics.texts import consistency, fluency
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.generation import continue_rows
-from lit_edit.models.routes import by_route
 from lit_edit.text.tokens import continuation, encode, leading_tokens
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ def evaluate_generation(
     seeds = [f"{seed}|{r.id}|{n}" for r, group in zip(requests, prompts, strict=True) for n in range(len(group))]
     new = [length - len(row) if row else 0 for row in rows]
     written: dict[int, tuple[int, ...]] = {}
-    for model, context_of in by_route(adapter, list(dict.fromkeys(flat))):
+    for model, context_of in adapter.by_route(list(dict.fromkeys(flat))):
         places = [index for index, prompt in enumerate(flat) if prompt in context_of]
         found = continue_rows(
             model,
@@ -185,7 +184,7 @@ def answer_greedily(
     """
     unique = list(dict.fromkeys(pairs))
     answers = {}
-    for model, context_of in by_route(adapter, list(dict.fromkeys(prompt for prompt, _ in unique))):
+    for model, context_of in adapter.by_route(list(dict.fromkeys(prompt for prompt, _ in unique))):
         own = [pair for pair in unique if pair[0] in context_of]
         tokens = [continuation(tokenizer, context_of[prompt] + prompt, target) for prompt, target in own]
         written = continue_rows(model, [p for p, _ in tokens], [len(t) for _, t in tokens], batch_rows=batch_rows)

@@ -100,9 +100,8 @@ def number_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[Cell]]]:
     found = [protocol_numbers(run.summary) for run in runs]
     for name in dict.fromkeys(name for numbers in found for name in numbers):
         share = next(numbers[name].share for numbers in found if name in numbers)
-        show: Callable[[float], str] = as_share if share else as_plain
         values = [numbers[name].value if name in numbers else None for numbers in found]
-        known[name] = values, show, not name.startswith("me perplexity")
+        known[name] = values, as_share if share else as_plain, not name.startswith("me perplexity")
     seconds = [value_at(run.summary, "seconds", "per_edit") for run in runs]
     known["seconds per edit"] = seconds, "{:.2f}".format, False
     for name, (values, show, more) in known.items():

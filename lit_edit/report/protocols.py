@@ -60,7 +60,7 @@ def protocol_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     for place in dict.fromkeys([*base, *final]):
         if place[0] in SHOWN_ELSEWHERE:
             continue
-        share = place[0] not in NOT_SHARES
+        share = _is_share(place)
         now, then = final.get(place), base.get(place)
         change = ""
         if now is not None and then is not None:
@@ -71,6 +71,11 @@ def protocol_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         row = {stage: or_dash(show, value) for stage, value in cells.items()}
         rows.append({"name": name_of(place), **row, "change": change})
     return rows
+
+
+def _is_share(place: tuple[str, ...]) -> bool:
+    """Tell whether a number is a share: perplexities and entropies are none, nor is how many edits a mean is of."""
+    return place[0] not in NOT_SHARES and place[-1] != "size"
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class Number:
 def protocol_numbers(summary: Mapping[str, Any]) -> dict[str, Number]:
     """Return the numbers of the longer protocols at the end, by name."""
     found = {
-        name_of(place): Number(value, place[0] not in NOT_SHARES)
+        name_of(place): Number(value, _is_share(place))
         for place, value in _numbers(mapping_at(summary, "final"))
         if place[0] not in SHOWN_ELSEWHERE
     }
