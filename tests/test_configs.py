@@ -9,7 +9,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lit_edit.cli.main import main
-from lit_edit.console.configs import config_root, expand_arguments, find_config, shipped_configs
+from lit_edit.console.configs import config_root, find_config, shipped_configs
+from lit_edit.console.words import expand_arguments
 from lit_edit.errors import ArgumentError
 from lit_edit.stream.edit_stream import EditStream
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_edit.console.arguments import make_parser
+from lit_edit.console.arguments import limit_option, make_parser, out_option, run_option, task_files_option
 from lit_edit.errors import ArgumentError
 from lit_edit.runs.ability import Asked, Point, measure_run
 
@@ -30,28 +29,26 @@ def run_ability(args: list[str]) -> None:
         "Measure few-shot tasks on the model of a run, as it was after any number of its edits: nothing is edited "
         "again. What is measured already is not measured again.",
     )
-    parser.add_argument("--run", required=True, type=Path, help="the run folder, for example runs/x")
+    run_option(parser)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="by default all of them")
-    parser.add_argument("--folder", type=Path, default=None, help="a file per task; by default they come from the hub")
+    task_files_option(parser, "by default they come from the hub", "--folder")
     parser.add_argument(
         "--at", nargs="+", type=int, default=None, help="numbers of edits; by default 0 and all of them"
     )
     parser.add_argument(
         "--shots", type=int, default=0, help=f"answered items in front of each question, 0 to {RESERVED}"
     )
-    parser.add_argument(
-        "--limit", type=int, default=100, help="items of each task (100 tell about ten points); 0 for all"
-    )
+    limit_option(parser, "items of each task (100 tell about ten points); 0 for all", type=int, default=100)
     parser.add_argument("--likelihood", action="store_true", help="the likeliest option alone, not what the model says")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the results; by default RUN/ability")
+    out_option(parser, "folder of the results; by default RUN/ability")
     options = parser.parse_args(args)
     if not 0 <= options.shots <= RESERVED:
         raise ArgumentError(f"--shots must be 0 to {RESERVED}, the items that are kept for it, got {options.shots}")
     if options.limit < 0:
         raise ArgumentError(f"--limit must be at least 0, got {options.limit}")
-    if options.folder is not None and not options.folder.is_dir():
-        raise ArgumentError(f"--folder {options.folder}: there is no such folder")
-    asked = Asked(tuple(options.tasks), options.folder, options.shots, options.limit, not options.likelihood)
+    if options.task_files is not None and not options.task_files.is_dir():
+        raise ArgumentError(f"--task_files {options.task_files}: there is no such folder")
+    asked = Asked(tuple(options.tasks), options.task_files, options.shots, options.limit, not options.likelihood)
 
     from lit_edit.console.tables import print_whole
     from lit_edit.runs.reading import read_history

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import make_parser, positive, run_option
 from lit_edit.console.terminal import write_json
 
 
@@ -13,7 +12,7 @@ def run_ask(args: list[str]) -> None:
     """Show the continuations of some prompts, of both models."""
     parser = make_parser("ask", "Show how the base model and the edited model of a run continue a prompt.")
     parser.add_argument("prompt", nargs="+", type=_prompt, help="one or more prompts, each in quotes")
-    parser.add_argument("--run", required=True, type=Path, help="the run folder, for example runs/x")
+    run_option(parser)
     parser.add_argument("--tokens", type=positive, default=20, help="length of the continuation")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     options = parser.parse_args(args)

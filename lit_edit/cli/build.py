@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import limit_option, make_parser, out_option
 from lit_edit.console.parts import choose_part
 from lit_edit.studies.mqd.making import add_mqd_arguments, write_mqd
-
-if TYPE_CHECKING:
-    pass
 
 DATA_SETS = MappingProxyType(
     {
@@ -42,17 +36,14 @@ def build_mqd_files(args: list[str]) -> None:
         "the same events in the same order; lit-edit fit reads each with --data.source file --data.path FILE.",
     )
     add_mqd_arguments(parser)
-    parser.add_argument(
-        "--count", type=positive, default=None, help="requests of each kind; by default all that the events allow"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the files are written")
+    limit_option(parser, "requests of each kind; by default all that the events allow", "--count")
+    out_option(parser, "where the files are written", required=True, metavar="FOLDER")
     options = parser.parse_args(args)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
 
     from lit_edit.data.events import read_events
     from lit_edit.data.mqd import build_mqd
 
-    made = build_mqd(read_events(options.events, options.split), options.count, options.seed)
+    made = build_mqd(read_events(options.events, options.split), options.limit, options.seed)
     paths = write_mqd(options.out.expanduser(), made)
     for kind, requests in made.items():
         first = requests[0]

@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import (
+    data_option,
+    limit_option,
+    make_parser,
+    method_option,
+    model_option,
+    out_option,
+    positive,
+    seed_option,
+)
 from lit_edit.studies.layers.method import BASE, Method
 
 if TYPE_CHECKING:
@@ -35,16 +44,15 @@ def _options(args: list[str]) -> argparse.Namespace:
         "In OUT: results.jsonl (the trials, as they come), layers.png, and proposal.yaml for lit-edit fit --config "
         f"{BASE} --config OUT/proposal.yaml. docs/choose_layers.md explains them."
     )
-    parser.add_argument("--model", default="smollm2-135m", help="packaged model, folder or hub id")
-    parser.add_argument(
-        "--data",
-        default="builtin",
-        metavar="FILE",
-        help="edits with target_true, paraphrases and neighborhood, CounterFact for one; 'builtin': facts that come "
+    model_option(parser)
+    data_option(
+        parser,
+        "edits with target_true, paraphrases and neighborhood, CounterFact for one; 'builtin': facts that come "
         "with lit-edit",
+        default="builtin",
     )
-    parser.add_argument("--method", default="method/d4s", help="the editor: a YAML file, or the name of one that ships")
-    parser.add_argument("--edits", type=positive, default=12, help="edits to choose by")
+    method_option(parser, "method/d4s")
+    limit_option(parser, "edits to choose by", "--edits", default=12)
     parser.add_argument("--held-out", type=positive, default=12, help="edits to compare choice and default on")
     parser.add_argument(
         "--widths",
@@ -56,8 +64,8 @@ def _options(args: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--stride", type=_stride, default=None, help="distance of the first grid's layers; auto: an eighth of the depth"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of the edits, and of the method")
-    parser.add_argument("--out", type=Path, default=None, help="folder to write to (default: runs/layers/MODEL)")
+    seed_option(parser, "of the draw of the edits, and of the method")
+    out_option(parser, "folder to write to (default: runs/layers/MODEL)")
     return parser.parse_args(args)
 
 
@@ -75,7 +83,7 @@ def run_choose_layers(args: list[str]) -> None:
 
     source = {"source": "builtin"} if options.data == "builtin" else {"source": "file", "path": options.data}
     requests, _ = load_requests(**source)
-    samples = draw_samples(requests, options.edits, options.held_out, options.seed)
+    samples = draw_samples(requests, options.limit, options.held_out, options.seed)
     method = Method(options.method, options.model, options.seed)
     out = options.out or Path("runs") / "layers" / re.sub(r"[^\w.-]+", "-", options.model).strip("-.")
     out.mkdir(parents=True, exist_ok=True)
@@ -123,7 +131,7 @@ def _search(
             adapter.n_layers,
             stride,
             widths if bench.takes_groups() else (1,),
-            options.edits,
+            options.limit,
             options.held_out,
             bench.default_layers(),
         )
@@ -136,7 +144,7 @@ def _search(
     write_atomically(out / "layers.png", lambda path: figure.savefig(path, format="png", dpi=120))
     how = [
         f"Layers of {options.model} for {options.method}, proposed by lit-edit choose-layers: {len(trials)} trials, "
-        f"{options.edits} edits to choose by, {options.held_out} held out, seed {options.seed}.",
+        f"{options.limit} edits to choose by, {options.held_out} held out, seed {options.seed}.",
         f"  lit-edit fit --config {BASE} --config {out / 'proposal.yaml'} --data.path FILE",
     ]
     text = proposal_text(found, options.model, method.editor, how, method.content())

@@ -6,16 +6,16 @@ A comparison is a sweep of one axis: same file, same folders, and ``lit-edit swe
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.cli.sweep import command_again, folder_of
-from lit_edit.console.arguments import make_parser
+from lit_edit.cli.sweep import changes_again, command_again, folder_of
+from lit_edit.console.arguments import config_option, make_parser, runs_options
 from lit_edit.console.configs import find_config
+from lit_edit.console.words import read_settings
 from lit_edit.data.request import shorten
 from lit_edit.errors import ArgumentError
 from lit_edit.sweeps.grids import Grid, Point, read_grid, with_changes
@@ -64,20 +64,18 @@ def _options(args: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         "Run several editors on one stream (same edits, order, model and seed), each as a 'lit-edit fit' of its own, "
         "and write one table and one figure. What is done is not done again; what was cut goes on; an editor that "
         "fails does not stop the others.",
+        settings=True,
     )
-    parser.usage = "%(prog)s --config CONFIG [options] [--data FILE] [--NAME.OF.A.SETTING VALUE ...]"
+    parser.usage = "%(prog)s --config CONFIG [options] [--NAME.OF.A.SETTING VALUE ...]"
     parser.epilog = (
-        "Settings are named as for lit-edit fit and hold for every editor, for example --data.limit 100 or "
-        "--model.language_model.name gpt2-xl. Everything is in RUNS_DIR/sweeps/<name>/: compare.md, .csv, .json and "
+        "Settings are named as for lit-edit fit and hold for every editor, for example --data FILE, --limit 100 or "
+        "--model gpt2-xl. Everything is in RUNS_DIR/sweeps/<name>/: compare.md, .csv, .json and "
         ".png, and the editors' runs. lit-edit sweep takes the same file (--array slurm)."
     )
-    parser.add_argument("--config", required=True, help="the editors: a YAML file, or the name of one that ships")
-    parser.add_argument("--runs_dir", default="runs", help="everything goes to RUNS_DIR/sweeps/<name>")
-    parser.add_argument("--name", default=None, help="name of the comparison in place of the config's")
-    parser.add_argument(
-        "--data", default=None, metavar="FILE", help="a CounterFact file, in place of the config's data"
-    )
-    parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help="these editors; --dry-run lists them")
+    config_option(parser, "the editors: a YAML file", required=True)
+    runs_options(parser, "sweeps/<name>", "name of the comparison in place of the config's")
+    help_ = "these editors; --dry-run lists them"
+    parser.add_argument("--method", aliases=("--only",), nargs="+", dest="only", metavar="NAME", help=help_)
     parser.add_argument(
         "--measure", choices=["success", "accuracy"], default="success", help="what the figure shows of the edits"
     )
@@ -85,24 +83,7 @@ def _options(args: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     what.add_argument("--dry-run", action="store_true", help="list editors and their commands; run nothing")
     what.add_argument("--gather", action="store_true", help="write table and figure of what is there; run nothing")
     options, rest = parser.parse_known_args(args)
-    settings = {} if options.data is None else {"data.source": "file", "data.path": str(Path(options.data).resolve())}
-    return options, settings | _settings(parser, rest)
-
-
-def _settings(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, str]:
-    """Read settings as on the command line of ``lit-edit fit``: ``--data.limit 3`` or ``--data.limit=3``."""
-    found, rest = {}, list(words)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        if not re.fullmatch(r"--(\w+(\.\w+)+|seed_everything)", name):
-            parser.error(f"unrecognized argument: {word} (a setting is named in full, as --data.limit 100)")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                parser.error(f"argument {word}: expected a value")
-            value = rest.pop(0)
-        found[name[2:]] = value
-    return found
+    return options, read_settings(parser, rest)
 
 
 def _grid(options: argparse.Namespace, settings: Mapping[str, str]) -> Grid:
@@ -111,8 +92,6 @@ def _grid(options: argparse.Namespace, settings: Mapping[str, str]) -> Grid:
     Raises:
         ArgumentError: If the file is no comparison.
     """
-    if options.data is not None and not Path(options.data).is_file():
-        raise ArgumentError(f"--data {shorten(options.data)}: no such file")
     grid = read_grid(Path(find_config(options.config)))
     if list(grid.axes) != [AXIS]:
         raise ArgumentError(
@@ -132,7 +111,7 @@ def _chosen(grid: Grid, only: Sequence[str] | None) -> list[Point]:
             near = get_close_matches(name, names, 1)
             meant = f"; did you mean {near[0]}?" if near else ""
             raise ArgumentError(
-                f"--only {shorten(name)}: {grid.path} has the editors {', '.join(p.name for p in grid.points)}{meant}"
+                f"--method {shorten(name)}: {grid.path} has the editors {', '.join(p.name for p in grid.points)}{meant}"
             )
     wanted = {names[name].index for name in only}
     return [point for point in grid.points if point.index in wanted]
@@ -162,9 +141,8 @@ def check_one_stream(grid: Grid, settings: Mapping[str, Any]) -> None:
 
 def _words(options: argparse.Namespace, settings: Mapping[str, str]) -> list[str]:
     """Return the arguments of this comparison behind its config."""
-    words = [] if options.name is None else ["--name", options.name]
-    words += [] if options.only is None else ["--only", *options.only]
-    return [*words, *(f"--{name}={value}" for name, value in settings.items())]
+    only = [] if options.only is None else ["--method", *options.only]
+    return [*only, *changes_again(options.name, settings)]
 
 
 def _report(grid: Grid, folder: Path, measure: str) -> None:

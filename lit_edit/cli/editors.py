@@ -21,7 +21,8 @@ from lit_edit.errors import ArgumentError
 def run_editors(args: list[str]) -> None:
     """List the editors, or show one."""
     parser = make_parser("editors", "List the editing methods, or show one: what it does, costs, keeps and lacks.")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="the class of an editor, for example D4S")
+    text = "the class of an editor, for example D4S"
+    parser.add_argument("name", nargs="?", metavar="NAME", help=text, complete=editor_names)
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
     options = parser.parse_args(args)
     editors = known_editors()
@@ -33,6 +34,11 @@ def run_editors(args: list[str]) -> None:
         _list(chosen)
     else:
         _show(chosen[0])
+
+
+def editor_names() -> list[str]:
+    """Return the names of all editors."""
+    return [editor.name for editor in known_editors()]
 
 
 def find_editor(name: str, editors: list[KnownEditor]) -> KnownEditor:

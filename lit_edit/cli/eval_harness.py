@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import limit_option, make_parser, positive, run_option
 from lit_edit.errors import ArgumentError
 
 log = logging.getLogger(__name__)
@@ -26,9 +26,9 @@ def run_eval_harness(args: list[str]) -> None:
     parser = make_parser(
         "eval-harness", "Measure the base model and the edited model of a run with lm-eval (lit-edit[harness])."
     )
-    parser.add_argument("--run", required=True, type=Path, help="the run folder, for example runs/x")
+    run_option(parser)
     parser.add_argument("--tasks", required=True, nargs="+", help="lm-eval's names: sst2 mrpc cola rte mmlu hellaswag")
-    parser.add_argument("--limit", type=positive, default=None, help="items per task; by default all")
+    limit_option(parser, "items of each task; by default all")
     parser.add_argument("--shots", type=int, default=None, help="examples per item; by default as the task has it")
     parser.add_argument("--batch_size", type=positive, default=8, help="rows that the model sees at a time")
     parser.add_argument("--include_path", type=Path, default=None, help="a folder with tasks of your own (YAML)")

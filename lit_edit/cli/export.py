@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import make_parser, model_option, out_option, positive, run_option
 
 if TYPE_CHECKING:
     from lit_edit.export.lora import LowRank
@@ -28,7 +28,7 @@ _ROWS = (
 def run_export(args: list[str]) -> None:
     """Write what a run edited as a model, as a file of deltas, or as an adapter."""
     parser = make_parser("export", "Take away what a run edited.")
-    parser.add_argument("--run", required=True, type=Path, help="the run folder, for example runs/x")
+    run_option(parser)
     parser.add_argument(
         "--as",
         dest="kind",
@@ -37,9 +37,7 @@ def run_export(args: list[str]) -> None:
         help="a Hugging Face folder with the whole edited model; one file with what was added to the weights, for "
         "lit-edit apply; or a LoRA adapter for peft",
     )
-    parser.add_argument(
-        "--to", type=Path, default=None, help="a new folder (for a delta, a new file); by default in the run folder"
-    )
+    out_option(parser, "a new folder (for a delta, a new file); by default in the run folder")
     parser.add_argument(
         "--rank", type=positive, default=None, help="largest rank of the adapter; by default as large as it takes"
     )
@@ -50,7 +48,7 @@ def run_export(args: list[str]) -> None:
     from lit_edit.export.model import check_export_file, check_export_folder
     from lit_edit.runs.folder import open_run
 
-    target = (options.to or options.run / _NAMES[options.kind]).expanduser()
+    target = (options.out or options.run / _NAMES[options.kind]).expanduser()
     if options.run.expanduser().is_dir():  # before a model is loaded; and no folder is made for a run that is not there
         (check_export_file if options.kind == "delta" else check_export_folder)(target)
     run = open_run(options.run)
@@ -62,15 +60,15 @@ def run_apply(args: list[str]) -> None:
     """Write an exported delta into its base model and keep the result as a Hugging Face folder."""
     parser = make_parser("apply", "Write an exported delta into the model it was made on.")
     parser.add_argument("--delta", required=True, type=Path, help="a file that lit-edit export --as delta wrote")
-    parser.add_argument("--model", required=True, help="the base model: packaged model, folder or hub id")
-    parser.add_argument("--to", type=Path, default=None, help="a new folder; by default FILE without its suffix")
+    model_option(parser, None, required=True, help="the base model: packaged model, folder or hub id")
+    out_option(parser, "a new folder; by default that of the file, without its suffix")
     options = parser.parse_args(args)
 
     from lit_edit.export.delta import edit_with, read_delta
     from lit_edit.export.model import check_export_folder, export_model
 
     file = read_delta(options.delta.expanduser())
-    target = (options.to or file.path.with_suffix("")).expanduser()
+    target = (options.out or file.path.with_suffix("")).expanduser()
     check_export_folder(target)
     model, tokenizer = file.base_at(options.model).load()
     ledger = edit_with(model, file)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import CommandParser, make_parser, positive, run_option
 from lit_edit.console.terminal import write_json
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def run_log(args: list[str]) -> None:
     parser = make_parser(
         "log", "List the edits of a run, also while it runs: what was written, whether it holds, and if not, why."
     )
-    parser.add_argument("--run", required=True, type=Path, help="the run folder, for example runs/x")
+    run_option(parser)
     parser.add_argument("--subject", default=None, help="only edits of this subject")
     parser.add_argument("--last", type=positive, default=None, metavar="N", help="only the last N")
     parser.add_argument("--failed", action="store_true", help="only edits that do not hold, with the likely reason")
@@ -140,8 +139,8 @@ def _table(log: EditLog, numbers: set[int | None]) -> Any:
     return table
 
 
-def _choose(parser: argparse.ArgumentParser, which: str) -> None:
-    parser.add_argument("--run", required=True, type=Path, help="the run folder, for example runs/x")
+def _choose(parser: CommandParser, which: str) -> None:
+    run_option(parser)
     parser.add_argument(
         "--edit",
         action="append",

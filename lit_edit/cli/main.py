@@ -19,6 +19,10 @@ from lit_edit.errors import RunStoppedError, UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0 done, 2 bad arguments or data, 1 anything else."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what can stand where the cursor is
+        from lit_edit.cli.completion import complete_line
+
+        return complete_line()
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
         sys.stdout.write(HELP)

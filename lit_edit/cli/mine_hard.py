@@ -12,7 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import (
+    data_option,
+    limit_option,
+    make_parser,
+    method_option,
+    model_option,
+    out_option,
+    positive,
+)
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_atomically, write_json
 
@@ -70,20 +78,17 @@ def _parser() -> argparse.ArgumentParser:
         "Find the single edits that break a model (HardCF, arXiv 2402.09656): makes each edit of a file alone on the "
         "original model, measures the perplexity of ordinary text after it, and writes the worst as a data set. Given "
         "again the command goes on where it was cut, and takes a larger --limit, another --factor or --keep.",
+        settings=True,
     )
     parser.usage = "%(prog)s [options] [--NAME.OF.A.SETTING VALUE ...]"
     parser.epilog = (
         "Settings are named as for lit-edit fit, for example --model.editor.init_args.layers [5]. In OUT: "
         "records.jsonl (all edits, as they come), hard.json (the hard ones, as lit-edit fit reads them), worst.md."
     )
-    parser.add_argument(
-        "--method", default="method/rome", help="the editor: a YAML file, or the name of one that ships"
-    )
-    parser.add_argument("--model", default=None, help="packaged model, folder or hub id; by default smollm2-135m")
-    parser.add_argument(
-        "--data", type=Path, default=None, metavar="FILE", help="edits, as for lit-edit fit; by default the built-in"
-    )
-    parser.add_argument("--limit", type=positive, default=None, help="try at most so many")
+    method_option(parser, "method/rome")
+    model_option(parser, None, help="packaged model, folder or hub id; by default smollm2-135m")
+    data_option(parser, "edits, as for lit-edit fit; by default the built-in", type=Path)
+    limit_option(parser, "try at most so many")
     parser.add_argument("--offset", type=int, default=0, help="leave out so many at the beginning")
     parser.add_argument(
         "--texts",
@@ -99,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "--factor", type=float, default=2.0, help="hard: perplexity is above so many times that of the base"
     )
     which.add_argument("--keep", type=positive, default=None, help="hard: so many of the worst, whatever they do")
-    parser.add_argument("--out", type=Path, default=None, help="folder to write to (default: runs/hard/METHOD-MODEL)")
+    out_option(parser, "folder to write to (default: runs/hard/METHOD-MODEL)")
     return parser
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import positive
+from lit_edit.console.arguments import make_parser, positive
 from lit_edit.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:
@@ -65,14 +64,9 @@ def run_plan(args: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lit-edit plan",
-        usage="lit-edit plan [--config CONFIG ...] [options] [any setting of fit]",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("plan", DESCRIPTION, settings=True, epilog=EPILOG)
+    parser.usage = "%(prog)s [--config CONFIG ...] [options] [any setting of fit]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--devices", type=positive, help="devices of each node; by default trainer.devices")
     add("--nodes", type=positive, help="nodes; by default trainer.num_nodes")
@@ -131,54 +125,15 @@ def read_size(text: str) -> float:
 
 def _read_settings(args: Sequence[str]) -> tuple[EditStream, EditDataModule, Any]:
     """Parse and check arguments as ``fit`` does; return what it would make, and the Trainer's settings."""
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.cli import LightningCLI
-
-    from lit_edit.console.configs import expand_arguments
-    from lit_edit.console.edit_cli import TRAINER_DEFAULTS, EditCLI
+    from lit_edit.console.fit_parser import FitParser
     from lit_edit.console.messages import quieten
-    from lit_edit.data.datamodule import EditDataModule
-    from lit_edit.stream.edit_stream import EditStream
+    from lit_edit.console.words import with_config
 
-    class Reader(EditCLI):
-        """Understands what ``fit`` understands and runs nothing."""
-
-        @staticmethod
-        def subcommands() -> dict[str, set[str]]:
-            return {"fit": LightningCLI.subcommands()["fit"]}
-
-        def before_instantiate_classes(self) -> None:
-            """Make no run folder, and nothing that would write into one."""
-            trainer = self.config["fit"].trainer
-            trainer.logger = trainer.callbacks = None
-
-        def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-            """Make none: the devices may be those of another machine."""
-            none: Any = None
-            return none
-
-        def _run_subcommand(self, subcommand: str) -> None:
-            pass
-
-    if not any(a in ("-c", "--config") or a.startswith(("--config=", "-c=")) for a in args):
-        args = ["--config", "quickstart", *args]
     quieten()
-    words = ["fit", *expand_arguments(list(args))]
-    argv, sys.argv = sys.argv, [sys.argv[0]]  # LightningCLI warns when both carry arguments
-    try:
-        cli = Reader(
-            EditStream,
-            EditDataModule,
-            args=words,
-            parser_kwargs={"parser_mode": "omegaconf", "exit_on_error": False, "fit": {"exit_on_error": False}},
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=False,
-            auto_configure_optimizers=False,
-            save_config_callback=None,
-        )
-    finally:
-        sys.argv = argv
-    return cli.model, cli.datamodule, cli.config["fit"].trainer
+    parser = FitParser()
+    parser.parse(with_config(list(args)))
+    made = parser.make(bare=True)  # no Trainer: the devices may be those of another machine
+    return made.model, made.data, parser.config["fit"].trainer
 
 
 def _make_case(
@@ -195,7 +150,8 @@ def _make_case(
     from lit_edit.models.known import find_architecture, make_meta_model
     from lit_edit.models.products import bfloat16_pays
     from lit_edit.planning.case import Case
-    from lit_edit.planning.estimate import ModelSizes, Setup
+    from lit_edit.planning.estimate import Setup
+    from lit_edit.planning.sizes import ModelSizes
     from lit_edit.planning.workload import Workload
 
     language_model = stream.language_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lit_edit.console.arguments import make_parser
+from lit_edit.console.arguments import make_parser, out_option, run_option
 
 
 def run_report(args: list[str]) -> None:
@@ -15,10 +15,9 @@ def run_report(args: list[str]) -> None:
         "Write a run as a web page of one file, report.html in its folder: numbers, curves, all edits, what failed. A "
         "fit does so at its end; this makes it anew, also of a run that was killed. Several runs are compared.",
     )
-    parser.add_argument("--runs", "--run", required=True, nargs="+", type=Path, help="one run folder or more: runs/x")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="the file; report.html in the run's folder, or compared.html here"
-    )
+    more = {"nargs": "+", "dest": "runs", "metavar": "RUN", "help": "one run folder or more: runs/x"}
+    run_option(parser, aliases=("--runs",), **more)
+    out_option(parser, "the file; report.html in the run's folder, or compared.html here")
     options = parser.parse_args(args)
 
     from lit_edit.errors import ArgumentError

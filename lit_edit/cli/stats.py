@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from lit_edit.console.arguments import make_parser
+from lit_edit.console.arguments import layers_option, make_parser, model_option, seed_option
 
 
 def run_stats(args: list[str]) -> None:
@@ -12,13 +12,14 @@ def run_stats(args: list[str]) -> None:
     parser = make_parser(
         "stats", "Compute the second moments of the keys ahead of a run; they are kept and found again."
     )
-    parser.add_argument("--model", default="smollm2-135m", help="packaged model, folder or hub id")
-    parser.add_argument("--layers", type=int, nargs="+", default=None, help="layers; by default the model's preset")
-    parser.add_argument("--corpus", default="sampled", help="'sampled', a text file, or a hub data set id")
+    model_option(parser)
+    layers_option(parser, "layers; by default the model's preset")
+    text = "'sampled', a text file, or a hub data set id"
+    parser.add_argument("--corpus", aliases=("--model.statistics.corpus",), default="sampled", help=text)
     parser.add_argument(
         "--tokens", type=int, default=20_000, help="tokens to read; never fewer than ten per key dimension"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of sampled text")
+    seed_option(parser, "seed of sampled text")
     parser.add_argument("--force", action="store_true", help="compute anew even if kept")
     options = parser.parse_args(args)
 

@@ -7,13 +7,15 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from lit_edit.console.arguments import make_parser
+from lit_edit.console.arguments import config_option, make_parser, runs_options
 from lit_edit.console.configs import find_config
+from lit_edit.console.words import read_settings
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_atomically
-from lit_edit.sweeps.grids import Grid, Point, read_grid
+from lit_edit.sweeps.grids import Grid, Point, read_grid, with_changes
 
 SCRIPT = """\
 #!/bin/bash
@@ -43,8 +45,8 @@ srun --cpus-per-task="${{SLURM_CPUS_PER_TASK:-1}}" {command} --only "$SLURM_ARRA
 
 def run_sweep(args: list[str]) -> int:
     """Run a sweep; return the exit status: 0 all well, 1 a point has failed, 128 and more for a signal."""
-    options = _options(args)
-    grid = read_grid(Path(find_config(options.config)))
+    options, settings = _options(args)
+    grid = with_changes(read_grid(Path(find_config(options.config))), "the command line", options.name, settings)
     folder = folder_of(grid, options.runs_dir)
     chosen = _chosen(grid, options.only)
 
@@ -54,19 +56,20 @@ def run_sweep(args: list[str]) -> int:
     if options.gather:
         sys.stdout.write(gather(grid, folder))
         return 0
-    settings = parse_points(grid, chosen)
-    check_begun(folder, chosen, settings)
+    parsed = parse_points(grid, chosen)
+    check_begun(folder, chosen, parsed)
     if options.dry_run:
         sys.stdout.write(list_points(grid, chosen, folder))
         return 0
+    again = command_again("sweep", options.config, options.runs_dir, *changes_again(options.name, settings))
     if options.array:
-        script = write_script(grid, folder, _command(options))
+        script = write_script(grid, folder, again)
         sys.stdout.write(f"{len(grid.points)} points; set their resources in the script, then\n  sbatch {script}\n")
         return 0
-    status = run_points(grid, folder, chosen, settings)
+    status = run_points(grid, folder, chosen, parsed)
     sys.stdout.write(f"\n{gather(grid, folder)}\nEverything is in {folder}/\n")
     if status > 128:
-        sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {_command(options)}{_only(options)}\n")
+        sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {again}{_only(options)}\n")
     return status
 
 
@@ -75,14 +78,17 @@ def folder_of(grid: Grid, runs_dir: str) -> Path:
     return Path(runs_dir).expanduser().resolve() / "sweeps" / grid.name
 
 
-def _options(args: list[str]) -> argparse.Namespace:
+def _options(args: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser = make_parser(
         "sweep",
         "Run every point of a grid, each as a 'lit-edit fit' of its own, and gather one table. What is done is not "
         "done again; what was cut goes on.",
+        settings=True,
+        usage="%(prog)s --config CONFIG [options] [--NAME.OF.A.SETTING VALUE ...]",
+        epilog="Settings are named as for lit-edit fit and hold for every point: --limit 100, --model NAME.",
     )
-    parser.add_argument("--config", required=True, help="the grid: a YAML file, or the name of one that ships")
-    parser.add_argument("--runs_dir", default="runs", help="runs and table go to RUNS_DIR/sweeps/<name of the grid>")
+    config_option(parser, "the grid: a YAML file", required=True)
+    runs_options(parser, "sweeps/<name>", "name of the sweep in place of the grid's")
     parser.add_argument(
         "--only", type=_indexes, default=None, metavar="INDEX[,INDEX]", help="these points; --dry-run lists them"
     )
@@ -92,7 +98,8 @@ def _options(args: list[str]) -> argparse.Namespace:
     what.add_argument(
         "--array", choices=["slurm"], default=None, help="write a script that runs the points as a SLURM array"
     )
-    return parser.parse_args(args)
+    options, rest = parser.parse_known_args(args)
+    return options, read_settings(parser, rest)
 
 
 def _indexes(text: str) -> list[int]:
@@ -133,15 +140,16 @@ def write_script(grid: Grid, folder: Path, command: str) -> Path:
     return script
 
 
-def _command(options: argparse.Namespace) -> str:
-    return command_again("sweep", options.config, options.runs_dir)
-
-
 def command_again(command: str, name: str, runs_dir: str, *words: str) -> str:
     """Return the command of a sweep, for use in any folder."""
     config = str(Path(name).resolve()) if os.path.isfile(name) else name
     runs = str(Path(runs_dir).expanduser().resolve())
     return shlex.join(["lit-edit", command, "--config", config, "--runs_dir", runs, *words])
+
+
+def changes_again(name: str | None, settings: Mapping[str, str]) -> list[str]:
+    """Return the arguments that change what a grid's file says."""
+    return [*([] if name is None else ["--run_name", name]), *(f"--{key}={value}" for key, value in settings.items())]
 
 
 def _only(options: argparse.Namespace) -> str:

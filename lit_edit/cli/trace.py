@@ -13,7 +13,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import (
+    data_option,
+    limit_option,
+    make_parser,
+    model_option,
+    out_option,
+    positive,
+    seed_option,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,15 +47,14 @@ def _parser() -> argparse.ArgumentParser:
         "In OUT: facts.jsonl (the finished facts, as they come), effects, average and fraction_restored (.csv, and "
         ".parquet), average.png, facts/*.png. docs/tracing.md explains them."
     )
-    parser.add_argument(
-        "--data",
-        default="builtin",
-        metavar="FILE",
-        help="facts as JSON, JSONL or CSV with prompt, subject, attribute (known_1000.json of ROME), or CounterFact; "
+    data_option(
+        parser,
+        "facts as JSON, JSONL or CSV with prompt, subject, attribute (known_1000.json of ROME), or CounterFact; "
         "'known_facts': such a file in the working folder; 'builtin': thirty facts that come with lit-edit",
+        default="builtin",
     )
-    parser.add_argument("--model", default="smollm2-135m", help="packaged model, folder or hub id")
-    parser.add_argument("--limit", type=positive, default=50, help="trace so many facts that the model knows")
+    model_option(parser)
+    limit_option(parser, "trace so many facts that the model knows", default=50)
     parser.add_argument(
         "--kinds",
         nargs="+",
@@ -62,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--window", type=positive, default=10, help="layers restored together (mlp, attn), around the layer named"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    seed_option(parser, "seed of the noise")
     parser.add_argument(
         "--precision",
         choices=["fastest", "exact"],
@@ -75,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="facts traced at a time, by threads that share the cores (default: up to 4 on a CPU, 1 on a GPU)",
     )
-    parser.add_argument("--out", type=Path, default=None, help="folder to write to (default: runs/traces/MODEL)")
+    out_option(parser, "folder to write to (default: runs/traces/MODEL)")
     parser.add_argument("--no-fact-figures", action="store_true", help="draw the averages only")
     return parser
 

@@ -1,17 +1,237 @@
-"""What the tools' argument parsers have in common."""
+"""What the commands' parsers have in common: one name for one thing, and every way to write it.
+
+A name is written with ``-`` or ``_``, as one likes; the spellings of earlier versions are taken and not shown. Whoever
+mistypes one is told the nearest that there is.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lit_edit.console.configs import method_config, shipped_configs
+
+LAYERS = "model.editor.init_args.layers"
+SHORT = MappingProxyType(
+    {
+        "--data": "the edits: a file (JSON, JSONL, CSV; its form is seen from its fields), or builtin",
+        "--limit": "make at most so many edits: data.limit",
+        "--model": "packaged model, folder or hub id: model.language_model.name",
+        "--method": "the editor, with its settings: rome, or a config as those of method/",
+        "--layers": f"which to edit, 6 7: {LAYERS}",
+        "--out": "the run's folder: runs_dir and run_name in one",
+        "--seed": "seed_everything",
+    }
+)
+"""Short forms of settings of ``lit-edit fit``, by name: what the help says."""
 
 
-def make_parser(command: str, description: str) -> argparse.ArgumentParser:
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command.
+
+    Args:
+        command: Behind ``lit-edit``.
+        description: What it does.
+        settings: Whether any setting of ``lit-edit fit`` may follow; :meth:`parse_known_args` leaves those.
+        more: As for :class:`argparse.ArgumentParser`.
+    """
+
+    def __init__(self, command: str, description: str, settings: bool = False, **more: Any) -> None:
+        self._aliases: dict[str, str] = {}
+        self._takes_settings, self._answers = settings, False
+        super().__init__(
+            prog=f"lit-edit {command}", description=description, formatter_class=_Help, allow_abbrev=False, **more
+        )
+
+    def add_argument(
+        self, *names: str, aliases: Iterable[str] = (), complete: Callable[[], Iterable[str]] | None = None, **more: Any
+    ) -> argparse.Action:
+        """Add an argument.
+
+        Args:
+            names: Of the argument.
+            aliases: Other spellings, which the help does not show.
+            complete: Returns values for the shell's completion; by default file names.
+            more: As for :class:`argparse.ArgumentParser`.
+        """
+        action = super().add_argument(*names, **more)
+        self._aliases |= dict.fromkeys(aliases, names[0])
+        if complete is not None:
+            action.completer = lambda **_: complete()  # type: ignore[attr-defined] # argcomplete's name
+        return action
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, with every spelling of a name."""
+        if "_ARGCOMPLETE" in os.environ and not self._answers:
+            self._answers = True  # argcomplete parses once more
+            self._answer_shell()
+        spellings = {_plain(alias): name for alias, name in self._aliases.items()}
+        spellings |= {_plain(name): name for name in self._option_string_actions if name.startswith("--")}
+        return super().parse_known_args(self._renamed(list(args or ()), spellings), namespace)
+
+    def _renamed(self, words: list[str], spellings: dict[str, str]) -> list[str]:
+        """Return the words with all options by their shown names.
+
+        A beginning that is one option's alone stands for it; but not where settings of ``fit`` may follow.
+        """
+        found: list[str] = []
+        for index, word in enumerate(words):
+            name, equals, value = word.partition("=")
+            if word == "--":
+                return found + words[index:]
+            if not word.startswith("--") or " " in name:
+                found.append(word)
+                continue
+            plain = _plain(name)
+            begun = {shown for spelling, shown in spellings.items() if spelling.startswith(plain)}
+            if plain in spellings:
+                name = spellings[plain]
+            elif not self._takes_settings:
+                if len(begun) != 1:
+                    self.error(no_such_option(name, [s for s in self._option_string_actions if s.startswith("--")]))
+                name = begun.pop()
+            found.append(f"{name}{equals}{value}")
+        return found
+
+    def _answer_shell(self) -> None:
+        """Tell the shell what can stand where the cursor is, and end (``lit-edit completion``)."""
+        import argcomplete
+
+        if self._takes_settings:
+            from lit_edit.console.catalogue import setting_names
+
+            for name in (*SHORT, *(f"--{name}" for name in setting_names())):
+                if name not in self._option_string_actions:
+                    self.add_argument(name)
+        argcomplete.autocomplete(self, always_complete_options=False)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that there are; a flag and what has none say what happens without them."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_none = action.default is None or action.default == [] or action.nargs == 0
+        return action.help if has_none else super()._get_help_string(action)
+
+
+def make_parser(command: str, description: str, settings: bool = False, **more: Any) -> CommandParser:
     """Return the parser of ``lit-edit COMMAND``; its help shows defaults."""
-    return argparse.ArgumentParser(
-        prog=f"lit-edit {command}",
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    return CommandParser(command, description, settings, **more)
+
+
+def no_such_option(name: str, known: Iterable[str]) -> str:
+    """Return what to say of an option that there is not.
+
+    Example:
+        >>> no_such_option("--rnu", ["--run", "--tokens"])
+        'there is no option --rnu; did you mean --run?'
+    """
+    by_plain = {_plain(option): option for option in known}
+    near = get_close_matches(_plain(name), by_plain, 1)
+    return f"there is no option {name}" + (f"; did you mean {by_plain[near[0]]}?" if near else "")
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "-")
+
+
+# ---- one name for one thing ---------------------------------------------------------------------------------------
+
+
+def run_option(parser: CommandParser, **more: Any) -> None:
+    """Add ``--run``: the folder of a run."""
+    more = {"type": Path, "help": "the run folder, for example runs/x", **more}
+    parser.add_argument("--run", required=True, complete=run_folders, **more)
+
+
+def data_option(parser: CommandParser, text: str, *aliases: str, **more: Any) -> None:
+    """Add ``--data``: the edits, facts or events that a command reads."""
+    parser.add_argument("--data", aliases=("--data.path", *aliases), **{"metavar": "FILE", "help": text, **more})
+
+
+def limit_option(parser: CommandParser, text: str, *aliases: str, **more: Any) -> None:
+    """Add ``--limit``: how many of them."""
+    more = {"type": positive, "default": None, "metavar": "N", "help": text, **more}
+    parser.add_argument("--limit", aliases=("--data.limit", *aliases), **more)
+
+
+def out_option(parser: CommandParser, text: str, **more: Any) -> None:
+    """Add ``--out``: the file or folder that is written."""
+    parser.add_argument("--out", aliases=("--to",), **{"type": Path, "default": None, "help": text, **more})
+
+
+def task_files_option(parser: CommandParser, text: str, *aliases: str) -> None:
+    """Add ``--task_files``: a folder with the items of each task."""
+    more: dict[str, Any] = {"type": Path, "default": None, "metavar": "FOLDER", "help": f"a file per task; {text}"}
+    parser.add_argument("--task_files", aliases=aliases, **more)
+
+
+def runs_options(parser: CommandParser, where: str, text: str | None = None, default: str | None = None) -> None:
+    """Add ``--runs_dir``, below which run folders are made, and ``--run_name``, if it may be chosen, as ``name``."""
+    parser.add_argument("--runs_dir", default="runs", help=f"everything goes to RUNS_DIR/{where}")
+    if text is not None:
+        parser.add_argument("--run_name", aliases=("--name",), dest="name", metavar="NAME", default=default, help=text)
+
+
+def model_option(parser: CommandParser, default: str | None = "smollm2-135m", **more: Any) -> None:
+    """Add ``--model``: a packaged one, a folder or a hub id."""
+    more = {"help": "packaged model, folder or hub id", "default": default, **more}
+    parser.add_argument("--model", aliases=("--model.language_model.name",), complete=packaged_models, **more)
+
+
+def method_option(parser: CommandParser, default: Any, **more: Any) -> None:
+    """Add ``--method``: an editor with its settings."""
+    more = {"help": "the editor: rome, or a YAML file like those of configs/method", **more}
+    parser.add_argument("--method", type=method_config, default=default, complete=methods, **more)
+
+
+def layers_option(parser: CommandParser, text: str) -> None:
+    """Add ``--layers``: ``6 7``, ``6,7`` or ``[6,7]``."""
+    more: dict[str, Any] = {"metavar": "LAYER", "default": None, "help": text}
+    parser.add_argument("--layers", nargs="+", action=_Layers, aliases=(f"--{LAYERS}",), **more)
+
+
+def config_option(parser: CommandParser, text: str, **more: Any) -> None:
+    """Add ``--config``: a YAML file or the name of one that ships."""
+    parser.add_argument(
+        "--config", complete=shipped_configs, **{"help": f"{text}, or the name of one that ships", **more}
     )
+
+
+def seed_option(parser: CommandParser, text: str) -> None:
+    """Add ``--seed``."""
+    parser.add_argument("--seed", type=int, default=0, aliases=("--seed_everything",), help=text)
+
+
+class _Layers(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            found = read_layers(values)
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        setattr(namespace, self.dest, found)
+
+
+def read_layers(words: Sequence[str]) -> list[int]:
+    """Read numbers of layers.
+
+    Raises:
+        ValueError: If they are none.
+
+    Example:
+        >>> read_layers(["6", "7"]), read_layers(["6,7"]), read_layers(["[6,", "7]"])
+        ([6, 7], [6, 7], [6, 7])
+    """
+    text = " ".join(words).strip()
+    if not re.fullmatch(r"(\[)?\s*-?\d+(\s*[\s,]\s*-?\d+)*\s*(?(1)\])", text):
+        raise ValueError(f"expected numbers of layers (6 7, 6,7 or [6,7]), got {text!r}")
+    return [int(number) for number in re.findall(r"-?\d+", text)]
 
 
 def positive(text: str) -> int:
@@ -23,3 +243,24 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+# ---- what the shell completes -------------------------------------------------------------------------------------
+
+
+def run_folders() -> list[str]:
+    """Return the runs below ``runs/``, newest first."""
+    found = [path.parent for path in Path("runs").glob("**/config.yaml")] if Path("runs").is_dir() else []
+    return [str(path) for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
+
+
+def methods() -> list[str]:
+    """Return the methods that ship, without the folder of their configs."""
+    return [name.removeprefix("method/") for name in shipped_configs() if name.startswith("method/")]
+
+
+def packaged_models() -> list[str]:
+    """Return the names of the models that are fetched by name."""
+    from lit_edit.models.packaged import PACKAGED
+
+    return list(PACKAGED)

@@ -64,6 +64,23 @@ def known_editors() -> list[KnownEditor]:
     return sorted(known, key=lambda editor: editor.name.lower())
 
 
+def setting_names() -> list[str]:
+    """Return the names of what ``lit-edit fit`` can be told of stream and data, as their constructors take it."""
+    sources, found = Sources(), list[str]()
+    for prefix, module, name in (
+        ("data", "data.datamodule", "EditDataModule"),
+        ("model", "stream.edit_stream", "EditStream"),
+        ("model.language_model", "models.language_model", "LanguageModel"),
+        ("model.statistics", "stats.second_moment", "KeyStatistics"),
+    ):
+        known = _class_of(sources, f"lit_edit.{module}", name)
+        if known is not None:
+            fields = [node for node in known.node.body if isinstance(node, ast.AnnAssign)]  # of a dataclass
+            names = [setting.name for setting in known.settings()] or [ast.unparse(field.target) for field in fields]
+            found += [f"{prefix}.{name}" for name in names]
+    return found
+
+
 class _NotPlainError(Exception):
     """An expression says more than its source shows."""
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import inspect
 import io
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from importlib.resources import as_file, files
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,66 +47,16 @@ def find_config(name: str) -> str:
     )
 
 
-def expand_arguments(args: list[str]) -> list[str]:
-    """Replace config names by paths, and ``--trainer.logger NAME`` by the logger config of that name.
+def method_config(name: str) -> str:
+    """Return the config of a method by any of its names; a file, and what is none of them, as it is.
 
     Example:
-        >>> expand_arguments(["--trainer.logger", "csv", "--x", "1"])[1].endswith("logger/csv.yaml")
-        True
+        >>> method_config("rome"), method_config("RROME"), method_config("ft-l"), method_config("mine.yaml")
+        ('method/rome', 'method/r_rome', 'method/ft_l', 'mine.yaml')
     """
-    expanded: list[str] = []
-    rest = list(args)
-    while rest:
-        word = rest.pop(0)
-        option, equals, value = word.partition("=")
-        if option in ("--config", "-c", "--trainer.logger") and not equals and rest and not rest[0].startswith("--"):
-            value = rest.pop(0)
-        elif not equals:
-            expanded.append(word)
-            continue
-        if option in ("--config", "-c"):
-            expanded += ["--config", find_config(value)]
-            check_config(expanded[-1])
-        elif option == "--trainer.logger" and f"logger/{value}" in shipped_configs():
-            expanded += ["--config", find_config(f"logger/{value}")]
-        else:
-            expanded += [option, value] if not equals else [word]
-    return _seeded(expanded)
-
-
-def _seeded(args: list[str]) -> list[str]:
-    """Let ``--seed_everything N`` reach what refers to it in config files: a file is resolved on its own, before."""
-    seeds = [value for option, value in zip(args, [*args[1:], ""], strict=True) if option == "--seed_everything"]
-    seeds += [word.partition("=")[2] for word in args if word.startswith("--seed_everything=")]
-    if not seeds or not re.fullmatch(r"\d+", seeds[-1]):
-        return args
-    folder = Path(tempfile.mkdtemp(prefix="lit-edit-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for index in range(1, len(args)):
-        if args[index - 1] != "--config":
-            continue
-        text = Path(args[index]).read_text(encoding="utf-8")
-        if "${seed_everything}" in text:
-            copy = folder / f"{index}-{Path(args[index]).name}"
-            copy.write_text(
-                re.sub(r"(?m)^seed_everything:.*$", f"seed_everything: {seeds[-1]}", text), encoding="utf-8"
-            )
-            args[index] = str(copy)
-    return args
-
-
-def trains_network(args: list[str]) -> bool:
-    """Tell whether arguments of ``fit`` name a config that trains a network: ``train/NAME``, or one with ``train:``.
-
-    Raises:
-        ArgumentError: If a config cannot be read.
-    """
-    words = expand_arguments(args)
-    paths = [Path(path) for option, path in pairwise(words) if option == "--config"]
-    return any(
-        path.parent == config_root() / "train" or re.search(r"(?m)^train\s*:", path.read_text(encoding="utf-8"))
-        for path in paths
-    )
+    known = {re.sub("[_-]", "", name): name for name in shipped_configs() if name.startswith("method/")}
+    wanted = f"method/{re.sub('[_-]', '', name.removeprefix('method/').lower())}"
+    return name if os.path.isfile(name) else known.get(wanted, name)
 
 
 SECTIONS = ("model", "data", "trainer")

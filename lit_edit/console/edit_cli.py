@@ -1,30 +1,27 @@
-"""LightningCLI with run folders: what ``fit``, ``validate`` and ``test`` are made of."""
+"""``fit``, ``validate`` and ``test`` of an edit stream: where a run is kept, how it goes on, what is said of it."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import shutil
 import signal
 import sys
 import threading
-from contextlib import ExitStack
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf.errors import OmegaConfBaseException
 from transformers.utils.logging import disable_progress_bar
 
 from lit_edit.callbacks import ClosingTable, ReplicaCheck, ReplicaError, StopOnSignal, StoppedBySignal
-from lit_edit.console.configs import changed_settings, check_settings, explain
+from lit_edit.console.configs import changed_settings, check_settings
 from lit_edit.console.launching import WatchingLauncher
 from lit_edit.console.messages import quieten
 from lit_edit.console.processes import (
@@ -37,11 +34,15 @@ from lit_edit.console.processes import (
     share_decision,
     started_together,
 )
+from lit_edit.console.run_cli import TRAINER_DEFAULTS, RunCLI, time_stamp
 from lit_edit.console.terminal import write_json
+from lit_edit.data.datamodule import EditDataModule
 from lit_edit.devices.ranks import RankError
 from lit_edit.errors import ArgumentError, RunStoppedError, UserError
-from lit_edit.runs.files import journal_path, run_lock
-from lit_edit.runs.folder import carry_over, check_source, find_checkpoint
+from lit_edit.files.trees import CheckpointError, load_tree
+from lit_edit.runs.continuing import carry_over, check_source
+from lit_edit.runs.files import journal_path
+from lit_edit.runs.folder import find_checkpoint
 from lit_edit.runs.names import check_run_name, shown
 from lit_edit.runs.reading import has_ended, read_outcome
 from lit_edit.runs.resuming import (
@@ -52,50 +53,38 @@ from lit_edit.runs.resuming import (
     run_of_config,
     warn_if_behind,
 )
-from lit_edit.stream.checkpoints import CheckpointError, load_tree
+from lit_edit.stream.edit_stream import EditStream
 
 log = logging.getLogger(__name__)
 
 
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "accelerator": "auto",
-    "devices": 1,
+STREAM_DEFAULTS = TRAINER_DEFAULTS | {
     "max_epochs": 1,  # a run is one pass over the stream
-    "logger": {"class_path": "lit_edit.loggers.RunCSVLogger"},
-    "log_every_n_steps": 1,
-    "num_sanity_val_steps": 0,
-    "enable_model_summary": False,
     "use_distributed_sampler": False,  # a sampler would split the stream
 }
 
 
-class EditCLI(LightningCLI):
-    """LightningCLI with run folders."""
+class EditCLI(RunCLI):
+    """The command line of an edit stream.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._locked = self._ended = False
-        with ExitStack() as self._lock:  # the folder's, until the run is over
-            super().__init__(*args, **kwargs)
+    Args:
+        command: ``fit``, ``validate`` or ``test``.
+        words: Its arguments.
+        more: As for :class:`RunCLI`.
+    """
+
+    def __init__(self, command: str, words: Sequence[str] = (), **more: Any) -> None:
+        self._ended = False
+        super().__init__((EditStream, EditDataModule), command, words, trainer_defaults=STREAM_DEFAULTS, **more)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options that say where a run is kept."""
-        parser.add_argument("--run_name", type=str | None, default=None, help="Name of the run; by default the time.")
-        parser.add_argument("--runs_dir", type=str, default="runs", help="Folder in which run folders are made.")
-        parser.add_argument(
-            "--resume",
-            type=Literal["never", "auto"],
-            default="never",
-            help="auto: go on where an earlier run of this name (or, without a name, of this config) was cut; begin "
-            "where there is none; do nothing where it has come to its end.",
-        )
+        """Add the options that say where a run is kept, and what it begins with."""
+        super().add_arguments_to_parser(parser)
         parser.add_argument(
             "--continue",
             type=str | None,
             default=None,
             help="Folder of an earlier run whose edits this one begins with: the same model, edited further.",
-        )
-        parser.add_argument(
-            "--overwrite", type=bool, default=False, help="Delete an earlier run of the same name instead of refusing."
         )
         parser.add_argument(
             "--quiet", action="store_true", help="No bars, no tables: warnings, errors, and the folder at the end."
@@ -106,10 +95,7 @@ class EditCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and say in a line what cannot be right."""
-        try:
-            super().parse_arguments(parser, args)
-        except (argparse.ArgumentError, OmegaConfBaseException, KeyError) as error:
-            raise ArgumentError(f"{explain(str(error))} (lit-edit {args[0]} --help lists all settings)") from None
+        super().parse_arguments(parser, args)
         check_settings(self.config[self.config.subcommand])
 
     def before_instantiate_classes(self) -> None:
@@ -128,19 +114,7 @@ class EditCLI(LightningCLI):
         self.run_folder = folder
         if self.subcommand == "fit" and leads():
             self._enter(folder)
-        trainer.default_root_dir = str(folder)
-        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-        for logger in loggers:
-            if hasattr(logger, "class_path"):
-                _point_logger(logger.class_path, logger.init_args, folder)
-        for callback in trainer.callbacks or []:
-            if callback.class_path.endswith("ModelCheckpoint"):
-                where = callback.init_args.get("dirpath")
-                # A config that another run has left behind names that run's folder.
-                if where is None or (
-                    Path(where).name == "checkpoints" and (Path(where).parent / "config.yaml").is_file()
-                ):
-                    callback.init_args["dirpath"] = str(folder / "checkpoints")
+        self.point_writers(folder)
 
     def _parse_ckpt_path(self) -> None:
         """Check a checkpoint before anything is built on it (Lightning looks for hyper-parameters, we keep none)."""
@@ -191,15 +165,6 @@ class EditCLI(LightningCLI):
     def _go_on(self) -> str:
         return f"lit-edit fit --config {self.run_folder}/config.yaml --resume auto"
 
-    def instantiate_classes(self) -> None:
-        """Instantiate, and turn what constructors say of bad values into an error for the user."""
-        try:
-            super().instantiate_classes()
-        except UserError:
-            raise
-        except (ValueError, TypeError) as error:
-            raise ArgumentError(explain(str(error))) from error
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer, and name the settings that it was given where it cannot be."""
         try:
@@ -207,7 +172,7 @@ class EditCLI(LightningCLI):
         except UserError:
             raise
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
-            given = changed_settings(self.config[self.subcommand].trainer, TRAINER_DEFAULTS)
+            given = changed_settings(self.config[self.subcommand].trainer, STREAM_DEFAULTS)
             together = "; several processes were started: set both to what was started" if started_together() else ""
             raise ArgumentError(f"{error} (the Trainer was given {given}){together}") from error
         check_launched(trainer)
@@ -227,7 +192,9 @@ class EditCLI(LightningCLI):
         source = self.config["fit"]["continue"]
         if source:  # before anything is deleted or made
             check_source(Path(source), self.run_folder, overwrite=self.config["fit"].overwrite)
-        self._begin_run()
+        goes_on = bool(self.config["fit"].get("ckpt_path")) or self.config["fit"].resume == "auto"
+        if self.begin_run(goes_on, self.config["fit"].overwrite):
+            self._lock.push(self._tidy)  # behind the lock: where another process was faster the folder is not ours
         if checkpoint := self.config["fit"].get("ckpt_path"):
             adopt_journal(Path(checkpoint), self.run_folder)
         if source and not journal_path(self.run_folder).is_file():
@@ -258,7 +225,7 @@ class EditCLI(LightningCLI):
             f'  lit-edit ask --run {where} "{self.datamodule.requests[0].text}"\n'
         )
         if self.model.ledger.layers:  # else the edits are not in the weights
-            sys.stdout.write(f"  lit-edit export --run {where} --to my-edited-model\n")
+            sys.stdout.write(f"  lit-edit export --run {where} --out my-edited-model\n")
 
     def _write_outcome(self) -> None:
         where = shown(self.run_folder)
@@ -312,7 +279,7 @@ class EditCLI(LightningCLI):
             if name is None and (found := find_run(runs, settings)) is not None:
                 return found
         if name is None:
-            stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+            stamp = time_stamp()
             name = stamp if self.subcommand == "fit" else f"{stamp}_{self.subcommand}"
         check_run_name(name)
         return runs / name
@@ -322,7 +289,7 @@ class EditCLI(LightningCLI):
         config = self.config["fit"]
         if not folder.is_dir():
             return
-        self._lock_out_others()
+        self.lock_out_others()
         remove_parts(folder)
         if config.resume == "auto" and not config.get("ckpt_path"):
             mend_journal(folder)
@@ -338,34 +305,6 @@ class EditCLI(LightningCLI):
                 return  # the other processes are waiting to be told
             if (found := find_checkpoint(folder)) is not None:
                 config.ckpt_path = str(found)
-
-    def _lock_out_others(self) -> None:
-        if not self._locked:
-            self._lock.enter_context(run_lock(self.run_folder))
-            self._locked = True
-
-    def _begin_run(self) -> None:
-        config, folder = self.config[self.subcommand], self.run_folder
-        left = [path for path in folder.iterdir() if path.name != ".lock"] if folder.is_dir() else []
-        if left and not config.get("ckpt_path") and config.resume != "auto":
-            if not config.overwrite:
-                raise ArgumentError(
-                    f"the run folder {folder} exists; go on where it was cut with --resume auto, choose another "
-                    "--run_name, or delete the old run with --overwrite true"
-                )
-            if not (folder / "config.yaml").is_file():
-                raise ArgumentError(f"{folder} is not a run folder (it has no config.yaml); it is not deleted")
-            for path in left:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        config.overwrite = False  # not for whoever starts again from the run's config.yaml
-        try:
-            new = not folder.is_dir()
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock_out_others()
-        except OSError as error:
-            raise ArgumentError(f"the run folder {folder} cannot be made: {error.strerror}") from error
-        if new:
-            self._lock.push(self._tidy)  # behind the lock: where another process was faster the folder is not ours
 
     def _tidy(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Take a new run's folder away if the run has failed before its first edit: nothing is in it to go on with."""
@@ -401,17 +340,3 @@ def _make_absolute(editor: Any) -> None:
         value = None if editor is None else editor.get(name)
         if isinstance(value, str) and os.path.exists(os.path.expanduser(value)):
             editor[name] = str(Path(value).expanduser().resolve())
-
-
-def _point_logger(class_path: str, init_args: Any, folder: Path) -> None:
-    kind = class_path.rpartition(".")[2]
-    if kind in ("RunCSVLogger", "WandbLogger", "RunWandbLogger"):
-        init_args["save_dir"] = str(folder)
-    elif kind in ("TensorBoardLogger", "CSVLogger"):
-        for name, value in (("save_dir", str(folder.parent)), ("name", folder.name), ("version", "")):
-            init_args[name] = value
-    if kind in ("WandbLogger", "RunWandbLogger"):
-        init_args["name"] = init_args.get("name") or folder.name
-        # Nothing leaves the machine unless the user says so.
-        os.environ.setdefault("WANDB_MODE", "offline")
-        os.environ.setdefault("WANDB_SILENT", "true")

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from typing import Any
 
 import yaml
-from lightning.pytorch.cli import LightningCLI
 
-from lit_edit.console.configs import expand_arguments, explain
-from lit_edit.console.edit_cli import TRAINER_DEFAULTS, EditCLI
-from lit_edit.data.datamodule import EditDataModule
+from lit_edit.console.configs import explain
+from lit_edit.console.edit_cli import EditCLI
+from lit_edit.console.run_cli import argv_of
+from lit_edit.console.words import expand_arguments
 from lit_edit.errors import ArgumentError, UserError
-from lit_edit.stream.edit_stream import EditStream
 
 _OF_ONE_RUN = (
     "config", "run_name", "runs_dir", "resume", "overwrite", "ckpt_path", "weights_only",
@@ -26,27 +23,7 @@ class FitParser(EditCLI):
     """Parses command lines of ``lit-edit fit`` as that command does; building it takes longer than using it."""
 
     def __init__(self) -> None:
-        os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about Lightning's calls
-        argv, sys.argv = sys.argv, [sys.argv[0]]  # LightningCLI warns when both carry arguments
-        try:
-            super().__init__(
-                EditStream,
-                EditDataModule,
-                args=["fit"],
-                parser_kwargs={"parser_mode": "omegaconf", "exit_on_error": False, "fit": {"exit_on_error": False}},
-                trainer_defaults=TRAINER_DEFAULTS,
-                seed_everything_default=0,
-                auto_configure_optimizers=False,
-                save_config_callback=None,
-                load_from_checkpoint_support=False,
-            )
-        finally:
-            sys.argv = argv
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return what is parsed for: ``fit`` alone."""
-        return {"fit": LightningCLI.subcommands()["fit"]}
+        super().__init__("fit")
 
     def parse(self, args: list[str]) -> dict[str, Any]:
         """Return all settings that arguments of ``lit-edit fit`` lead to.
@@ -54,24 +31,27 @@ class FitParser(EditCLI):
         Raises:
             ArgumentError: If the command would refuse them.
         """
-        argv, sys.argv = sys.argv, [sys.argv[0]]
-        try:
-            self.parse_arguments(self.parser, ["fit", *expand_arguments(args)])
-        except argparse.ArgumentTypeError as error:
-            raise ArgumentError(explain(str(error))) from None
-        finally:
-            sys.argv = argv
+        with argv_of(()):
+            try:
+                self.parse_arguments(self.parser, ["fit", *expand_arguments(args)])
+            except argparse.ArgumentTypeError as error:
+                raise ArgumentError(explain(str(error))) from None
         text = self._parser("fit").dump(self.config["fit"], skip_none=False)
         settings = yaml.safe_load(text)
         assert isinstance(settings, dict)  # noqa: S101 - for the type checker
         return settings
 
-    def make(self) -> Any:
+    def make(self, bare: bool = False) -> Any:
         """Make the stream, the data module, the callbacks and the loggers of what was parsed last; no Trainer.
+
+        Args:
+            bare: Neither callbacks nor loggers.
 
         Raises:
             ArgumentError: If a constructor refuses its values.
         """
+        if bare:
+            self.config["fit"].trainer.logger = self.config["fit"].trainer.callbacks = None
         try:
             return self.parser.instantiate_classes(self.config)["fit"]
         except UserError:

@@ -97,9 +97,7 @@ class Changed:
     """A neighbour that is answered otherwise than before.
 
     Attributes:
-        number: Of the edit that it is a neighbour of.
-        subject: Of that edit.
-        wanted: The object of that edit.
+        edit: That it is a neighbour of.
         prompt: The neighbour.
         right: Its own answer.
         base: What was said before all edits.
@@ -108,9 +106,7 @@ class Changed:
         tone: How that is coloured.
     """
 
-    number: int
-    subject: str
-    wanted: str
+    edit: Edit
     prompt: str
     right: str
     base: Said
@@ -219,23 +215,10 @@ def changed_neighbours(run: RunRecord, edits: Sequence[Edit]) -> tuple[list[Chan
             base, final = answer_of(prompt["base"]), answer_of(prompt[stage])
             if base.text == final.text:
                 continue
-            verdict, tone = _verdict(base, final, prompt)
-            edit = by_number[number]
-            found.append(
-                Changed(
-                    number,
-                    edit.subject,
-                    edit.wanted,
-                    str(prompt["prompt"]),
-                    str(prompt["wanted"]),
-                    base,
-                    final,
-                    verdict,
-                    tone,
-                )
-            )
-    order = {"bad": 0, "fair": 1, "plain": 2, "good": 3}
-    return sorted(found, key=lambda one: (order[one.tone], one.number)), compared
+            asked = str(prompt["prompt"]), str(prompt["wanted"])
+            found.append(Changed(by_number[number], *asked, base, final, *_verdict(base, final, prompt)))
+    order = ("bad", "fair", "plain", "good")
+    return sorted(found, key=lambda one: (order.index(one.tone), one.edit.number)), compared
 
 
 def _verdict(base: Said, final: Said, prompt: Mapping[str, Any]) -> tuple[str, str]:

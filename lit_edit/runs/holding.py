@@ -25,7 +25,7 @@ REACHED = 0.5
 """A target whose probability stays below this was not found, whatever was asked for."""
 
 _MOST, _EDITS = 3, 10  # edits that are named as the reason of another, and in a command
-_Rows = Sequence[Mapping[str, Any]]
+_ROWS = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Verdict:
         return {**asdict(self), "reasons": list(self.reasons), "holds": holds}
 
 
-def judge(edits: _Rows, answers: _Rows, records: _Rows) -> list[Verdict]:
+def judge(edits: _ROWS, answers: _ROWS, records: _ROWS) -> list[Verdict]:
     """Return what has become of every edit that was asked for.
 
     Args:
@@ -94,7 +94,7 @@ def judge(edits: _Rows, answers: _Rows, records: _Rows) -> list[Verdict]:
 class _Context:
     """What an edit is judged by, beside itself."""
 
-    def __init__(self, edits: _Rows, answers: _Rows, records: _Rows) -> None:
+    def __init__(self, edits: _ROWS, answers: _ROWS, records: _ROWS) -> None:
         self.answers = {row["number"]: row for row in answers}
         self.aim: float | None = None
         self.templates: dict[int, str] = {}
@@ -128,7 +128,7 @@ class _Context:
         return same_key, [number for number in same_subject if number not in same_key]
 
 
-def _others(row: Mapping[str, Any], rows: _Rows) -> list[int]:
+def _others(row: Mapping[str, Any], rows: _ROWS) -> list[int]:
     return [o["number"] for o in rows if o["number"] != row["number"] and o["target_new"] != row["target_new"]]
 
 

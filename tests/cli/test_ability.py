@@ -178,7 +178,7 @@ def test_records_that_lead_to_an_edit(make: Any) -> None:
         (["--at", "4"], "--at 4: .* has made 3 edits"),
         (["--at", "-1"], "--at -1: .* has made 3 edits"),
         (["--shots", "11"], "--shots must be 0 to 10, .* got 11"),
-        (["--folder", "none"], "--folder none: there is no such folder"),
+        (["--folder", "none"], "--task_files none: there is no such folder"),
         (["--run", "none"], "no run folder none"),
     ],
 )

@@ -149,7 +149,7 @@ def test_too_few_records() -> None:
     requests = tiny_requests()
     twin = replace(requests[0], id="twin", target_new="Athens")
     bare = EditRequest("bare", "{} is in", "Oslo", "Peru", target_true="Norway")
-    with pytest.raises(DataError, match=r"--edits 4 and --held-out 3 need 7 records .* there are 6 such among 8"):
+    with pytest.raises(DataError, match=r"--limit 4 and --held-out 3 need 7 records .* there are 6 such among 8"):
         draw_samples([*requests, twin, bare], 4, 3, seed=0)
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from lit_edit.cli.main import main
-from lit_edit.console.configs import trains_network
-from lit_edit.stream.checkpoints import load_tree
+from lit_edit.console.words import trains_network
+from lit_edit.files.trees import load_tree
 
 
 class Line(LightningModule):
@@ -99,7 +99,7 @@ def test_a_network_is_trained_and_kept(config: str, tmp_path: Path, capsys: pyte
     # The run's own config is one of this kind, and what was there is not overwritten unasked.
     assert trains_network(["--config", str(folder / "config.yaml")])
     assert fit(str(folder / "config.yaml"), tmp_path) == 2
-    assert "exists; choose another --run_name" in capsys.readouterr().err
+    assert "exists; go on where it was cut with --resume auto, choose another --run_name" in capsys.readouterr().err
     assert fit(str(folder / "config.yaml"), tmp_path, "--overwrite", "true", "--model.start", "1.0") == 0
 
 

@@ -505,7 +505,7 @@ def checkpoint_of(stream: EditStream) -> dict[str, Any]:
     """What a checkpoint would hold, through a file as a checkpoint goes."""
     from tempfile import NamedTemporaryFile
 
-    from lit_edit.stream.checkpoints import load_tree, save_tree
+    from lit_edit.files.trees import load_tree, save_tree
 
     saved = {
         "base_hash": stream.base_hash,

@@ -104,8 +104,8 @@ def test_the_runs_that_ship_are_accepted(tmp_path: Path, capsys: pytest.CaptureF
     ("words", "message"),
     [
         (["--data", "none.json"], "--data none.json: no such file"),
-        (["--edits", "7"], "--edits 7: data.json has only 6"),
-        (["--only", "ike"], "--only ike: there is no such editor"),
+        (["--edits", "7"], "--limit 7: data.json has only 6"),
+        (["--only", "ike"], "--method ike: there is no such editor"),
         (["--config", "compare"], "this study has the axes editor, data.batch_size; got editor"),
         (["--gather"], "nothing of this study is done yet"),
     ],

@@ -109,7 +109,7 @@ def test_errors_are_one_line(pretended: Pretended, tmp_path: Path, capsys: pytes
     for words, said in (
         ([], "lit-edit study: name a study: "),
         (["mqdd"], "there is no study 'mqdd'; did you mean mqd?"),
-        (["mqd", "--edits", "1000"], "--edits must be from 1 to 96"),
+        (["mqd", "--edits", "1000"], "--limit must be from 1 to 96"),
         (["mqd", "--gather"], "nothing of this study is done yet"),
         (["mqd", "--method", "method/d5s", "--dry-run"], "method/d5s: no such file"),
         (["mqd", "--config", "own.yaml"], "with the values direct, choice, truth; got kind with kind: direct"),

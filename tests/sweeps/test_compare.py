@@ -322,10 +322,10 @@ def test_files_that_are_no_comparison_are_refused(
     ("args", "message"),
     [
         (["--data", "gone.json"], "--data gone.json: no such file"),
-        (["--limit", "3"], "unrecognized argument: --limit (a setting is named in full"),
+        (["--limti", "3"], "there is no option --limti; did you mean --limit?"),
         (["--data.limit"], "argument --data.limit: expected a value"),
         (["--data.limit=x"], "data.limit"),
-        (["--run_name", "x"], "unrecognized argument: --run_name"),
+        (["--resume", "auto"], "unrecognized argument: --resume"),
         (["--name", "../up"], "the command line: name must be a plain folder name"),
         (["--data.batch_size=4"], "data.batch_size is set by grid: editor and by settings"),
         (["--gather", "--dry-run"], "not allowed with"),

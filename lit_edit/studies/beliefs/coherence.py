@@ -98,7 +98,7 @@ def draw_cases(world: World, agent: Agent, count: int, probes: int = 10, seed: i
     able = [fact for fact in world.facts if world.dependents(fact) and len(world.objects[fact[1]]) > 1]
     if not 1 <= count <= len(able):
         raise ArgumentError(
-            f"--edits must be from 1 to {len(able)} (facts with a dependent one, in this world), got {count}"
+            f"--limit must be from 1 to {len(able)} (facts with a dependent one, in this world), got {count}"
         )
     found = []
     for fact in draw.sample(able, len(able))[:count]:  # more cases begin with the same ones

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,12 +10,28 @@ from typing import Any
 
 import yaml
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import (
+    data_option,
+    limit_option,
+    make_parser,
+    model_option,
+    runs_options,
+    task_files_option,
+)
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
-from lit_edit.files.paths import write_atomically
+from lit_edit.files.paths import write_text
 from lit_edit.runs.ability import Asked, measure_run
 from lit_edit.sweeps.grids import Choice, Grid, Point, read_grid, with_changes
+from lit_edit.sweeps.study import (
+    begin_study,
+    check_there,
+    folder_of,
+    run_rest,
+    say_how_to_go_on,
+    say_report,
+    settings_of,
+)
 
 PARTS = MappingProxyType(
     {
@@ -30,19 +43,17 @@ PARTS = MappingProxyType(
     }
 )
 """By name: the runs (``configs/studies/d4s``), and the question."""
-_TASKS = ("c", "d")
 
 
 def run_d4s(args: list[str]) -> int:
     """Run parts of the study; return the exit status: 0 all well, 1 a run has failed, 128 and more for a signal."""
     options = _options(args)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    begin_study()
     status = 0
     for part in dict.fromkeys(options.part):
         status = max(status, _run_questions(options) if part == "c" else _run_part(options, part))
         if status > 128:
-            again = shlex.join(["lit-edit", "study", "d4s", *args])
-            sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {again}\n")
+            say_how_to_go_on("d4s", args)
             break
     return status
 
@@ -55,27 +66,26 @@ def _options(args: list[str]) -> argparse.Namespace:
     )
     parser.epilog = "parts: " + "; ".join(f"{name}: {question}" for name, (_, question) in PARTS.items())
     parser.add_argument("--part", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="by default all of them")
-    parser.add_argument("--data", type=Path, default=None, metavar="FILE", help="a CounterFact file (all parts but c)")
-    parser.add_argument("--tasks", type=Path, default=None, metavar="FOLDER", help="a file per task (parts c and d)")
-    parser.add_argument(
-        "--text", type=Path, default=None, metavar="FILE", help="plain text for key statistics, a line more in part e"
-    )
-    parser.add_argument("--edits", type=positive, default=None, help="edits of each run; by default the config's")
-    parser.add_argument(
-        "--model",
-        default=None,
+    data_option(parser, "a CounterFact file (all parts but c)", type=Path)
+    task_files_option(parser, "parts c and d", "--tasks")
+    more: dict[str, Any] = {"type": Path, "help": "plain text for key statistics, a line more in part e"}
+    parser.add_argument("--corpus", aliases=("--text",), dest="text", metavar="FILE", **more)
+    limit_option(parser, "edits of each run; by default the config's", "--edits", dest="edits")
+    model_option(
+        parser,
+        None,
         help="packaged model, folder or hub id, edited at the layers of the methods' configs; by default the config's",
     )
-    parser.add_argument("--runs_dir", default="runs", help="everything goes to RUNS_DIR/studies/d4s-...")
+    runs_options(parser, "studies/d4s-...")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="list the runs and their commands; run nothing")
     what.add_argument("--gather", action="store_true", help="write tables and figures of what is there; run nothing")
     options = parser.parse_args(args)
-    for name in ("data", "text"):
-        if (path := getattr(options, name)) is not None and not path.is_file():
+    for name, path in (("data", options.data), ("corpus", options.text)):
+        if path is not None and not path.is_file():
             raise ArgumentError(f"--{name} {path}: no such file")
-    if options.tasks is not None and not options.tasks.is_dir():
-        raise ArgumentError(f"--tasks {options.tasks}: no such folder")
+    if options.task_files is not None and not options.task_files.is_dir():
+        raise ArgumentError(f"--task_files {options.task_files}: no such folder")
     if options.data is None and not options.gather and set(options.part) - {"c"}:
         raise ArgumentError("--data is missing: a CounterFact file with as many edits as a run makes")
     return options
@@ -84,46 +94,25 @@ def _options(args: list[str]) -> argparse.Namespace:
 def _run_part(options: argparse.Namespace, part: str) -> int:
     """Run what is left of a part, and write its table and figure."""
     grid = read_grid(Path(find_config(f"studies/d4s/{PARTS[part][0]}")))
-    folder = folder_of(options.runs_dir, grid)
-    settings: dict[str, Any] = {}
-    if options.data is not None:
-        settings |= {"data.path": str(options.data.resolve())}
-    if options.edits is not None:
-        settings["data.limit"] = options.edits
-    if options.model is not None:
-        settings["model.language_model.name"] = options.model
-    grid = with_changes(grid, "the command line", None, settings)
+    folder = folder_of(options.runs_dir, grid.name)
+    grid = with_changes(grid, "the command line", None, settings_of(options))
     if part == "e" and options.text is not None:
         grid = with_text(grid, options.text.resolve())
 
     from lit_edit.studies.d4s.report import write_part
-    from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
 
     status = 0
     if options.gather:
-        _check_there(grid, folder)
+        check_there(grid, folder, "part")
     else:
-        parsed = parse_points(grid, grid.points)
-        check_begun(folder, grid.points, parsed)
-        if options.dry_run:
-            sys.stdout.write(list_points(grid, grid.points, folder))
+        done = run_rest(grid, folder, options.dry_run)
+        if done is None:
             return 0
-        status = run_points(grid, folder, grid.points, parsed)
+        status = done
         if part == "d" and status <= 128:
-            measure_ability(grid, folder, options.tasks)
-    sys.stdout.write(f"\n{write_part(part, grid, folder)}\n")
-    sys.stdout.write(f"Everything is in {folder}/ ({part}.md, {part}.csv, {part}.png)\n")
+            measure_ability(grid, folder, options.task_files)
+    say_report(write_part(part, grid, folder), folder, *(f"{part}.{kind}" for kind in ("md", "csv", "png")))
     return status
-
-
-def _check_there(grid: Grid, folder: Path) -> None:
-    """Refuse to gather nothing.
-
-    Raises:
-        ArgumentError: If none of the runs was begun.
-    """
-    if not any((folder / point.name).is_dir() for point in grid.points):
-        raise ArgumentError(f"nothing of this part is done yet in {folder}; leave --gather out")
 
 
 def measure_ability(grid: Grid, folder: Path, tasks: Path | None) -> None:
@@ -152,25 +141,19 @@ def _run_questions(options: argparse.Namespace) -> int:
     from lit_edit.studies.mqd.run import run_mqd
 
     grid = read_grid(Path(find_config("studies/d4s/questions")))
-    folder = folder_of(options.runs_dir, grid)
+    folder = folder_of(options.runs_dir, grid.name)
     if options.gather:
-        _check_there(grid, folder)
+        check_there(grid, folder, "part")
     # A listing writes the config too: its commands read it.
-    config = _with_own_base(grid, folder, None if options.gather else options.tasks)
+    config = _with_own_base(grid, folder, None if options.gather else options.task_files)
     words = ["--config", str(config), "--runs_dir", options.runs_dir]
     words += [] if options.edits is None else ["--edits", str(options.edits)]
     words += [] if options.model is None else ["--model", options.model]
     words += [f"--{name}" for name in ("gather", "dry-run") if getattr(options, name.replace("-", "_"))]
     status = run_mqd(words)
     if not options.dry_run:
-        sys.stdout.write(f"\n{write_part('c', grid, folder)}\n")
-        sys.stdout.write(f"Everything is in {folder}/ (c.md, c.csv, c.png)\n")
+        say_report(write_part("c", grid, folder), folder, "c.md", "c.csv", "c.png")
     return status
-
-
-def folder_of(runs_dir: str, grid: Grid) -> Path:
-    """Return where a part keeps its runs and tables."""
-    return Path(runs_dir).expanduser().resolve() / "studies" / grid.name
 
 
 def _with_own_base(grid: Grid, folder: Path, tasks: Path | None) -> Path:
@@ -193,9 +176,7 @@ def _write_callbacks(path: Path, tasks: Path) -> None:
 
 
 def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def with_text(grid: Grid, text: Path) -> Grid:

@@ -29,7 +29,7 @@ def draw_samples(
     found = list(reversed(usable.values()))
     if len(found) < edits + held_out:
         raise DataError(
-            f"--edits {edits} and --held-out {held_out} need {edits + held_out} records of different subjects, each "
+            f"--limit {edits} and --held-out {held_out} need {edits + held_out} records of different subjects, each "
             f"with target_true, paraphrases and neighborhood; there are {len(found)} such among {len(requests)}: ask "
             "for fewer, or give more data"
         )

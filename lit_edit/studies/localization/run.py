@@ -5,15 +5,24 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import (
+    data_option,
+    layers_option,
+    limit_option,
+    make_parser,
+    method_option,
+    out_option,
+    positive,
+    seed_option,
+)
 from lit_edit.errors import ArgumentError
+from lit_edit.sweeps.study import begin_study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,25 +43,21 @@ def _options(args: list[str]) -> argparse.Namespace:
         "and by both. What is done is not done again; what was cut goes on.",
     )
     parser.add_argument("--trace", type=Path, required=True, metavar="FOLDER", help="of a finished 'lit-edit trace'")
-    parser.add_argument("--data", default="builtin", metavar="FILE", help="the facts that were traced, as given there")
-    parser.add_argument("--method", default="method/rome", help="the editor: a YAML file, or one that ships")
-    parser.add_argument(
-        "--layers", type=int, nargs="+", default=None, help="to edit at (default: about eight over the depth)"
-    )
+    data_option(parser, "the facts that were traced, as given there", default="builtin")
+    method_option(parser, "method/rome")
+    layers_option(parser, "to edit at (default: about eight over the depth)")
     parser.add_argument("--width", type=positive, default=1, help="layers edited together, around each")
     parser.add_argument("--kind", default="mlp", choices=["hidden", "mlp", "attn"], help="of tracing effect")
-    parser.add_argument("--limit", type=positive, default=None, help="edit so many of the facts")
-    parser.add_argument("--seed", type=int, default=0, help="of the new objects, and of the method")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder to write to (default: runs/studies/tracing-NAME)"
-    )
+    limit_option(parser, "edit so many of the facts")
+    seed_option(parser, "of the new objects, and of the method")
+    out_option(parser, "folder to write to (default: runs/studies/tracing-NAME)")
     return parser.parse_args(args)
 
 
 def run_tracing(args: list[str]) -> int:
     """Run the study; return the exit status."""
     options = _options(args)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    begin_study()
 
     from lit_edit.files.paths import without_nan, write_text
     from lit_edit.runs.files import run_lock

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lit_edit.console.arguments import CommandParser, data_option, seed_option
 from lit_edit.files.paths import write_json
 
 if TYPE_CHECKING:
     from lit_edit.data.request import EditRequest
 
 
-def add_mqd_arguments(parser: argparse.ArgumentParser) -> None:
+def add_mqd_arguments(parser: CommandParser) -> None:
     """Add what says which events MQD is made of, and how."""
-    add = parser.add_argument
-    add(
-        "--events",
-        default=None,
-        metavar="FILE|ID",
-        help="tuples in ATOMIC's form: a file with tabs between head, relation and tail, or the id (owner/name) of a "
-        "hub data set with these columns; by default the events that ship",
+    text = (
+        "tuples in ATOMIC's form: a file with tabs between head, relation and tail, or the id (owner/name) of a "
+        "hub data set with these columns; by default the events that ship"
     )
-    add("--split", default="train", help="split of the hub data set")
-    add("--seed", type=int, default=0, help="seed of order, wrong answers, and places of right ones")
+    data_option(parser, text, "--events", dest="events", metavar="FILE|ID")
+    parser.add_argument("--split", default="train", help="split of the hub data set")
+    seed_option(parser, "seed of order, wrong answers, and places of right ones")
 
 
 def write_mqd(folder: Path, made: Mapping[str, Sequence[EditRequest]]) -> dict[str, Path]:

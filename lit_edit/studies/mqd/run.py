@@ -5,20 +5,26 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.arguments import (
+    config_option,
+    limit_option,
+    make_parser,
+    method_option,
+    model_option,
+    runs_options,
+)
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_json
 from lit_edit.studies.mqd.making import add_mqd_arguments, write_mqd
 from lit_edit.sweeps.grids import Choice, Grid, read_grid, with_changes
+from lit_edit.sweeps.study import begin_study, folder_of, run_rest, say_how_to_go_on, say_report, settings_of
 
 if TYPE_CHECKING:
     from lit_edit.data.request import EditRequest
@@ -31,33 +37,30 @@ TARGETS = "targets.json"
 def run_mqd(args: list[str]) -> int:
     """Run the study; return the exit status: 0 all well, 1 a kind's run has failed, 128 and more for a signal."""
     options = _options(args)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    begin_study()
 
     from lit_edit.data.events import read_events
     from lit_edit.data.mqd import build_mqd
 
     made = build_mqd(read_events(options.events, options.split), seed=options.seed)
     grid = _grid(options, list(made))
-    folder = Path(options.runs_dir).expanduser().resolve() / "studies" / grid.name
+    folder = folder_of(options.runs_dir, grid.name)
     edits = _check_edits(grid, made)
     grid = with_paths(grid, {kind: folder / "data" / f"mqd_{kind}.json" for kind in made})
 
     from lit_edit.studies.mqd.report import write_report
-    from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
 
-    if not options.gather:
-        settings = parse_points(grid, grid.points)
-        check_begun(folder, grid.points, settings)
-        if options.dry_run:
-            sys.stdout.write(list_points(grid, grid.points, folder))
-            return 0
+    def prepare(settings: Mapping[str, Any]) -> None:
         _keep_data(folder / "data", made)
         _keep_targets(folder / TARGETS, grid, settings, made, edits)
-    status = 0 if options.gather else run_points(grid, folder, grid.points, settings)
-    sys.stdout.write(f"\n{write_report(grid, folder, _read_targets(folder / TARGETS))}\n")
-    sys.stdout.write(f"Everything is in {folder}/ (mqd.md, mqd.csv, mqd.json, mqd.png)\n")
+
+    status = 0 if options.gather else run_rest(grid, folder, options.dry_run, prepare)
+    if status is None:
+        return 0
+    report = write_report(grid, folder, _read_targets(folder / TARGETS))
+    say_report(report, folder, "mqd.md", "mqd.csv", "mqd.json", "mqd.png")
     if status > 128:
-        sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {shlex.join(['lit-edit', 'study', 'mqd', *args])}\n")
+        say_how_to_go_on("mqd", args)
     return status
 
 
@@ -69,13 +72,12 @@ def _options(args: list[str]) -> argparse.Namespace:
         "'lit-edit fit' of its own, and writes one table and one figure. What is done is not done again; what was cut "
         "goes on.",
     )
-    parser.add_argument("--edits", type=positive, default=None, help="edits of each kind; by default the config's, 20")
-    parser.add_argument("--model", default=None, help="packaged model, folder or hub id; by default the config's")
-    parser.add_argument("--method", default="method/d4s", help="the editor: a YAML file, or the name of one that ships")
+    limit_option(parser, "edits of each kind; by default the config's, 20", "--edits", dest="edits")
+    model_option(parser, None, help="packaged model, folder or hub id; by default the config's")
+    method_option(parser, "method/d4s")
     add_mqd_arguments(parser)
-    parser.add_argument("--config", default="studies/mqd", help="the three runs: a YAML file, or one that ships")
-    parser.add_argument("--runs_dir", default="runs", help="everything goes to RUNS_DIR/studies/<name>")
-    parser.add_argument("--name", default=None, help="name of the study in place of the config's")
+    config_option(parser, "the three runs: a YAML file", default="studies/mqd")
+    runs_options(parser, "studies/<name>", "name of the study in place of the config's")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="list the runs and their commands; run nothing")
     what.add_argument("--gather", action="store_true", help="write table and figure of what is there; run nothing")
@@ -95,9 +97,7 @@ def _grid(options: argparse.Namespace, kinds: Sequence[str]) -> Grid:
             f"{grid.path}: grid: this study has one axis, {AXIS}, with the values {', '.join(kinds)}; got "
             f"{', '.join(grid.axes)} with {', '.join(str(point) for point in grid.points)}"
         )
-    settings: dict[str, Any] = {} if options.edits is None else {"data.limit": options.edits}
-    settings |= {} if options.model is None else {"model.language_model.name": options.model}
-    grid = with_changes(grid, "the command line", options.name, settings)
+    grid = with_changes(grid, "the command line", options.name, settings_of(options))
     return replace(grid, base=(*grid.base, options.method))
 
 
@@ -111,7 +111,7 @@ def _check_edits(grid: Grid, made: Mapping[str, Sequence[EditRequest]]) -> int:
     edits = grid.settings.get("data.limit")
     if edits is not None and (not isinstance(edits, int) or not 1 <= edits <= most):
         raise ArgumentError(
-            f"--edits must be from 1 to {most} (requests of each kind that the events allow), got {edits}"
+            f"--limit must be from 1 to {most} (requests of each kind that the events allow), got {edits}"
         )
     return edits or most
 

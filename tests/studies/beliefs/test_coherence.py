@@ -20,7 +20,7 @@ from lit_edit.studies.beliefs.coherence import (
     revised,
 )
 from lit_edit.studies.beliefs.corpus import CorpusConfig, write_sentences
-from lit_edit.studies.beliefs.model import make_tokenizer
+from lit_edit.studies.beliefs.documents import make_tokenizer
 from lit_edit.studies.beliefs.world import WorldConfig, generate_world
 from lit_edit.testing import tiny_model
 
@@ -115,7 +115,7 @@ def test_cases_are_edits_that_tell() -> None:
         assert len(case.facts["other"]) == 4
         request = case.request(0)
         assert (request.text, request.target_new) == (f"{subject} {relation}", case.requested)
-    with pytest.raises(ArgumentError, match="--edits must be from 1 to 24"):
+    with pytest.raises(ArgumentError, match="--limit must be from 1 to 24"):
         draw_cases(world, agent, 25)
 
 

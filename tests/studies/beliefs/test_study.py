@@ -16,12 +16,13 @@ from lit_edit.errors import ArgumentError
 from lit_edit.models import ModelAdapter
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.studies.beliefs.agent import Agent
+from lit_edit.studies.beliefs.bench import Bench, make_editor
 from lit_edit.studies.beliefs.cases import CaseFile
 from lit_edit.studies.beliefs.coherence import draw_cases
 from lit_edit.studies.beliefs.corpus import CorpusConfig, write_sentences
-from lit_edit.studies.beliefs.model import Testbed, TrainingConfig
+from lit_edit.studies.beliefs.decoder import TrainingConfig
 from lit_edit.studies.beliefs.report import mean_row
-from lit_edit.studies.beliefs.run import Bench, make_editor
+from lit_edit.studies.beliefs.testbed import Testbed
 from lit_edit.studies.beliefs.world import WorldConfig, generate_world
 
 D4S = {"class_path": "lit_edit.editors.D4S", "init_args": {"layers": [6], "target": {"steps": 2}}}
@@ -105,9 +106,9 @@ def test_errors_are_one_line(study: list[str], tmp_path: Path, capsys: pytest.Ca
     for words, said in (
         (["--method", "method/d5s"], "method/d5s: no such file"),
         (["--method", "own.yaml", "./own.yaml"], "the name 'own' is taken"),
-        (["--edits", "1000"], "--edits must be from 1 to"),
+        (["--edits", "1000"], "--limit must be from 1 to"),
         (["--triples", "bad.tsv"], "--subjects is of the generated world"),
-        (["--facts", "10"], "--facts is of --triples"),
+        (["--facts", "10"], "--facts is of --data"),
         (["--layers", "2"], "--layers 2: the decoder has layers 0 to 1"),
         (["--method", "method/grace", "--layers", "0", "1"], "method/grace edits one layer, got 0 1"),
         (["--gather"], "there is nothing of this study in"),
