@@ -66,10 +66,8 @@ class UltraEdit(FactoredEditor):
         kind="gradient, closed form",
         cost="one forward and backward pass; n^2 (d_in + d_out) for n target tokens",
         state="mean and variance of d_in + d_out numbers, constant",
-        batch=True,
         undo="approximate",
         lora=True,
-        devices=False,
         lacks="one step per edit, which need not arrive; the first steps are badly normalised, larger ones are better",
     )
     depends_on = "eta ridge ridge_scale warm_up per_layer"

@@ -60,10 +60,8 @@ class MEND(FactoredEditor):
         kind="hyper-network",
         cost="two forward passes and one backward, after a training of minutes to hours for the model",
         state="the weights; on record the tokens' factors, d_in + d_out numbers per token and layer",
-        batch=True,
         undo="approximate",
         lora=True,
-        devices=False,
         lacks="long streams: trained on single edits, it holds for few in a row; a network for each model",
     )
 
