@@ -11,15 +11,13 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from lit_edit.data.request import EditRequest
 from lit_edit.devices.algebra import algebra_device, for_algebra
-from lit_edit.editors.base import Moments, Proposal, Status, Stopwatch, entry_of, numbers_of, silent
+from lit_edit.editors.base import Moments, Proposal, Status, Step, entry_of
 from lit_edit.editors.closed_form.located import asked, told
 from lit_edit.editors.closed_form.reversible import KeyMode, ReversibleEditor
 from lit_edit.editors.closed_form.trial import Trial
 from lit_edit.editors.closed_form.walk import ResidualMode, as_columns
 from lit_edit.errors import ArgumentError, check_not_negative, check_one_of, check_positive
-from lit_edit.ledger.edit_ledger import Change, RecordedFacts
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.solvers.recursive_least_squares import RidgeSolver
 from lit_edit.solvers.shared import OwnSolver, SharedSolver, Solver
@@ -112,34 +110,25 @@ class ClosedFormEditor(ReversibleEditor):
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
-    def propose(
-        self,
-        requests: Sequence[EditRequest],
-        window: Sequence[EditRequest] = (),
-        status: Status = silent,
-        replaced: Sequence[RecordedFacts] = (),
-    ) -> Proposal:
-        """Work out the updates for some requests; see :meth:`Editor.propose`."""
-        if self.one_by_one and len(requests) > 1:
+    def _work_out(self, step: Step) -> Proposal:
+        if self.one_by_one and len(step.requests) > 1:
             raise ArgumentError(
-                f"{type(self).__name__} makes one edit at a time, got a step of {len(requests)}: set "
+                f"{type(self).__name__} makes one edit at a time, got a step of {len(step.requests)}: set "
                 "data.batch_size to 1, or use a batch method (EMMET, MEMIT)"
             )
-        watch = Stopwatch()
         trial = Trial(self.solvers)
-        with watch("solve"):
-            trial.remove(self._read(replaced))
-        model = self._model(trial, edited=bool(replaced))
-        with watch("targets"):
-            targets = self._get_targets(requests, window, model, status)
+        with step.watch("solve"):
+            trial.remove(self._read(step.replaced))
+        model = self._model(trial, edited=bool(step.replaced))
+        with step.watch("targets"):
+            targets = self._get_targets(step, model)
         columns = as_columns([t.value for t in targets]), as_columns([t.delta for t in targets])
         with self.ledger.adapter.fast_products():
-            with watch("keys"):
-                rows = self._get_key_rows(requests, window)
-            facts = self._find(rows, [asked(r) for r in requests], *columns, model, trial, watch)
-        entries = tuple(map(entry_of, requests, map(told, targets)))
-        change = Change(removed=numbers_of(replaced), tensors=facts.as_tensors())
-        return self._proposal(trial, change, facts, entries, tuple(requests), watch.seconds)
+            with step.watch("keys"):
+                rows = self._get_key_rows(step.requests, step.window)
+            facts = self._find(rows, [asked(r) for r in step.requests], *columns, model, trial, step.watch)
+        entries = tuple(map(entry_of, step.requests, map(told, targets)))
+        return self._proposal(trial, step.change(facts.as_tensors()), facts, entries)
 
     # ---- state --------------------------------------------------------------------------------------------------
 

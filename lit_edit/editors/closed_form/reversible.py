@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,20 +112,14 @@ class ReversibleEditor(LocatedEditor):
         return self._view(trial.deltas())
 
     def _proposal(
-        self,
-        trial: Trial,
-        change: Change,
-        facts: Facts | None,
-        entries: tuple[LedgerEntry, ...] = (),
-        requests: tuple[EditRequest, ...] = (),
-        seconds: Mapping[str, float] | None = None,
+        self, trial: Trial, change: Change, facts: Facts | None, entries: tuple[LedgerEntry, ...] = ()
     ) -> Proposal:
         if self._leaves_nothing(change, entries):
             trial.clear()
         updates = self._updates({layer: self._written(layer, delta) for layer, delta in trial.deltas().items()})
         first = self.ledger.layers[0]
         keys = facts.keys[first] if facts is not None else self.solvers[first].delta.new_empty(0, 0)
-        return Proposal(requests, updates, entries, _Pending(trial.steps, keys), seconds or {}, change)
+        return Proposal((), updates, entries, _Pending(trial.steps, keys), change=change)
 
     def accept(self, proposal: Proposal) -> None:
         """Take the solved facts into the solvers."""
