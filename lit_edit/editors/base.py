@@ -59,6 +59,53 @@ class Proposal:
     change: Change = field(default_factory=Change)
 
 
+class Stopwatch:
+    """Adds up seconds by phase, in a dictionary of its own or a given one.
+
+    Example:
+        >>> watch = Stopwatch()
+        >>> with watch("solve"):
+        ...     pass
+        >>> list(watch.seconds)
+        ['solve']
+    """
+
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds: dict[str, float] = {} if seconds is None else seconds
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time the block as part of ``phase``."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an editor is asked for.
+
+    Attributes:
+        requests: The edits to make.
+        window: The edits of the window that the step lies in, itself included.
+        status: Receives a line about what is going on.
+        replaced: Earlier edits that are taken out in the same step, before these are made.
+        watch: Takes the times.
+    """
+
+    requests: tuple[EditRequest, ...]
+    window: tuple[EditRequest, ...]
+    status: Status
+    replaced: tuple[RecordedFacts, ...]
+    watch: Stopwatch
+
+    def change(self, tensors: Mapping[str, Tensor]) -> Change:
+        """Return what the commit does beside making the edits, with what is recorded of it."""
+        return Change(removed=numbers_of(self.replaced), tensors=tensors)
+
+
 @dataclass(frozen=True)
 class EditorInfo:
     """What a user wants to know of a method before choosing it; ``lit-edit editors`` shows it.
@@ -168,7 +215,6 @@ class Editor(ABC):
     def _begin(self, moments: Moments, status: Status) -> None:
         """Do what a method does for :meth:`prepare`; ledger and tokenizer are there."""
 
-    @abstractmethod
     def propose(
         self,
         requests: Sequence[EditRequest],
@@ -187,6 +233,13 @@ class Editor(ABC):
             status: Receives a line about what is going on.
             replaced: Earlier edits that are taken out in the same step, before these are made.
         """
+        watch = Stopwatch()
+        proposal = self._work_out(Step(tuple(requests), tuple(window), status, tuple(replaced), watch))
+        return replace(proposal, requests=tuple(requests), seconds=watch.seconds)
+
+    @abstractmethod
+    def _work_out(self, step: Step) -> Proposal:
+        """Do what a method does for :meth:`propose`, which adds the requests and the times."""
 
     def similar(self, requests: Sequence[EditRequest], window: Sequence[EditRequest]) -> list[list[tuple[int, float]]]:
         """Return, per request, the numbers of edits that hold and are most like it, with how much (1: the same)."""
@@ -304,30 +357,6 @@ class Editor(ABC):
     def _updates(self, written: Mapping[int, Tensor]) -> tuple[LayerUpdate, ...]:
         """Return what is written, by layer, for the ledger."""
         return tuple(LayerUpdate(layer, self.ledger.names[layer], delta) for layer, delta in written.items())
-
-
-class Stopwatch:
-    """Adds up seconds by phase, in a dictionary of its own or a given one.
-
-    Example:
-        >>> watch = Stopwatch()
-        >>> with watch("solve"):
-        ...     pass
-        >>> list(watch.seconds)
-        ['solve']
-    """
-
-    def __init__(self, seconds: dict[str, float] | None = None) -> None:
-        self.seconds: dict[str, float] = {} if seconds is None else seconds
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Time the block as part of ``phase``."""
-        start = perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
 
 
 def numbers_of(facts: Sequence[RecordedFacts]) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lit_edit.data.request import EditRequest
 from lit_edit.devices.algebra import algebra_device, for_algebra
 from lit_edit.editors.base import Deltas, Editor, Moments, Proposal, Status
 from lit_edit.editors.transforms.base import UpdateTransform, transformed
@@ -94,13 +93,11 @@ class IncrementEditor(Editor):
         change: Change,
         entries: tuple[LedgerEntry, ...] = (),
         record: Mapping[str, Tensor] | None = None,
-        requests: Sequence[EditRequest] = (),
-        seconds: Mapping[str, float] | None = None,
     ) -> Proposal:
         if self._leaves_nothing(change, entries):
             sums, record = {}, {}  # as in the beginning, to the last bit
         updates = self._updates(self._written(sums))
-        return Proposal(tuple(requests), updates, entries, (sums, record), seconds or {}, change)
+        return Proposal((), updates, entries, (sums, record), change=change)
 
     def accept(self, proposal: Proposal) -> None:
         """Take in the sums that are now written."""

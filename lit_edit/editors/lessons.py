@@ -82,12 +82,16 @@ class LessonLoss:
         self.words = torch.tensor([word for _, lesson in flat for word in lesson.words], device=device)
         self.own = owner == torch.arange(len(lessons), device=device)[:, None]  # (edits, places)
 
+    def states(self, view: ModelAdapter) -> Tensor:
+        """Return the last states ``(places, d_model)`` of a view of the model at all places of all lessons."""
+        hidden = self.line.run(self.hidden, self.first, view.n_layers, adapter=view)
+        return view.finish(hidden[self.where])
+
     def __call__(self, weights: Mapping[str, Tensor], memory: Memory | None = None) -> Tensor:
         """Return the losses ``(edits,)`` with some weights in place of the model's, or with a memory."""
         view = self.adapter.with_weights(weights)
         view = view if memory is None else view.with_memory(memory)
-        hidden = self.line.run(self.hidden, self.first, view.n_layers, adapter=view)
-        logits = view.logits(view.finish(hidden[self.where]))
+        logits = view.logits(self.states(view))
         nll = torch.nn.functional.cross_entropy(logits, self.words, reduction="none")
         own = self.own.to(nll)
         return own @ nll / own.sum(1)

@@ -32,13 +32,12 @@ from torch import Tensor, nn
 from lit_edit.data.request import EditRequest
 from lit_edit.editors.gradient.mend_network import MENDNetwork, NetworkOrigin
 from lit_edit.editors.layer_choice import chosen_layers
-from lit_edit.editors.lessons import Lesson, target_lesson
+from lit_edit.editors.lessons import Lesson, LessonLoss, target_lesson
 from lit_edit.editors.token_gradients import collect_gradients
 from lit_edit.errors import ArgumentError, check_not_negative, check_positive
 from lit_edit.metrics.evaluation import EditMetrics, EditResult, evaluate_edits
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.language_model import LanguageModel
-from lit_edit.models.packed import TokenRows
 from lit_edit.text.tokens import continuation, pad_token
 from lit_edit.training.data import RecordBatch
 
@@ -58,7 +57,7 @@ class PreparedRecord:
     exam: Exam
 
 
-class Exam:
+class Exam(LessonLoss):
     """What a model is asked after an edit: the edit itself, in some wordings, and what is to stay.
 
     Args:
@@ -72,33 +71,22 @@ class Exam:
     def __init__(
         self, adapter: ModelAdapter, taught: Sequence[Lesson], kept: Sequence[Lesson], first: int, pad: int
     ) -> None:
-        self.adapter, self.first, self.split = adapter, first, sum(len(lesson.places) for lesson in taught)
-        rows = [*taught, *kept]
-        with torch.no_grad():
-            self.line = TokenRows(adapter, [lesson.ids for lesson in rows], pad).line()
-            self.hidden = self.line.run(self.line.hidden, 0, first)
-            device = self.hidden.device
-            where = [self.line.index(row, place) for row, lesson in enumerate(rows) for place in lesson.places]
-            self.where = torch.tensor(where, device=device)
-            self.words = torch.tensor([word for lesson in taught for word in lesson.words], device=device)
-            # States, not logits: a row of the vocabulary takes a hundred times the room.
-            self.states = self._states(adapter)[self.split :]
-
-    def _states(self, adapter: ModelAdapter) -> Tensor:
-        hidden = self.line.run(self.hidden, self.first, adapter.n_layers, adapter=adapter)
-        return adapter.finish(hidden[self.where])
+        super().__init__(adapter, [[*taught, *kept]], first, pad)
+        self.split = sum(len(lesson.places) for lesson in taught)
+        with torch.no_grad():  # states, not logits: a row of the vocabulary takes a hundred times the room
+            self.original = self.states(adapter)[self.split :]
 
     def losses(self, edited: ModelAdapter) -> tuple[Tensor, Tensor]:
         """Return what an edited model is to lower: the edit's mean cross entropy, and how far others have moved.
 
         Both are means over tokens; the second is 0 where nothing else is asked.
         """
-        logits = edited.logits(self._states(edited))
-        nll = nn.functional.cross_entropy(logits[: self.split], self.words)
-        if not len(self.states):
+        logits = edited.logits(self.states(edited))
+        nll = nn.functional.cross_entropy(logits[: self.split], self.words[: self.split])
+        if not len(self.original):
             return nll, nll.new_zeros(())
         with torch.no_grad():
-            original = edited.logits(self.states).log_softmax(-1)
+            original = edited.logits(self.original).log_softmax(-1)
         moved = logits[self.split :].log_softmax(-1)
         return nll, nn.functional.kl_div(moved, original, reduction="batchmean", log_target=True)
 

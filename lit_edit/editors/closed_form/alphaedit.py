@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.closed_form.engine import ClosedFormEditor
+from lit_edit.editors.closed_form.memit import MEMITSeq
 from lit_edit.errors import ArgumentError, check_positive
 from lit_edit.files.checksum import checksum
 from lit_edit.solvers.shared import OwnSolver
@@ -67,16 +68,12 @@ class AlphaEdit(ClosedFormEditor):
         kwargs: As for :class:`~lit_edit.editors.closed_form.engine.ClosedFormEditor`.
     """
 
-    about = EditorInfo(
+    about = replace(
+        MEMITSeq.about,
         title="AlphaEdit",
         paper="AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, arXiv 2410.02355",
-        kind="closed form",
         cost="target optimisation; p^2 + d_in d_out per layer (p: dimension of the null space); once d_in^3",
         state="3 p^2 + p d_in + d_in d_out per layer, whatever the number of edits",
-        undo="approximate",
-        lora=True,
-        devices=True,
-        lacks="an edit of a fact that was edited before fights with what is remembered of it",
     )
     on_original = False
     memory = True

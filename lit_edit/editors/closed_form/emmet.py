@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.closed_form.engine import ClosedFormEditor
+from lit_edit.editors.closed_form.memit import MEMIT
 from lit_edit.errors import check_not_negative
 from lit_edit.solvers.recursive_least_squares import RidgeSolver
 from lit_edit.solvers.shared import OwnSolver
@@ -26,15 +27,11 @@ class EMMET(ClosedFormEditor):
         kwargs: As for :class:`~lit_edit.editors.closed_form.engine.ClosedFormEditor`.
     """
 
-    about = EditorInfo(
+    about = replace(
+        MEMIT.about,
         title="EMMET",
         paper="A Unified Framework for Model Editing, arXiv 2403.14236",
-        kind="closed form",
         cost="target optimisation; n d_in^2 + n^3 for n edits",
-        state="d_in^2 per layer, constant",
-        undo="approximate",
-        lora=True,
-        devices=True,
         lacks="a later step does not know the keys of an earlier one; facts with nearly the same key cannot both hold",
     )
     on_original = False

@@ -7,39 +7,21 @@ the residual is spread over the layers, and whether earlier facts are remembered
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
-from lit_edit.data.request import EditRequest
 from lit_edit.devices.algebra import algebra_device, for_algebra
-from lit_edit.editors.base import Moments, Proposal, Status, Stopwatch, entry_of, numbers_of, silent
-from lit_edit.editors.closed_form.facts import Facts, join_facts
-from lit_edit.editors.closed_form.key_rows import KeyRows
-from lit_edit.editors.closed_form.located import DEFAULT_TARGET, Contexts, told
-from lit_edit.editors.closed_form.reversible import ReversibleEditor, asked
-from lit_edit.editors.closed_form.trial import Trial, absorb
-from lit_edit.editors.closed_form.walk import ResidualMode, Walk, alone, as_columns
-from lit_edit.editors.transforms.base import UpdateTransform
-from lit_edit.editors.transforms.norm_anchor import NormAnchor
+from lit_edit.editors.base import Moments, Proposal, Status, Step, entry_of
+from lit_edit.editors.closed_form.located import asked, told
+from lit_edit.editors.closed_form.reversible import KeyMode, ReversibleEditor
+from lit_edit.editors.closed_form.trial import Trial
+from lit_edit.editors.closed_form.walk import ResidualMode, as_columns
 from lit_edit.errors import ArgumentError, check_not_negative, check_one_of, check_positive
-from lit_edit.ledger.edit_ledger import Change, LedgerEntry, RecordedFacts
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.solvers.recursive_least_squares import RidgeSolver, RidgeStep
+from lit_edit.solvers.recursive_least_squares import RidgeSolver
 from lit_edit.solvers.shared import OwnSolver, SharedSolver, Solver
 from lit_edit.solvers.storage import SolverStorage
-from lit_edit.targets.optimize import TargetSettings
-
-KeyMode = Literal["walked", "base"]
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """What the editor takes in once it is written: steps by layer, and the keys to know the new edits by."""
-
-    steps: dict[int, list[RidgeStep]]
-    keys: Tensor
 
 
 class ClosedFormEditor(ReversibleEditor):
@@ -54,26 +36,14 @@ class ClosedFormEditor(ReversibleEditor):
             layers); ``uniform`` writes :math:`r/n` everywhere; ``root`` is ``remeasured`` with the square root of the
             number of remaining layers (PMET); ``ends`` writes half into the first and what is left into the last layer,
             and nothing between (after BLUE, arXiv 2502.03748).
-        target: Settings of the target optimisation.
         keys: Where keys are read: ``walked`` reads each layer's with all that has been written into the layers below
             (MEMIT, the released D4S); ``base`` reads them, and measures residuals, as if the edit were the only one
             ever made. Facts then depend on no other edit: the order does not matter, and undo is exact.
-        contexts: ``sampled`` (short texts by the unedited model, as published), ``plain`` (none), or the groups of
-            templates themselves.
-        context_count: How many texts to sample, one to five; the time of an edit goes with it.
-        seed: Seeds the sampled contexts.
         ridge: Added to the diagonal of the second moment, relative to its mean.
         storage: Type and place of the solver's matrices, for layers too large for the memory at hand.
-        transforms: What is done to updates before they are written, in order (:mod:`lit_edit.editors.transforms`).
-        norm_anchor: Norm-anchor scaling of the targets (:class:`lit_edit.editors.NormAnchor`); by default none.
-
-    Attributes:
-        on_original: Targets and residuals are measured on the original weights (else on the current ones).
-        memory: Earlier facts stay in the least-squares problem. On current weights they stay what they were made to be.
-        targets: Targets that are fitted and not yet used, by the edit's id, with what they were fitted for.
+        kwargs: As for :class:`~lit_edit.editors.closed_form.located.LocatedEditor`.
     """
 
-    memory: bool = True
     depends_on = "covariance_weight ridge residual keys"
 
     def __init__(
@@ -81,15 +51,10 @@ class ClosedFormEditor(ReversibleEditor):
         layers: Sequence[int] | None = None,
         covariance_weight: float = 200.0,
         residual: ResidualMode = "remeasured",
-        target: TargetSettings = DEFAULT_TARGET,
         keys: KeyMode = "walked",
-        contexts: Contexts | list[list[str]] = "sampled",
-        context_count: int = 5,
-        seed: int = 0,
         ridge: float = 0.0,
         storage: SolverStorage = SolverStorage(),  # noqa: B008 - frozen
-        transforms: Sequence[UpdateTransform] = (),
-        norm_anchor: NormAnchor | None = None,
+        **kwargs: Any,
     ) -> None:
         check_positive(**{"covariance_weight (lambda)": covariance_weight})
         if residual not in get_args(ResidualMode):
@@ -98,10 +63,9 @@ class ClosedFormEditor(ReversibleEditor):
         if keys == "base" and not self.on_original:
             raise ValueError(f"keys='base' reads the original model, {type(self).__name__} measures on the current one")
         check_not_negative(ridge=ridge)
-        super().__init__(layers, target, contexts, context_count, seed, transforms, norm_anchor)
+        super().__init__(layers=layers, **kwargs)
         self.covariance_weight = covariance_weight
-        self.residual = residual
-        self.keys = keys
+        self.residual, self.keys = residual, keys
         self.ridge = ridge
         self.storage = storage
         self.solvers: dict[int, Solver] = {}
@@ -144,120 +108,27 @@ class ClosedFormEditor(ReversibleEditor):
         moments = [solver.prior_checksum for solver in self.solvers.values()]
         return {**super().settings(), "storage.inverse": self.storage.inverse, "key statistics": moments}
 
-    @property
-    def exact_undo(self) -> bool:
-        """Whether facts depend on no other edit: targets and keys are those of the original model."""
-        layers = self.ledger.layers if self.solvers else self.layers or ()
-        return self.on_original and self.memory and (self.keys == "base" or len(layers) == 1)
-
     # ---- one step -----------------------------------------------------------------------------------------------
 
-    def propose(
-        self,
-        requests: Sequence[EditRequest],
-        window: Sequence[EditRequest] = (),
-        status: Status = silent,
-        replaced: Sequence[RecordedFacts] = (),
-    ) -> Proposal:
-        """Work out the updates for some requests; see :meth:`Editor.propose`."""
-        if self.one_by_one and len(requests) > 1:
+    def _work_out(self, step: Step) -> Proposal:
+        if self.one_by_one and len(step.requests) > 1:
             raise ArgumentError(
-                f"{type(self).__name__} makes one edit at a time, got a step of {len(requests)}: set "
+                f"{type(self).__name__} makes one edit at a time, got a step of {len(step.requests)}: set "
                 "data.batch_size to 1, or use a batch method (EMMET, MEMIT)"
             )
-        watch = Stopwatch()
         trial = Trial(self.solvers)
-        with watch("solve"):
-            trial.remove(self._read(replaced))
-        model = self._model(trial, edited=bool(replaced))
-        with watch("targets"):
-            targets = self._get_targets(requests, window, model, status)
+        with step.watch("solve"):
+            trial.remove(self._read(step.replaced))
+        model = self._model(trial, edited=bool(step.replaced))
+        with step.watch("targets"):
+            targets = self._get_targets(step, model)
         columns = as_columns([t.value for t in targets]), as_columns([t.delta for t in targets])
         with self.ledger.adapter.fast_products():
-            with watch("keys"):
-                rows = self._get_key_rows(requests, window)
-            facts = self._find(rows, [asked(r) for r in requests], *columns, model, trial, watch)
-        entries = tuple(map(entry_of, requests, map(told, targets)))
-        change = Change(removed=numbers_of(replaced), tensors=facts.as_tensors())
-        return self._proposal(trial, change, facts, entries, tuple(requests), watch.seconds)
-
-    def _find(
-        self,
-        rows: KeyRows,
-        names: Sequence[str],
-        targets: Tensor,
-        shifts: Tensor,
-        model: ModelAdapter,
-        trial: Trial,
-        watch: Stopwatch,
-    ) -> Facts:
-        """Find keys and residuals of some edits and add them to the trial."""
-        walk = Walk(self.ledger, model, self.residual, self.templates, watch, self.measured)
-        if self.keys == "walked":
-
-            def adjust(layer: int, keys: Tensor, plain: Tensor, missing: Tensor) -> Tensor:
-                return self._residuals(layer, keys, plain, missing, trial.solvers[layer], model)
-
-            def solve(layer: int, keys: Tensor, residuals: Tensor) -> Tensor:
-                return self._written(layer, trial.add(layer, keys, residuals))
-
-            return walk.facts(rows.of(names), targets, shifts, solve, adjust)
-        single = [slice(i, i + 1) for i in range(len(names))]
-        parts = [
-            walk.facts(rows.of([name]), targets[:, i], shifts[:, i], alone(self.solvers))
-            for name, i in zip(names, single, strict=True)
-        ]
-        facts = join_facts(parts).columns(range(len(names)))
-        with watch("solve"):
-            trial.add_blocks(facts)
-        return facts
-
-    def _residuals(
-        self, layer: int, keys: Tensor, plain: Tensor, missing: Tensor, solver: Solver, model: ModelAdapter
-    ) -> Tensor:
-        """Return what a layer's solution is to say to some keys.
-
-        Args:
-            layer: Which.
-            keys: ``(d_in, n)``, means over contexts.
-            plain: ``(d_in, n)``, those at the plain prompts.
-            missing: ``(d_out, n)``, what the layer's weight is to add to its output at the plain prompts.
-            solver: The layer's solver, before the step.
-            model: What was measured on.
-        """
-        if self.memory and not self.on_original:  # what the current weights say already is part of the fact
-            return missing + solver.delta.to(missing) @ keys
-        return missing
-
-    def _model(self, trial: Trial, edited: bool) -> ModelAdapter:
-        """Return the model that targets and keys are measured on."""
-        if self.on_original:
-            return self.ledger.original()
-        if not edited:
-            return self.ledger.adapter
-        return self._view(trial.deltas())
-
-    def _proposal(
-        self,
-        trial: Trial,
-        change: Change,
-        facts: Facts | None,
-        entries: tuple[LedgerEntry, ...] = (),
-        requests: tuple[EditRequest, ...] = (),
-        seconds: Mapping[str, float] | None = None,
-    ) -> Proposal:
-        if self._leaves_nothing(change, entries):
-            trial.clear()
-        updates = self._updates({layer: self._written(layer, delta) for layer, delta in trial.deltas().items()})
-        first = self.ledger.layers[0]
-        keys = facts.keys[first] if facts is not None else self.solvers[first].delta.new_empty(0, 0)
-        return Proposal(requests, updates, entries, _Pending(trial.steps, keys), seconds or {}, change)
-
-    def accept(self, proposal: Proposal) -> None:
-        """Take the solved facts into the solvers."""
-        pending: _Pending = proposal.pending
-        absorb(self.solvers, pending.steps)
-        self._note(proposal, pending.keys)
+            with step.watch("keys"):
+                rows = self._get_key_rows(step.requests, step.window)
+            facts = self._find(rows, [asked(r) for r in step.requests], *columns, model, trial, step.watch)
+        entries = tuple(map(entry_of, step.requests, map(told, targets)))
+        return self._proposal(trial, step.change(facts.as_tensors()), facts, entries)
 
     # ---- state --------------------------------------------------------------------------------------------------
 

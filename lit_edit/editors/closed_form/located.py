@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_edit.data.request import EditRequest
 from lit_edit.data.sources import load_requests
 from lit_edit.devices.algebra import for_algebra
-from lit_edit.editors.base import Deltas, Editor, Moments, Proposal, Status, Stopwatch, silent
+from lit_edit.editors.base import Deltas, Editor, Moments, Proposal, Status, Step, Stopwatch, silent
 from lit_edit.editors.closed_form.key_index import KeyIndex
 from lit_edit.editors.closed_form.key_rows import KeyRows
 from lit_edit.editors.closed_form.walk import Measured, Walk
@@ -176,9 +176,8 @@ class LocatedEditor(Editor):
 
     # ---- targets ------------------------------------------------------------------------------------------------
 
-    def _get_targets(
-        self, requests: Sequence[EditRequest], window: Sequence[EditRequest], model: ModelAdapter, status: Status
-    ) -> list[Target]:
+    def _get_targets(self, step: Step, model: ModelAdapter) -> list[Target]:
+        requests, window, status = step.requests, step.window, step.status
         ready = all(asked(r) in self._failed or self.targets.get(r.id, ("",))[0] == asked(r) for r in requests)
         if not ready and not self.on_original:
             return self._optimise(requests, model, status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -9,8 +10,6 @@ from torch import Tensor
 from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.closed_form.engine import ClosedFormEditor
 from lit_edit.errors import check_not_negative
-
-_PAPER = "Mass-Editing Memory in a Transformer, arXiv 2210.07229"
 
 
 class MEMIT(ClosedFormEditor):
@@ -22,7 +21,7 @@ class MEMIT(ClosedFormEditor):
 
     about = EditorInfo(
         title="MEMIT",
-        paper=_PAPER,
+        paper="Mass-Editing Memory in a Transformer, arXiv 2210.07229",
         kind="closed form",
         cost="target optimisation; d_in^2 + d_in d_out per layer",
         state="d_in^2 per layer, constant",
@@ -47,15 +46,10 @@ class MEMITSeq(ClosedFormEditor):
         kwargs: As for :class:`~lit_edit.editors.closed_form.engine.ClosedFormEditor`.
     """
 
-    about = EditorInfo(
+    about = replace(
+        MEMIT.about,
         title="MEMIT with memory",
-        paper=_PAPER,
-        kind="closed form",
-        cost="target optimisation; d_in^2 + d_in d_out per layer",
         state="2 d_in^2 + d_in d_out per layer, whatever the number of edits",
-        undo="approximate",
-        lora=True,
-        devices=True,
         lacks="an edit of a fact that was edited before fights with what is remembered of it",
     )
     on_original = False

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_edit.data.request import EditRequest
 from lit_edit.devices.algebra import algebra_device, for_algebra, without_autocast
-from lit_edit.editors.base import EditorInfo, Moments, Proposal, Status, Stopwatch, entry_of, numbers_of, silent
+from lit_edit.editors.base import EditorInfo, Moments, Proposal, Status, Step, Stopwatch, entry_of
 from lit_edit.editors.closed_form.key_rows import KeyLine
 from lit_edit.editors.closed_form.located import LocatedEditor, asked, told
 from lit_edit.editors.closed_form.walk import Walk, as_columns
@@ -104,24 +103,17 @@ class NSE(LocatedEditor):
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
-    def propose(
-        self,
-        requests: Sequence[EditRequest],
-        window: Sequence[EditRequest] = (),
-        status: Status = silent,
-        replaced: Sequence[RecordedFacts] = (),
-    ) -> Proposal:
-        """Work out the updates for some requests; see :meth:`Editor.propose`."""
-        watch = Stopwatch()
+    def _work_out(self, step: Step) -> Proposal:
         self._follow()
-        before = states = self._without(self.states, replaced)
+        before = states = self._without(self.states, step.replaced)
+        requests, watch = step.requests, step.watch
         with watch("targets"):
-            targets = self._get_targets(requests, window, self.ledger.original(), status)
+            targets = self._get_targets(step, self.ledger.original())
         wanted = as_columns([target.value for target in targets])
-        steps: list[dict[str, Tensor]] = []
+        passes: list[dict[str, Tensor]] = []
         with self.ledger.adapter.fast_products():
             with watch("keys"):
-                rows = self._get_key_rows(requests, window)
+                rows = self._get_key_rows(requests, step.window)
             left = list(range(len(requests)))
             for number in range(self.passes):
                 line = rows.of([asked(requests[n]) for n in left])
@@ -134,15 +126,12 @@ class NSE(LocatedEditor):
                     if not left:
                         break
                     line, missing = rows.of([asked(requests[n]) for n in left]), missing[:, kept]
-                states, step = self._pass(line, wanted[:, left], missing, states, watch)
-                steps.append({"columns": torch.tensor(left), **step})
-        tensors = self._joined(steps, len(requests))
+                states, done = self._pass(line, wanted[:, left], missing, states, watch)
+                passes.append({"columns": torch.tensor(left), **done})
+        tensors = self._joined(passes, len(requests))
         states = self._apply(before, tensors, range(len(requests)), 1.0)  # as it will be repeated, to the bit
         entries = tuple(map(entry_of, requests, map(told, targets)))
-        change = Change(removed=numbers_of(replaced), tensors=tensors)
-        return self._proposal(
-            states, change, tensors[f"keys.{self.ledger.layers[0]}"], entries, requests, watch.seconds
-        )
+        return self._proposal(states, step.change(tensors), tensors[f"keys.{self.ledger.layers[0]}"], entries)
 
     def _follow(self) -> None:
         """Bring what is carried along to where the algebra is done: the model may have been moved."""
@@ -187,16 +176,10 @@ class NSE(LocatedEditor):
         return tensors
 
     def _proposal(
-        self,
-        states: Mapping[int, LayerState],
-        change: Change,
-        keys: Tensor,
-        entries: tuple[LedgerEntry, ...] = (),
-        requests: Sequence[EditRequest] = (),
-        seconds: Mapping[str, float] | None = None,
+        self, states: Mapping[int, LayerState], change: Change, keys: Tensor, entries: tuple[LedgerEntry, ...] = ()
     ) -> Proposal:
         updates = self._updates({n: self._written(n, delta) for n, delta in _deltas(states).items()})
-        return Proposal(tuple(requests), updates, entries, (dict(states), keys), seconds or {}, change)
+        return Proposal((), updates, entries, (dict(states), keys), change=change)
 
     def accept(self, proposal: Proposal) -> None:
         """Take the new states."""

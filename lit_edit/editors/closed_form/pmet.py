@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.closed_form.engine import ClosedFormEditor
+from lit_edit.editors.closed_form.memit import MEMIT
 from lit_edit.editors.closed_form.walk import ResidualMode
 from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
@@ -31,15 +32,11 @@ class PMET(ClosedFormEditor):
         kwargs: As for :class:`~lit_edit.editors.closed_form.engine.ClosedFormEditor`.
     """
 
-    about = EditorInfo(
+    about = replace(
+        MEMIT.about,
         title="PMET",
         paper="PMET: Precise Model Editing in a Transformer, arXiv 2308.08742",
-        kind="closed form",
         cost="target optimisation from the last edited layer on; d_in^2 + d_in d_out per layer",
-        state="d_in^2 per layer, constant",
-        undo="approximate",
-        lora=True,
-        devices=True,
         lacks="made for one batch, as MEMIT is; not for models that normalise what the MLP says (Gemma)",
     )
     on_original = False

@@ -1,9 +1,10 @@
-"""Taking edits out of closed-form solvers and putting them back, from the facts on record."""
+"""Edits as facts in closed-form solvers: found, tried, taken out and put back from the record."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -13,27 +14,47 @@ from lit_edit.editors.base import Proposal, Stopwatch, numbers_of, silent
 from lit_edit.editors.closed_form.facts import Facts, join_facts
 from lit_edit.editors.closed_form.key_rows import KeyRows
 from lit_edit.editors.closed_form.located import LocatedEditor, asked
-from lit_edit.editors.closed_form.trial import Group, Trial, by_block
-from lit_edit.editors.closed_form.walk import as_columns
+from lit_edit.editors.closed_form.trial import Group, Trial, absorb, by_block
+from lit_edit.editors.closed_form.walk import ResidualMode, Walk, alone, as_columns
 from lit_edit.ledger.edit_ledger import Change, LedgerEntry, RecordedFacts
 from lit_edit.models.adapter import ModelAdapter
+from lit_edit.solvers.recursive_least_squares import RidgeStep
 from lit_edit.solvers.shared import Solver
+
+KeyMode = Literal["walked", "base"]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """What the editor takes in once it is written: steps by layer, and the keys to know the new edits by."""
+
+    steps: dict[int, list[RidgeStep]]
+    keys: Tensor
 
 
 class ReversibleEditor(LocatedEditor):
     """An editor whose edits are facts in least-squares solvers.
 
     Attributes:
+        memory: Earlier facts stay in the least-squares problem. On current weights they stay what they were made to be.
         solvers: By layer.
+        residual: How the residual is spread over the layers.
+        keys: Where keys are read.
     """
 
+    memory: bool = True
     solvers: dict[int, Solver]
+    residual: ResidualMode
+    keys: KeyMode
 
-    @abstractmethod
-    def _model(self, trial: Trial, edited: bool) -> ModelAdapter:
-        """Return the model that targets and keys are measured on."""
+    @property
+    def exact_undo(self) -> bool:
+        """Whether facts depend on no other edit: targets and keys are those of the original model."""
+        layers = self.ledger.layers if self.solvers else self.layers or ()
+        return self.on_original and self.memory and (self.keys == "base" or len(layers) == 1)
 
-    @abstractmethod
+    # ---- one step -----------------------------------------------------------------------------------------------
+
     def _find(
         self,
         rows: KeyRows,
@@ -45,18 +66,68 @@ class ReversibleEditor(LocatedEditor):
         watch: Stopwatch,
     ) -> Facts:
         """Find keys and residuals of some edits and add them to the trial."""
+        walk = Walk(self.ledger, model, self.residual, self.templates, watch, self.measured)
+        if self.keys == "walked":
 
-    @abstractmethod
+            def adjust(layer: int, keys: Tensor, plain: Tensor, missing: Tensor) -> Tensor:
+                return self._residuals(layer, keys, plain, missing, trial.solvers[layer], model)
+
+            def solve(layer: int, keys: Tensor, residuals: Tensor) -> Tensor:
+                return self._written(layer, trial.add(layer, keys, residuals))
+
+            return walk.facts(rows.of(names), targets, shifts, solve, adjust)
+        single = [slice(i, i + 1) for i in range(len(names))]
+        parts = [
+            walk.facts(rows.of([name]), targets[:, i], shifts[:, i], alone(self.solvers))
+            for name, i in zip(names, single, strict=True)
+        ]
+        facts = join_facts(parts).columns(range(len(names)))
+        with watch("solve"):
+            trial.add_blocks(facts)
+        return facts
+
+    def _residuals(
+        self, layer: int, keys: Tensor, plain: Tensor, missing: Tensor, solver: Solver, model: ModelAdapter
+    ) -> Tensor:
+        """Return what a layer's solution is to say to some keys.
+
+        Args:
+            layer: Which.
+            keys: ``(d_in, n)``, means over contexts.
+            plain: ``(d_in, n)``, those at the plain prompts.
+            missing: ``(d_out, n)``, what the layer's weight is to add to its output at the plain prompts.
+            solver: The layer's solver, before the step.
+            model: What was measured on.
+        """
+        if self.memory and not self.on_original:  # what the current weights say already is part of the fact
+            return missing + solver.delta.to(missing) @ keys
+        return missing
+
+    def _model(self, trial: Trial, edited: bool) -> ModelAdapter:
+        """Return the model that targets and keys are measured on."""
+        if self.on_original:
+            return self.ledger.original()
+        if not edited:
+            return self.ledger.adapter
+        return self._view(trial.deltas())
+
     def _proposal(
-        self,
-        trial: Trial,
-        change: Change,
-        facts: Facts | None,
-        entries: tuple[LedgerEntry, ...] = (),
-        requests: tuple[EditRequest, ...] = (),
-        seconds: Mapping[str, float] | None = None,
+        self, trial: Trial, change: Change, facts: Facts | None, entries: tuple[LedgerEntry, ...] = ()
     ) -> Proposal:
-        """Return what a trial has come to as a proposal."""
+        if self._leaves_nothing(change, entries):
+            trial.clear()
+        updates = self._updates({layer: self._written(layer, delta) for layer, delta in trial.deltas().items()})
+        first = self.ledger.layers[0]
+        keys = facts.keys[first] if facts is not None else self.solvers[first].delta.new_empty(0, 0)
+        return Proposal((), updates, entries, _Pending(trial.steps, keys), change=change)
+
+    def accept(self, proposal: Proposal) -> None:
+        """Take the solved facts into the solvers."""
+        pending: _Pending = proposal.pending
+        absorb(self.solvers, pending.steps)
+        self._note(proposal, pending.keys)
+
+    # ---- taking out and putting back ----------------------------------------------------------------------------
 
     def replay(self, change: Change, entries: Sequence[LedgerEntry], old: Sequence[RecordedFacts]) -> Proposal:
         """Do again what is on record; see :meth:`Editor.replay`."""

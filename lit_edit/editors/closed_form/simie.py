@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_edit.data.request import EditRequest
 from lit_edit.devices.algebra import algebra_device, algebra_dtype, for_algebra, without_autocast
-from lit_edit.editors.base import Editor, EditorInfo, Moments, Proposal, Status, Stopwatch, numbers_of, silent
+from lit_edit.editors.base import Editor, EditorInfo, Moments, Proposal, Status, Step, silent
 from lit_edit.editors.closed_form.trial import Trial, absorb
 from lit_edit.errors import ArgumentError, check_positive
 from lit_edit.ledger.edit_ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
@@ -116,21 +116,14 @@ class SimIE(Editor):
         return SharedSolver(adapter.ranks, make, shape, True, adapter.device) if adapter.ranks.together else make()
 
     @torch.no_grad()
-    def propose(
-        self,
-        requests: Sequence[EditRequest],
-        window: Sequence[EditRequest] = (),
-        status: Status = silent,
-        replaced: Sequence[RecordedFacts] = (),
-    ) -> Proposal:
-        """Work out the updates for some requests; see :meth:`Editor.propose`."""
+    def _work_out(self, step: Step) -> Proposal:
         self._refresh()
-        watch = Stopwatch()
+        watch = step.watch
         parts: list[dict[str, Tensor]] = []
         entries: list[LedgerEntry] = []
-        for request in requests:  # each alone, so that none bears another in it
+        for request in step.requests:  # each alone, so that none bears another in it
             with torch.enable_grad():
-                single = self.base.propose([request], window, status)
+                single = self.base.propose([request], step.window, step.status)
             for phase, seconds in single.seconds.items():
                 watch.seconds[phase] = watch.seconds.get(phase, 0.0) + seconds
             with watch("keys"), self.ledger.adapter.fast_products():
@@ -139,10 +132,9 @@ class SimIE(Editor):
         tensors = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
         with watch("solve"):
             trial = Trial(self.solvers)
-            self._take_out(trial, replaced)
+            self._take_out(trial, step.replaced)
             self._add(trial, tensors)
-        change = Change(removed=numbers_of(replaced), tensors=tensors)
-        return self._proposal(trial, change, tuple(entries), tuple(requests), watch.seconds)
+        return self._proposal(trial, step.change(tensors), tuple(entries))
 
     def _what_it_says(self, request: EditRequest, updates: Sequence[LayerUpdate]) -> dict[str, Tensor]:
         """Return what the base editor's updates say to the inputs of their weights at all tokens of an edit."""
@@ -161,17 +153,10 @@ class SimIE(Editor):
                 tensors[f"residuals.{update.layer}"] = update.delta.to(keys) @ keys
         return tensors
 
-    def _proposal(
-        self,
-        trial: Trial,
-        change: Change,
-        entries: tuple[LedgerEntry, ...] = (),
-        requests: tuple[EditRequest, ...] = (),
-        seconds: Mapping[str, float] | None = None,
-    ) -> Proposal:
+    def _proposal(self, trial: Trial, change: Change, entries: tuple[LedgerEntry, ...] = ()) -> Proposal:
         if self._leaves_nothing(change, entries):
             trial.clear()
-        return Proposal(requests, self._updates(trial.deltas()), entries, trial.steps, seconds or {}, change)
+        return Proposal((), self._updates(trial.deltas()), entries, trial.steps, change=change)
 
     def accept(self, proposal: Proposal) -> None:
         """Take the solved facts into the solvers; the base editor is never told."""

@@ -9,14 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_edit.data.request import EditRequest
-from lit_edit.editors.base import Deltas, EditorInfo, Moments, Proposal, Status, Stopwatch, entry_of, numbers_of, silent
+from lit_edit.editors.base import (
+    Deltas,
+    EditorInfo,
+    Moments,
+    Proposal,
+    Status,
+    Step,
+    entry_of,
+)
 from lit_edit.editors.increments import FactoredEditor, plus
 from lit_edit.editors.layer_choice import chosen_layers, existing_layers
 from lit_edit.editors.token_gradients import collect_gradients
 from lit_edit.editors.transforms.base import UpdateTransform
 from lit_edit.errors import ArgumentError, check_not_negative, check_one_of, check_positive
-from lit_edit.ledger.edit_ledger import Change, RecordedFacts
+from lit_edit.ledger.edit_ledger import RecordedFacts
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.solvers.lifelong import (
     RidgeScale,
@@ -66,10 +73,8 @@ class UltraEdit(FactoredEditor):
         kind="gradient, closed form",
         cost="one forward and backward pass; n^2 (d_in + d_out) for n target tokens",
         state="mean and variance of d_in + d_out numbers, constant",
-        batch=True,
         undo="approximate",
         lora=True,
-        devices=False,
         lacks="one step per edit, which need not arrive; the first steps are badly normalised, larger ones are better",
     )
     depends_on = "eta ridge ridge_scale warm_up per_layer"
@@ -105,28 +110,19 @@ class UltraEdit(FactoredEditor):
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
-    def propose(
-        self,
-        requests: Sequence[EditRequest],
-        window: Sequence[EditRequest] = (),
-        status: Status = silent,
-        replaced: Sequence[RecordedFacts] = (),
-    ) -> Proposal:
-        """Work out the updates for some requests; see :meth:`Editor.propose`."""
-        watch = Stopwatch()
+    def _work_out(self, step: Step) -> Proposal:
+        watch = step.watch
         with watch("solve"):
-            sums = self._added(self.sums, replaced, -1)
+            sums = self._added(self.sums, step.replaced, -1)
         with watch("gradients"):
-            rows = [continuation(self.tokenizer, request.text, request.target_new) for request in requests]
-            model = self._model(sums) if replaced else self.ledger.adapter
+            rows = [continuation(self.tokenizer, request.text, request.target_new) for request in step.requests]
+            model = self._model(sums) if step.replaced else self.ledger.adapter
             found = collect_gradients(model, rows, self.ledger.layers, pad_token(self.tokenizer))
         with watch("solve"):
             record = self._facts(found.inputs, found.gradients) | {"owner": found.owner}
             sums = plus(sums, self.increments(record), 1)
         facts = [{"target_loss": loss, "target_probability_before": math.exp(-loss)} for loss in found.losses.tolist()]
-        entries = tuple(map(entry_of, requests, facts))
-        change = Change(removed=numbers_of(replaced), tensors=record)
-        return self._proposal(sums, change, entries, record, requests, watch.seconds)
+        return self._proposal(sums, step.change(record), tuple(map(entry_of, step.requests, facts)), record)
 
     def _facts(self, inputs: Mapping[int, Tensor], gradients: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Return what is put on record of a step: inputs, pseudo-values, and the moments that led to them."""

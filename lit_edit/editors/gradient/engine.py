@@ -22,13 +22,13 @@ from torch import Tensor
 from lit_edit.data.request import EditRequest
 from lit_edit.devices.algebra import for_algebra
 from lit_edit.devices.host_memory import kept_memory
-from lit_edit.editors.base import Deltas, Proposal, Status, Stopwatch, described, entry_of, numbers_of, silent
+from lit_edit.editors.base import Deltas, Proposal, Status, Step, described, entry_of
 from lit_edit.editors.increments import IncrementEditor, plus
 from lit_edit.editors.layer_choice import Published, at_depth, chosen_layers, existing_layers, published_for
 from lit_edit.editors.lessons import Lesson, LessonLoss, probabilities
 from lit_edit.editors.transforms.base import UpdateTransform
 from lit_edit.errors import check_least, check_not_negative, check_positive
-from lit_edit.ledger.edit_ledger import Change, EditRefusedError, RecordedFacts
+from lit_edit.ledger.edit_ledger import EditRefusedError
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.text.tokens import pad_token
 
@@ -139,37 +139,29 @@ class GradientEditor(IncrementEditor):
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
-    def propose(
-        self,
-        requests: Sequence[EditRequest],
-        window: Sequence[EditRequest] = (),
-        status: Status = silent,
-        replaced: Sequence[RecordedFacts] = (),
-    ) -> Proposal:
-        """Work out the updates for some requests; see :meth:`Editor.propose`.
+    def _work_out(self, step: Step) -> Proposal:
+        """Fit a learner to the edits; see :meth:`Editor.propose`.
 
         Raises:
             EditRefusedError: If an edit replaces one of several that were made in one step.
         """
-        if broken := self._broken(replaced):
+        if broken := self._broken(step.replaced):
             raise EditRefusedError(
-                f"edit {', '.join(repr(r.id) for r in requests)} replaces one that was made {broken}: set "
+                f"edit {', '.join(repr(r.id) for r in step.requests)} replaces one that was made {broken}: set "
                 "model.on_conflict to average (the earlier edits stay, and are trained over), or data.batch_size to 1"
             )
-        watch = Stopwatch()
-        sums = self._added(self.sums, replaced, -1)
-        with watch("fine-tuning"), self.ledger.adapter.fast_products(), kept_memory():
+        sums = self._added(self.sums, step.replaced, -1)
+        with step.watch("fine-tuning"), self.ledger.adapter.fast_products(), kept_memory():
             learner = self.learner(self._written(sums))
-            before, after, steps = self._fit(requests, learner, status)
+            before, after, steps = self._fit(step.requests, learner, step.status)
         ranks = self.ledger.adapter.ranks
         record = {name: ranks.same(tensor) for name, tensor in learner.record(self.ledger.adapter.dtype).items()}
         increments = self.increments(record)
         size = math.sqrt(sum(float(increment.square().sum()) for increment in increments.values()))
         done = {"steps": float(steps), "increment_norm": size}
         facts = [{**self.facts(b, a), **done} for b, a in zip(before, after, strict=True)]
-        entries = tuple(map(entry_of, requests, facts))
-        change = Change(removed=numbers_of(replaced), tensors=record if self.keep_increments else {})
-        return self._proposal(plus(sums, increments, 1), change, entries, record, requests, watch.seconds)
+        change = step.change(record if self.keep_increments else {})
+        return self._proposal(plus(sums, increments, 1), change, tuple(map(entry_of, step.requests, facts)), record)
 
     def _fit(
         self, requests: Sequence[EditRequest], learner: Learner, status: Status

@@ -25,15 +25,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lit_edit.data.request import EditRequest
-from lit_edit.editors.base import EditorInfo, Moments, Proposal, Status, Stopwatch, entry_of, numbers_of, silent
+from lit_edit.editors.base import EditorInfo, Moments, Proposal, Status, Step, entry_of
 from lit_edit.editors.gradient.mend_network import HOW_TO_TRAIN, MENDNetwork
 from lit_edit.editors.increments import FactoredEditor, plus
 from lit_edit.editors.lessons import LessonLoss, probabilities, target_lesson
 from lit_edit.editors.token_gradients import collect_gradients
 from lit_edit.editors.transforms.base import UpdateTransform
 from lit_edit.errors import ArgumentError
-from lit_edit.ledger.edit_ledger import Change, RecordedFacts
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.text.tokens import continuation, pad_token
 
@@ -60,10 +58,8 @@ class MEND(FactoredEditor):
         kind="hyper-network",
         cost="two forward passes and one backward, after a training of minutes to hours for the model",
         state="the weights; on record the tokens' factors, d_in + d_out numbers per token and layer",
-        batch=True,
         undo="approximate",
         lora=True,
-        devices=False,
         lacks="long streams: trained on single edits, it holds for few in a row; a network for each model",
     )
 
@@ -108,19 +104,12 @@ class MEND(FactoredEditor):
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
-    def propose(
-        self,
-        requests: Sequence[EditRequest],
-        window: Sequence[EditRequest] = (),
-        status: Status = silent,
-        replaced: Sequence[RecordedFacts] = (),
-    ) -> Proposal:
-        """Work out the updates for some requests; see :meth:`Editor.propose`."""
-        watch, adapter = Stopwatch(), self.ledger.adapter
-        sums = self._added(self.sums, replaced, -1)
+    def _work_out(self, step: Step) -> Proposal:
+        watch, adapter = step.watch, self.ledger.adapter
+        sums = self._added(self.sums, step.replaced, -1)
         with watch("gradients"):
-            rows = [continuation(self.tokenizer, request.text, request.target_new) for request in requests]
-            model = self._model(sums) if replaced else adapter
+            rows = [continuation(self.tokenizer, request.text, request.target_new) for request in step.requests]
+            model = self._model(sums) if step.replaced else adapter
             found = collect_gradients(model, rows, self.ledger.layers, pad_token(self.tokenizer), everywhere=True)
         record = {"owner": found.owner}
         with watch("network"), torch.no_grad():
@@ -134,11 +123,9 @@ class MEND(FactoredEditor):
         with watch("measuring"), torch.no_grad(), adapter.fast_products():
             lessons = [[target_lesson(*row)] for row in rows]
             after = LessonLoss(self._model(sums), lessons, self.ledger.layers[0], pad_token(self.tokenizer))({})
-        losses = zip(found.losses.tolist(), after.tolist(), self._sizes(record, len(requests)), strict=True)
+        losses = zip(found.losses.tolist(), after.tolist(), self._sizes(record, len(step.requests)), strict=True)
         facts = [{**probabilities(before, loss), "increment_norm": size} for before, loss, size in losses]
-        entries = tuple(map(entry_of, requests, facts))
-        change = Change(removed=numbers_of(replaced), tensors=record)
-        return self._proposal(sums, change, entries, record, requests, watch.seconds)
+        return self._proposal(sums, step.change(record), tuple(map(entry_of, step.requests, facts)), record)
 
     def _sizes(self, record: Mapping[str, Tensor], edits: int) -> list[float]:
         """Return the norm of each edit's increment over all layers."""

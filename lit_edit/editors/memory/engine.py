@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
-from lit_edit.editors.base import Editor, Moments, Proposal, Status, Stopwatch, entry_of, numbers_of, silent
+from lit_edit.editors.base import Editor, Moments, Proposal, Status, Step, entry_of, numbers_of
 from lit_edit.ledger.edit_ledger import Change, LedgerEntry, RecordedFacts
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.memory import Memory
@@ -100,24 +100,16 @@ class MemoryEditor(Editor):
         self.set_up(status)
         self._hold({})
 
-    def propose(
-        self,
-        requests: Sequence[EditRequest],
-        window: Sequence[EditRequest] = (),
-        status: Status = silent,
-        replaced: Sequence[RecordedFacts] = (),
-    ) -> Proposal:
-        """Learn some edits; see :meth:`Editor.propose`."""
-        watch = Stopwatch()
-        with watch("targets"):
-            gone = tuple(sorted(numbers_of(replaced)))
-            learnt = self.learn(requests, [kept for n, kept in self.kept.items() if n not in gone], status)
+    def _work_out(self, step: Step) -> Proposal:
+        requests, gone = step.requests, tuple(sorted(numbers_of(step.replaced)))
+        with step.watch("targets"):
+            learnt = self.learn(requests, [kept for n, kept in self.kept.items() if n not in gone], step.status)
         same = self.ledger.adapter.ranks.same
         stacked = {name: torch.stack([one.tensors[name] for one in learnt], -1) for name in learnt[0].tensors}
         tensors = {name: same(tensor).cpu() for name, tensor in stacked.items()}
         entries = tuple(entry_of(request, one.facts) for request, one in zip(requests, learnt, strict=True))
         change = Change(removed=gone, tensors=tensors)
-        return Proposal(tuple(requests), (), entries, _columns(tensors, len(entries)), watch.seconds, change)
+        return Proposal((), (), entries, _columns(tensors, len(entries)), change=change)
 
     def accept(self, proposal: Proposal) -> None:
         """Take edits in or out, and make the memory of those that hold."""
