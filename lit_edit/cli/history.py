@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import CommandParser, make_parser, positive, run_option
+from lit_edit.console.arguments import CommandParser, make_parser, positive
 
 if TYPE_CHECKING:
     from lit_edit.ledger.history import EditHistory, LedgerEntry
@@ -78,7 +78,7 @@ def run_redo(args: list[str]) -> None:
 def run_log(args: list[str]) -> None:
     """List the edits of a run."""
     parser = make_parser("log", "List the edits of a run, also while it runs: what was written, and whether it holds.")
-    run_option(parser)
+    parser.add_run()
     parser.add_argument("--subject", default=None, help="only edits of this subject")
     parser.add_argument("--last", type=positive, default=None, metavar="N", help="only the last N")
     parser.add_argument("--json", action="store_true", help="a JSON object per line instead of a table")
@@ -133,7 +133,7 @@ def _table(history: EditHistory, entries: Sequence[LedgerEntry], times: dict[int
 
 
 def _choose(parser: CommandParser, which: str) -> None:
-    run_option(parser)
+    parser.add_run()
     parser.add_argument(
         "--edit",
         action="append",
@@ -225,9 +225,8 @@ def _finish(
 ) -> None:
     """Write the run's files, measure, and show what has changed."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
+    from lit_edit.console.tables import table_of
     from lit_edit.report import write_report
     from lit_edit.runs.files import update_summary
 
@@ -236,14 +235,13 @@ def _finish(
     run.write()  # last: a process that dies before is found out by it
     if (run.folder / "report.html").is_file():
         write_report(run.folder)
-    table = Table(title=f"{len(numbers)} edits {what}, {len(run.stream.ledger)} hold", title_justify="left")
-    for column in ("#", "prompt", "before", "now"):
-        table.add_column(column, overflow="fold")
-    for number, old, new in zip(numbers, before, _answers(run, numbers), strict=False):
-        prompt = run.session.ledger.history.entry(number).prompt
-        table.add_row(str(number), escape(prompt), escape(old), escape(new))
+    rows = [
+        (number, run.session.ledger.history.entry(number).prompt, old, new)
+        for number, old, new in zip(numbers, before, _answers(run, numbers), strict=False)
+    ]
     console = Console()
-    console.print(table)
+    title = f"{len(numbers)} edits {what}, {len(run.stream.ledger)} hold"
+    console.print(table_of(("#", "prompt", "before", "now"), rows, title=title))
     if final is not None:
         kinds = (("efficacy", "success"), ("generalization", "success"), ("locality", "agreement"))
         told = [f"{kind} {name} {final[kind][name]:.3f}" for kind, name in kinds if final[kind].get(name) is not None]

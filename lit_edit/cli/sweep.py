@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from lit_edit.console.arguments import config_option, make_parser, runs_options
+from lit_edit.console.arguments import make_parser
 from lit_edit.console.configs import find_config
 from lit_edit.console.words import read_settings
 from lit_edit.errors import ArgumentError
@@ -87,15 +87,12 @@ def _options(args: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         usage="%(prog)s --config CONFIG [options] [--NAME.OF.A.SETTING VALUE ...]",
         epilog="Settings are named as for lit-edit fit and hold for every point: --limit 100, --model NAME.",
     )
-    config_option(parser, "the grid: a YAML file", required=True)
-    runs_options(parser, "sweeps/<name>", "name of the sweep in place of the grid's")
+    parser.add_config("the grid: a YAML file", required=True)
+    parser.add_runs("sweeps/<name>", "name of the sweep in place of the grid's")
     parser.add_argument(
         "--only", type=_indexes, default=None, metavar="INDEX[,INDEX]", help="these points; --dry-run lists them"
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="list points and their commands; run nothing")
-    what.add_argument("--gather", action="store_true", help="gather the table; run nothing")
-    what.add_argument(
+    parser.add_dry_run("points", "write the table").add_argument(
         "--array", choices=["slurm"], default=None, help="write a script that runs the points as a SLURM array"
     )
     options, rest = parser.parse_known_args(args)

@@ -218,20 +218,19 @@ class EditCLI(RunCLI):
 
     def _print_measured(self) -> None:
         from rich.console import Console
-        from rich.table import Table
+
+        from lit_edit.console.tables import table_of
 
         if not leads():
             return
         edits = len(self.model.ledger)
-        table = Table(
-            title=f"{len(self.datamodule.requests)} facts on a model with {edits} edits", title_justify="left"
-        )
-        table.add_column("metric")
-        table.add_column("value", justify="right")
-        for name, value in self.trainer.callback_metrics.items():
-            if "/" in name:  # not the step
-                table.add_row(name.partition("/")[2].replace("/", " "), f"{float(value):.3f}")
-        Console().print(table)
+        rows = [
+            (name.partition("/")[2].replace("/", " "), f"{float(value):.3f}")
+            for name, value in self.trainer.callback_metrics.items()
+            if "/" in name  # not the step
+        ]
+        title = f"{len(self.datamodule.requests)} facts on a model with {edits} edits"
+        Console().print(table_of(("metric", ">value"), rows, title=title))
 
     def _run_folder(self, config: Any) -> Path:
         if (told := handed_down()) is not None:
