@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from lit_edit.console.arguments import make_parser
@@ -46,7 +47,9 @@ srun --cpus-per-task="${{SLURM_CPUS_PER_TASK:-1}}" {command} --only "$SLURM_ARRA
 def run_sweep(args: list[str]) -> int:
     """Run a sweep; return the exit status: 0 all well, 1 a point has failed, 128 and more for a signal."""
     options, settings = _options(args)
-    grid = with_changes(read_grid(Path(find_config(options.config))), "the command line", options.name, settings)
+    grid = read_grid(Path(find_config(options.config)))
+    method = () if options.method is None else (options.method,)
+    grid = with_changes(replace(grid, base=(*grid.base, *method)), "the command line", options.name, settings)
     folder = folder_of(grid, options.runs_dir)
     chosen = _chosen(grid, options.only)
 
@@ -61,7 +64,8 @@ def run_sweep(args: list[str]) -> int:
     if options.dry_run:
         sys.stdout.write(list_points(grid, chosen, folder))
         return 0
-    again = command_again("sweep", options.config, options.runs_dir, *changes_again(options.name, settings))
+    words = [*(f"--method={name}" for name in method), *changes_again(options.name, settings)]
+    again = command_again("sweep", options.config, options.runs_dir, *words)
     if options.array:
         script = write_script(grid, folder, again)
         sys.stdout.write(f"{len(grid.points)} points; set their resources in the script, then\n  sbatch {script}\n")
@@ -89,6 +93,7 @@ def _options(args: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     )
     parser.add_config("the grid: a YAML file", required=True)
     parser.add_runs("sweeps/<name>", "name of the sweep in place of the grid's")
+    parser.add_method(None, help="the editor of points for which the grid names none: rome, or a YAML file")
     parser.add_argument(
         "--only", type=_indexes, default=None, metavar="INDEX[,INDEX]", help="these points; --dry-run lists them"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
@@ -22,8 +22,8 @@ def table_of(headings: Iterable[str], rows: Iterable[Iterable[Any]], whole: bool
     """
     table = Table(**{"title_justify": "left", **more})
     for heading in headings:
-        right = "right" if heading[:1] == ">" else "left"
-        table.add_column(heading.removeprefix(">"), justify=right, no_wrap=whole, overflow="fold")
+        justify: Literal["left", "right"] = "right" if heading[:1] == ">" else "left"
+        table.add_column(heading.removeprefix(">"), justify=justify, no_wrap=whole, overflow="fold")
     for row in rows:
         table.add_row(*(Text("–" if cell is None else str(cell)) for cell in row))
     return table
