@@ -128,7 +128,7 @@ def compare(one: Path, other: Path) -> dict[str, bool]:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from safetensors.torch import load_file
 
-    from lit_edit.stream.checkpoints import load_tree
+    from lit_edit.files.trees import load_tree
     from tests.loggers.wandb_files import read_run
 
     def rows(folder: Path) -> list[list[str]]:

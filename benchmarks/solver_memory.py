@@ -32,7 +32,7 @@ def resident() -> dict[str, float]:
 def measure(d_in: int, d_out: int, edits: int, inverse: Any, offload: Any, folder: str | None) -> dict[str, Any]:
     import torch
 
-    from lit_edit.solvers.ridge import RidgeSolver
+    from lit_edit.solvers.recursive_least_squares import RidgeSolver
     from lit_edit.solvers.storage import SolverStorage
 
     generator = torch.Generator().manual_seed(0)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lit_edit.solvers.ridge import RidgeSolver
+from lit_edit.solvers.recursive_least_squares import RidgeSolver
 
 SIZES = {"smollm2-135m": (1536, 576), "gpt-j-6b": (16384, 4096), "llama-3-8b": (14336, 4096)}
 MARKS = (10, 100, 1_000, 10_000)

@@ -1,8 +1,9 @@
-"""The table at the end: before and after, and what it cost."""
+"""What is said at the end: before and after, what it cost, and which edits hold."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,8 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_edit.ability.course import mean_accuracy
+from lit_edit.runs.answers import answers_of
+from lit_edit.runs.files import edit_rows
+from lit_edit.runs.holding import Verdict, closing_lines, judge
+from lit_edit.runs.names import shown
+from lit_edit.stream.edit_stream import EditStream
 
 from .base import as_stream
+from .retention import missed_edits
 
 _ROWS = (
     ("efficacy", "success"),
@@ -33,40 +40,62 @@ _WRITTEN = (
 )
 
 _BESIDE = (("undone", "taken out or replaced"), ("refused", "not made"))
+_SECTION = "section"
 
 
 class ClosingTable(Callback):
-    """Prints the summary of a finished stream."""
+    """Prints the summary of a finished stream, and below it which edits do not hold, and why."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print it."""
-        summary = as_stream(pl_module, self).finish()
+        stream = as_stream(pl_module, self)
+        summary = stream.finish()
         if trainer.is_global_zero:
-            tables = [summary_table(summary), *([layers_table(summary)] if summary["layers"] else [])]
-            Console().print(*tables)
+            console = Console()
+            console.print(summary_table(summary), *([layers_table(summary)] if summary["layers"] else []))
+            for line in closing_lines(verdicts_of(trainer, stream), _run(stream)):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def verdicts_of(trainer: Trainer, stream: EditStream) -> list[Verdict]:
+    """Return what has become of each edit of a stream that has been measured at its end."""
+    ledger = stream.ledger
+    rows = edit_rows(ledger.history, stream.results, missed_edits(trainer))
+    return judge(rows, answers_of(ledger.history, stream.results, stream.tokenizer), ledger.journal.records)
+
+
+def _run(stream: EditStream) -> str | None:
+    return None if stream.journal is None else shown(Path(stream.journal).parent.parent)
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
-    """Return the metrics before, right after each edit, and at the end."""
+    """Return the metrics before, right after each edit, and at the end; what has no value at all is left out."""
     beside = [f"{summary[name]} {what}" for name, what in _BESIDE if summary.get(name)]
-    table = Table(title=", ".join([f"{summary['edits']} edits", *beside]), title_justify="left")
-    for column in ("", "before", "after each edit", "after all edits"):
-        table.add_column(column, justify="left" if not column else "right")
     stages = [summary[stage] for stage in ("base", "immediate", "final")]
-    for kind, name in _ROWS:
-        table.add_row(f"{kind} {name}", *(_number(stage[kind].get(name)) for stage in stages))
-    table.add_row("score (harmonic mean of success)", *(_number(stage["score"]) for stage in stages), end_section=True)
-    written = [(label, [_at(stage, path) for stage in stages]) for label, path in _WRITTEN]
-    for label, values in written:
-        if any(value is not None for value in values):
-            table.add_row(label, *map(_number, values))
     ability = [mean_accuracy(summary, stage) for stage in ("base", "final")]
-    if ability[1] is not None:
-        table.add_row("general ability (mean accuracy)", _number(ability[0]), "", _number(ability[1]))
     before, after = summary["base"]["perplexity"], summary["final"]["perplexity"]
     change = f" ({after / before - 1:+.1%})" if before and after else ""
-    table.add_row("perplexity", _number(before, 1), "", _number(after, 1) + change)
-    table.add_row("seconds per edit", "", "", _number(summary["seconds"]["per_edit"], 2))
+    told = None if after is None else f"{_number(after, 1)}{change}"
+    rows = [
+        *((f"{kind} {name}", [_number(stage[kind].get(name)) for stage in stages]) for kind, name in _ROWS),
+        ("score (harmonic mean of success)", [_number(stage["score"]) for stage in stages]),
+        (_SECTION, []),
+        *((label, [_number(_at(stage, path)) for stage in stages]) for label, path in _WRITTEN),
+        ("general ability (mean accuracy)", [_number(ability[0]), "", _number(ability[1])]),
+        ("perplexity", [_number(before, 1), "", told]),
+        ("seconds per edit", ["", "", _number(summary["seconds"]["per_edit"], 2)]),
+    ]
+    kept = [(label, cells) for label, cells in rows if any(cells) or label == _SECTION]
+    columns = [at for at in range(3) if any(cells[at] for _, cells in kept if cells)]
+    table = Table(title=", ".join([f"{summary['edits']} edits", *beside]), title_justify="left")
+    table.add_column("")
+    for at in columns:
+        table.add_column(("before", "after each edit", "after all edits")[at], justify="right")
+    for label, cells in kept:
+        if label == _SECTION:
+            table.add_section()
+        else:
+            table.add_row(label, *("–" if cells[at] is None else cells[at] for at in columns))
     return table
 
 
@@ -89,5 +118,5 @@ def _at(stage: Any, path: tuple[str, ...]) -> float | None:
     return None if stage is None else float(stage)
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, digits: int = 3) -> str | None:
+    return None if value is None else f"{value:.{digits}f}"

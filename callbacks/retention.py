@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 from time import perf_counter
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
 
 from lit_edit.data.request import EditRequest
 from lit_edit.metrics.evaluation import Summary, flatten, summarise
@@ -20,6 +23,10 @@ class Retention(EveryCallback):
         sample: Measure at most this many of them, chosen at random; 0 measures all.
         perplexity: Measure perplexity as well.
         seed: Seeds the choice.
+
+    Attributes:
+        history: The metrics, with the number of ``edits`` made until then.
+        missed: By id, after how many edits one was first found not to hold, of those that were not found to hold since.
     """
 
     def __init__(self, every: int = 10, sample: int = 50, perplexity: bool = True, seed: int = 0) -> None:
@@ -27,6 +34,7 @@ class Retention(EveryCallback):
         if sample is None or sample < 0:
             raise ValueError(f"Retention: sample must not be negative, got {sample}")
         self.sample, self.perplexity, self.seed = sample, perplexity, seed
+        self.missed: dict[str, int] = {}
 
     def go_on(self, stream: EditStream) -> None:
         """Measure the edits made so far."""
@@ -43,4 +51,24 @@ class Retention(EveryCallback):
             chosen = set(random.Random(f"{self.seed}-{now}").sample(range(now), self.sample))
             requests = [request for index, request in enumerate(requests) if index in chosen]
         results, perplexity = stream.measure(requests, stream.adapter, self.perplexity)
+        for name, result in results.items():
+            if all(result.efficacy[0].hits):
+                self.missed.pop(name, None)
+            else:
+                self.missed.setdefault(name, stream.edits_made)
         return summarise(results.values(), stream.results["base"], perplexity.get("mean"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured, and which edits were missed."""
+        return {**super().state_dict(), "missed": self.missed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        super().load_state_dict(state_dict)
+        self.missed = dict(state_dict.get("missed", {}))
+
+
+def missed_edits(trainer: Trainer) -> dict[str, int]:
+    """Return what the run's :class:`Retention` has missed along the stream; nothing where there is none."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return {name: at for one in callbacks if isinstance(one, Retention) for name, at in one.missed.items()}

@@ -13,6 +13,7 @@ from lit_edit.runs.files import write_run_files
 from lit_edit.stream.edit_stream import EditStream
 
 from .base import RunEndCallback
+from .retention import missed_edits
 
 
 class RunFolder(RunEndCallback):
@@ -26,5 +27,5 @@ class RunFolder(RunEndCallback):
         """Write the files."""
         write_answers(folder, stream.ledger.history, stream.results, stream.tokenizer)
         write_notes(folder, stream)
-        write_run_files(folder, stream.ledger, stream.base_hash, stream.results)
+        write_run_files(folder, stream.ledger, stream.base_hash, stream.results, missed_edits(trainer))
         write_json(folder / "summary.json", without_nan(stream.summary()))

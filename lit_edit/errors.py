@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Arguments, data or a model that cannot be used; the message says what to do."""
@@ -13,3 +16,38 @@ class RunStoppedError(RuntimeError):
 
 class ArgumentError(UserError):
     """A setting that does not fit the model or another setting."""
+
+
+def check_positive(**values: float) -> None:
+    """Raise :class:`ValueError` for the first of some arguments that is not positive and finite.
+
+    Example:
+        >>> check_positive(lr=0.1, eta=0.0)
+        Traceback (most recent call last):
+        ValueError: eta must be positive and finite, got 0.0
+    """
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_not_negative(**values: float) -> None:
+    """Raise :class:`ValueError` for the first of some arguments that is negative or not finite."""
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must not be negative or infinite, got {value}")
+
+
+def check_least(low: int, **values: int | None) -> None:
+    """Raise :class:`ValueError` for the first of some arguments that is below ``low``; ``None`` is left to defaults."""
+    for name, value in values.items():
+        if value is not None and value < low:
+            raise ValueError(f"{name} must be at least {low}, got {value}")
+
+
+def check_one_of(choices: Iterable[object], **values: object) -> None:
+    """Raise :class:`ValueError` for the first of some arguments that is none of two or more choices."""
+    *others, last = map(repr, choices)
+    for name, value in values.items():
+        if repr(value) not in (*others, last):
+            raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")

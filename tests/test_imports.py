@@ -346,7 +346,8 @@ def test_nothing_is_unpickled_or_evaluated(module: str) -> None:
     called = [_text(c) for c in _calls(module) if isinstance(c.func, ast.Name) and c.func.id in names]
     loads = [_text(c) for c in _calls(module) if _text(c.func) in ("torch.load", "yaml.load", "os.system")]
     loads = [call for call in loads if "weights_only=True" not in call]
-    shell = [_text(c) for c in _calls(module) for k in c.keywords if k.arg == "shell"]
+    asked = [c for c in _calls(module) if _text(c.func) != "argcomplete.shellcode"]  # writes a script for that shell
+    shell = [_text(c) for c in asked for k in c.keywords if k.arg == "shell"]
     assert not called + loads + shell
     assert not imports(module) & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 

@@ -21,8 +21,9 @@ import torch
 
 from lit_edit.cli.main import main
 from lit_edit.ledger.journal import Journal
+from lit_edit.runs.continuing import carry_over
 from lit_edit.runs.files import journal_path
-from lit_edit.runs.folder import carry_over, read_history
+from lit_edit.runs.reading import read_history
 from tests.cli.test_main import FAST
 from tests.test_imports import MODULES, every_module, imports, tree
 

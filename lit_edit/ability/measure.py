@@ -13,18 +13,17 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_edit.ability.files import TaskData
 from lit_edit.ability.metrics import NONE, accuracy_change, majority, score_choices
-from lit_edit.ability.tasks import Item, Task
+from lit_edit.ability.tasks import Item
 from lit_edit.errors import ArgumentError
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.generation import continue_rows
-from lit_edit.models.routes import by_route
 from lit_edit.text.tokens import continuation, encode
 
 NEW_TOKENS = 5  # that a model may say; as the published benchmarks have it
 
 Record = dict[str, Any]
-"""One task on one model, as primitives: what :meth:`Answers.as_record` returns."""
+"""One task on one model, as primitives: what :func:`measure_task` returns."""
 
 
 @dataclass(frozen=True)
@@ -42,47 +41,6 @@ class Prompted:
     items: tuple[Item, ...]
     shortened: int = 0
     left_out: int = 0
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a model has answered.
-
-    Attributes:
-        task: To which task.
-        gold: Index of the right option, per item.
-        chosen: Index of the likeliest one.
-        said: Index of the one that the model has said, or :data:`NONE`; ``None`` if it was not asked to say any.
-        shots: Examples in front of each question.
-        shortened: See :class:`Prompted`.
-        left_out: See :class:`Prompted`.
-    """
-
-    task: Task
-    gold: tuple[int, ...]
-    chosen: tuple[int, ...]
-    said: tuple[int, ...] | None
-    shots: int
-    shortened: int = 0
-    left_out: int = 0
-
-    def as_record(self) -> Record:
-        """Return metrics and answers."""
-        options = len(self.task.options)
-        record: Record = {
-            "items": len(self.gold),
-            "shots": self.shots,
-            "shortened": self.shortened,
-            "left_out": self.left_out,
-            "majority": majority(self.gold),
-            "likelihood": score_choices(self.gold, self.chosen, options),
-            "answers": {"gold": list(self.gold), "likelihood": list(self.chosen)},
-        }
-        if self.said is not None:
-            unparsable = self.said.count(NONE)
-            record["generation"] = {**score_choices(self.gold, self.said, options), "unparsable": unparsable}
-            record["answers"]["generation"] = list(self.said)
-        return record
 
 
 def measure_task(
@@ -118,11 +76,23 @@ def measure_task(
     said = None
     if generation:
         chosen, texts = choose_and_say(adapter, tokenizer, asked.prompts, data.task.options)
-        said = tuple(parse_option(text, data.task.options) for text in texts)
+        said = [parse_option(text, data.task.options) for text in texts]
     else:
         chosen = choose(adapter, tokenizer, asked.prompts, data.task.options)
-    gold = tuple(item.gold for item in asked.items)
-    return Answers(data.task, gold, tuple(chosen), said, shots, asked.shortened, asked.left_out).as_record()
+    gold, options = [item.gold for item in asked.items], len(data.task.options)
+    record: Record = {
+        "items": len(gold),
+        "shots": shots,
+        "shortened": asked.shortened,
+        "left_out": asked.left_out,
+        "majority": majority(gold),
+        "likelihood": score_choices(gold, chosen, options),
+        "answers": {"gold": gold, "likelihood": chosen},
+    }
+    if said is not None:
+        record["generation"] = {**score_choices(gold, said, options), "unparsable": said.count(NONE)}
+        record["answers"]["generation"] = said
+    return record
 
 
 def measure_tasks(
@@ -216,7 +186,7 @@ def choose_and_say(
     """
     chosen: dict[str, int] = {}
     texts: dict[str, str] = {}
-    for model, context_of in by_route(adapter, list(dict.fromkeys(prompts))):
+    for model, context_of in adapter.by_route(list(dict.fromkeys(prompts))):
         rows = [encode(tokenizer, context + prompt) for prompt, context in context_of.items()]
         heads = [
             _single_tokens(tokenizer, context + prompt, options, row)

@@ -74,13 +74,8 @@ def _options(args: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     )
     parser.add_config("the editors: a YAML file", required=True)
     parser.add_runs("sweeps/<name>", "name of the comparison in place of the config's")
-    more: dict[str, Any] = {
-        "nargs": "+",
-        "dest": "only",
-        "metavar": "NAME",
-        "help": "these editors; --dry-run lists them",
-    }
-    parser.add_argument("--method", aliases=("--only",), **more)
+    text = "these editors; --dry-run lists them"
+    parser.add_argument("--method", aliases=("--only",), nargs="+", dest="only", metavar="NAME", help=text)
     parser.add_argument(
         "--measure", choices=["success", "accuracy"], default="success", help="what the figure shows of the edits"
     )

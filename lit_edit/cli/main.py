@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import atexit
 import errno
-import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 from lit_edit.cli.registry import BY_NAME, HELP
+from lit_edit.console.terminal import show_messages
 from lit_edit.errors import RunStoppedError, UserError
 
 
@@ -38,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Compiled matrix products are kept by shape, and here every pass has another: hundreds of megabytes for nothing.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("lit_edit").setLevel(logging.INFO)
+    show_messages()
     try:
         return command.load()(args[1:]) or 0
     except UserError as error:

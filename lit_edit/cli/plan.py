@@ -150,7 +150,8 @@ def _make_case(
     from lit_edit.models.known import find_architecture, make_meta_model
     from lit_edit.models.products import bfloat16_pays
     from lit_edit.planning.case import Case
-    from lit_edit.planning.estimate import ModelSizes, Setup
+    from lit_edit.planning.estimate import Setup
+    from lit_edit.planning.sizes import ModelSizes
     from lit_edit.planning.workload import Workload
 
     language_model = stream.language_model

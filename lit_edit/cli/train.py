@@ -19,9 +19,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lit_edit.console.run_cli import RunCLI, time_stamp
 from lit_edit.console.words import expand_arguments
 from lit_edit.errors import ArgumentError
+from lit_edit.files.trees import load_tree
 from lit_edit.runs.names import check_run_name, shown
 from lit_edit.runs.saved_config import SaveRunConfig
-from lit_edit.stream.checkpoints import AtomicCheckpointIO, load_tree
+from lit_edit.stream.checkpoint_io import AtomicCheckpointIO
 
 NETWORK = "network.safetensors"
 """The file of a run folder that holds what was trained."""

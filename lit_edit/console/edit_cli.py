@@ -35,8 +35,10 @@ from lit_edit.console.run_cli import TRAINER_DEFAULTS, RunCLI, time_stamp
 from lit_edit.data.datamodule import EditDataModule
 from lit_edit.devices.ranks import RankError
 from lit_edit.errors import ArgumentError, RunStoppedError, UserError
+from lit_edit.files.trees import CheckpointError, load_tree
+from lit_edit.runs.continuing import carry_over, check_source
 from lit_edit.runs.files import journal_path
-from lit_edit.runs.folder import carry_over, check_source, find_checkpoint
+from lit_edit.runs.folder import find_checkpoint
 from lit_edit.runs.names import check_run_name, shown
 from lit_edit.runs.reading import has_ended
 from lit_edit.runs.resuming import (
@@ -47,7 +49,6 @@ from lit_edit.runs.resuming import (
     run_of_config,
     warn_if_behind,
 )
-from lit_edit.stream.checkpoints import CheckpointError, load_tree
 from lit_edit.stream.edit_stream import EditStream
 
 log = logging.getLogger(__name__)

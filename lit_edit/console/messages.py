@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 
 from lit_edit.console.processes import leads
+from lit_edit.console.terminal import show_messages
 
 
-def quieten() -> None:
-    """Show our own notes; keep Lightning's tips, which are about other kinds of training, to themselves."""
+def quieten(quiet: bool = False) -> None:
+    """Show our own notes; keep Lightning's tips, which are about other kinds of training, to themselves.
+
+    Args:
+        quiet: Of our own, show warnings and errors only.
+    """
     os.environ.setdefault(
         "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
     )  # they are about Lightning's calls, not the user's
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("lit_edit").setLevel(logging.INFO if leads() else logging.ERROR)  # one of them speaks for all
+    own = logging.WARNING if quiet else logging.INFO
+    show_messages(own if leads() else logging.ERROR)  # one of them speaks for all
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (

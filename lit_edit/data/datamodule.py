@@ -13,6 +13,7 @@ from lit_edit.data.files import expand
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.data.sources import OnError, Source, builtin_text, load_requests
 from lit_edit.data.texts import read_documents
+from lit_edit.errors import check_least
 
 
 class EditBatch:
@@ -100,14 +101,8 @@ class EditDataModule(LightningDataModule):
         perplexity_path: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value, low in (
-            ("limit", limit, 1),
-            ("offset", offset, 0),
-            ("batch_size", batch_size, 1),
-            ("target_window", target_window, 1),
-        ):
-            if value is not None and value < low:
-                raise ValueError(f"data.{name} must be at least {low}, got {value}")
+        check_least(1, **{"data.limit": limit, "data.batch_size": batch_size, "data.target_window": target_window})
+        check_least(0, **{"data.offset": offset})
         self.source, self.path, self.limit, self.offset = source, path, limit, offset
         self.batch_size, self.target_window, self.shuffle_seed = batch_size, target_window, shuffle_seed
         self.on_error, self.split, self.perplexity_path = on_error, split, perplexity_path

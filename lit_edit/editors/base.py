@@ -7,25 +7,31 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
-from lit_edit.data.request import EditRequest
+from torch import Tensor
+
+from lit_edit.data.request import EditRequest, shorten
 from lit_edit.errors import ArgumentError
 from lit_edit.files.interrupts import deferred_interrupts
 from lit_edit.ledger.edit_ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
+from lit_edit.text.tokens import check_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from lit_edit.models.adapter import ModelAdapter
     from lit_edit.models.memory import Memory
     from lit_edit.stats.second_moment import KeyStatistics
 
-Status = Callable[[str], None]
+Status: TypeAlias = Callable[[str], None]
 """Receives a line about what is going on, for a progress bar."""
+Deltas: TypeAlias = dict[int, Tensor]
+"""Updates by layer, each ``(d_out, d_in)``."""
+Moments: TypeAlias = Callable[[], dict[int, Tensor]]
+"""Returns the second moments of the keys of ordinary text, by layer, ``(d_in, d_in)``."""
 
 
 def silent(message: str) -> None:
@@ -101,9 +107,19 @@ class Editor(ABC):
 
     Attributes:
         about: What the method is, for people.
+        depends_on: Names, with spaces between, of the attributes that a result depends on, primitives, beside those
+            that the classes above name.
+        built_on: What each edit of a method without exact undo has been done to the result of the earlier ones.
+        ledger: Holds the model and its original weights, once prepared.
+        tokenizer: Its tokenizer.
     """
 
     about: ClassVar[EditorInfo]
+    depends_on: ClassVar[str] = ""
+    built_on: ClassVar[str] = "was made on the weights"
+
+    ledger: EditLedger
+    tokenizer: PreTrainedTokenizerBase
 
     @property
     def one_by_one(self) -> bool:
@@ -120,16 +136,37 @@ class Editor(ABC):
     def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
         """Return the layers this editor writes on this model, ascending."""
 
-    @abstractmethod
     def prepare(
         self,
         ledger: EditLedger,
         tokenizer: PreTrainedTokenizerBase,
-        statistics: KeyStatistics,
+        statistics: KeyStatistics | Mapping[int, Tensor],
         status: Status = silent,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Compute what is needed once, before the first edit, on the original weights."""
+        """Compute what is needed once, before the first edit, on the original weights, and forget earlier streams.
+
+        Args:
+            ledger: Holds the model and its original weights.
+            tokenizer: A fast tokenizer.
+            statistics: How to get the second moments of the keys, or the moments themselves by layer.
+            status: Receives a line about what is going on.
+            progress: Called with tokens read and tokens in all.
+        """
+        check_tokenizer(tokenizer)
+        self.ledger, self.tokenizer = ledger, tokenizer
+
+        def moments() -> dict[int, Tensor]:
+            if isinstance(statistics, Mapping):
+                return dict(statistics)
+            status("key statistics")
+            return statistics.compute(ledger.original(), tokenizer, ledger.layers, progress)
+
+        self._begin(moments, status)
+
+    @abstractmethod
+    def _begin(self, moments: Moments, status: Status) -> None:
+        """Do what a method does for :meth:`prepare`; ledger and tokenizer are there."""
 
     @abstractmethod
     def propose(
@@ -169,7 +206,7 @@ class Editor(ABC):
         return None
 
     def retract(self, facts: Sequence[RecordedFacts], reason: str = "", exact: bool = False) -> Proposal:
-        """Work out the updates without some edits.
+        """Work out the updates without some edits; the later ones stay as they are unless ``exact``.
 
         Args:
             facts: Those of the edits.
@@ -178,9 +215,19 @@ class Editor(ABC):
                 hold, and takes longer.
 
         Raises:
-            ArgumentError: If this editor cannot take edits out.
+            ArgumentError: If this editor cannot take edits out, or not exactly.
         """
-        raise ArgumentError(f"{type(self).__name__} cannot take edits out")
+        if exact and not self.exact_undo:
+            raise ArgumentError(
+                f"{type(self).__name__} cannot make later edits again as if some had never been (exact): each "
+                f"{self.built_on} that the earlier ones left. Leave exact out to take them out as they are, or run the "
+                "stream again without them"
+            )
+        change = Change("undo", removed=tuple(sorted(numbers_of(facts))), reason=reason)
+        proposal = self.replay(change, (), facts)
+        if proposal is None:
+            raise ArgumentError(f"{type(self).__name__} cannot take edits out")
+        return proposal
 
     def reinstate(self, facts: Sequence[RecordedFacts]) -> Proposal:
         """Work out the updates with some edits that were taken out put back.
@@ -188,7 +235,10 @@ class Editor(ABC):
         Raises:
             ArgumentError: If this editor cannot do that.
         """
-        raise ArgumentError(f"{type(self).__name__} cannot put edits back")
+        proposal = self.replay(Change("redo", restored=numbers_of(facts)), (), facts)
+        if proposal is None:
+            raise ArgumentError(f"{type(self).__name__} cannot put edits back")
+        return proposal
 
     def check_whole(self, adapter: ModelAdapter) -> None:
         """Raise :class:`ArgumentError` if each process holds a part of each layer, for methods that need whole ones."""
@@ -204,7 +254,9 @@ class Editor(ABC):
 
     def settings(self) -> dict[str, Any]:
         """Return, as primitives, all settings that a result depends on: a journal is continued with the same ones."""
-        return {"editor": type(self).__name__}
+        kinds = reversed(type(self).__mro__)
+        names = [name for kind in kinds for name in vars(kind).get("depends_on", "").split()]
+        return {"editor": type(self).__name__, **{name: getattr(self, name) for name in names}}
 
     def opening(self) -> dict[str, Any]:
         """Return, as primitives, what was drawn at random before the first edit; :meth:`reopen` puts it back."""
@@ -221,17 +273,37 @@ class Editor(ABC):
     def accept(self, proposal: Proposal) -> None:
         """Take a committed proposal into the editor's state; must not fail."""
 
-    @abstractmethod
     def check_state(self, state: Mapping[str, Any], layers: Sequence[int]) -> None:
         """Raise :class:`lit_edit.errors.ArgumentError` if a saved state is not one of this editor on these layers."""
+        if state.get("editor") != type(self).__name__:
+            raise ArgumentError(
+                f"the checkpoint was made by {state.get('editor', 'another editing method')}, this editor is "
+                f"{type(self).__name__}; use the config that it was made with"
+            )
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on: tensors and primitives."""
+        return {"editor": type(self).__name__}
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict` on a prepared editor."""
+        """Restore :meth:`state_dict` on a prepared editor.
+
+        Raises:
+            ArgumentError: If it is of other layers or another kind of editor.
+        """
+
+    # ---- what methods share ------------------------------------------------------------------------------------------
+
+    def _leaves_nothing(self, change: Change, entries: Sequence[LedgerEntry]) -> bool:
+        """Tell whether no edit holds after a change: what taking them all out leaves of sums is rounding."""
+        if entries or change.restored:
+            return False
+        return {entry.number for entry in self.ledger.entries} <= set(change.removed)
+
+    def _updates(self, written: Mapping[int, Tensor]) -> tuple[LayerUpdate, ...]:
+        """Return what is written, by layer, for the ledger."""
+        return tuple(LayerUpdate(layer, self.ledger.names[layer], delta) for layer, delta in written.items())
 
 
 class Stopwatch:
@@ -258,6 +330,16 @@ class Stopwatch:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
 
 
-def column_norms(matrix: Tensor) -> list[float]:
-    """Return the Euclidean norms of the columns."""
-    return [float(value) for value in matrix.norm(dim=0)]
+def numbers_of(facts: Sequence[RecordedFacts]) -> tuple[int, ...]:
+    """Return the numbers of some edits on record."""
+    return tuple(number for recorded in facts for number in recorded.numbers)
+
+
+def entry_of(request: EditRequest, facts: Mapping[str, float]) -> LedgerEntry:
+    """Return what the ledger is to know of an edit."""
+    return LedgerEntry(request.id, request.subject, request.text, request.target_new, dict(facts), request.as_dict())
+
+
+def described(request: EditRequest) -> str:
+    """Return an edit for an error message."""
+    return f"{request.id!r} ({shorten(request.text)!r} -> {shorten(request.target_new)!r})"

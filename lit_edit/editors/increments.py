@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
 from lit_edit.devices.algebra import algebra_device, for_algebra
-from lit_edit.editors.base import Editor, Proposal, Status, silent
+from lit_edit.editors.base import Deltas, Editor, Moments, Proposal, Status
 from lit_edit.editors.transforms.base import UpdateTransform, transformed
 from lit_edit.errors import ArgumentError
-from lit_edit.ledger.edit_ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
-from lit_edit.text.tokens import check_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from lit_edit.stats.second_moment import KeyStatistics
-
-Deltas = dict[int, Tensor]
-"""Updates by layer, each ``(d_out, d_in)``."""
+from lit_edit.ledger.edit_ledger import Change, LedgerEntry, RecordedFacts
+from lit_edit.models.adapter import ModelAdapter
 
 
 class IncrementEditor(Editor):
@@ -61,18 +53,8 @@ class IncrementEditor(Editor):
 
     # ---- before the stream -------------------------------------------------------------------------------------------
 
-    def prepare(
-        self,
-        ledger: EditLedger,
-        tokenizer: PreTrainedTokenizerBase,
-        statistics: KeyStatistics | Mapping[int, Tensor],
-        status: Status = silent,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Take the ledger; nothing is computed, and no statistics are needed."""
-        check_tokenizer(tokenizer)
-        self.check_whole(ledger.adapter)
-        self.ledger, self.tokenizer = ledger, tokenizer
+    def _begin(self, moments: Moments, status: Status) -> None:
+        self.check_whole(self.ledger.adapter)
         self.sums = {}
         self.remember({})
 
@@ -102,20 +84,23 @@ class IncrementEditor(Editor):
             updates[layer] = delta
         return updates
 
+    def _model(self, sums: Deltas) -> ModelAdapter:
+        """Return the model with other sums than its own."""
+        return self.ledger.preview(self._updates(self._written(sums)))
+
     def _proposal(
         self,
         sums: Deltas,
         change: Change,
         entries: tuple[LedgerEntry, ...] = (),
         record: Mapping[str, Tensor] | None = None,
-        requests: tuple[EditRequest, ...] = (),
+        requests: Sequence[EditRequest] = (),
         seconds: Mapping[str, float] | None = None,
     ) -> Proposal:
-        if not entries and not change.restored and {e.number for e in self.ledger.entries} <= set(change.removed):
-            sums, record = {}, {}  # nothing holds: as in the beginning, to the last bit
-        written = self._written(sums)
-        updates = tuple(LayerUpdate(layer, self.ledger.names[layer], delta) for layer, delta in written.items())
-        return Proposal(requests, updates, entries, (sums, record), seconds or {}, change)
+        if self._leaves_nothing(change, entries):
+            sums, record = {}, {}  # as in the beginning, to the last bit
+        updates = self._updates(self._written(sums))
+        return Proposal(tuple(requests), updates, entries, (sums, record), seconds or {}, change)
 
     def accept(self, proposal: Proposal) -> None:
         """Take in the sums that are now written."""
@@ -138,19 +123,12 @@ class IncrementEditor(Editor):
     def retract(self, facts: Sequence[RecordedFacts], reason: str = "", exact: bool = False) -> Proposal:
         """Subtract what some steps have added; see :meth:`Editor.retract`.
 
-        The later steps stay as they are, though they began where the retracted ones ended.
-
         Raises:
             ArgumentError: If ``exact``, or if some of the edits were made in one step with others.
         """
-        if exact:
-            raise ArgumentError(
-                f"{type(self).__name__} cannot take edits out exactly: each step was trained on the weights that the "
-                "earlier ones left. Leave exact out to subtract what they added, or run the stream again without them"
-            )
-        self._check_whole(facts, "taken out")
-        change = Change("undo", removed=_numbers(facts), reason=reason)
-        return self._proposal(self._added(self.sums, facts, -1), change)
+        if not exact:
+            self._check_together(facts, "taken out")
+        return super().retract(facts, reason, exact)
 
     def reinstate(self, facts: Sequence[RecordedFacts]) -> Proposal:
         """Add what some steps had added; see :meth:`Editor.reinstate`.
@@ -158,10 +136,10 @@ class IncrementEditor(Editor):
         Raises:
             ArgumentError: If some of the edits were made in one step with others.
         """
-        self._check_whole(facts, "put back")
-        return self._proposal(self._added(self.sums, facts, 1), Change("redo", restored=_numbers(facts)))
+        self._check_together(facts, "put back")
+        return super().reinstate(facts)
 
-    def _check_whole(self, facts: Sequence[RecordedFacts], done: str) -> None:
+    def _check_together(self, facts: Sequence[RecordedFacts], done: str) -> None:
         if broken := self._broken(facts):
             raise ArgumentError(
                 f"these edits cannot be {done} alone: one was made {broken}, and what each has changed cannot be told "
@@ -190,15 +168,11 @@ class IncrementEditor(Editor):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums of the increments."""
-        return {"editor": type(self).__name__, "sums": {str(layer): delta for layer, delta in self.sums.items()}}
+        return {**super().state_dict(), "sums": {str(layer): delta for layer, delta in self.sums.items()}}
 
     def check_state(self, state: Mapping[str, Any], layers: Sequence[int]) -> None:
         """Raise :class:`ArgumentError` if a saved state is of other layers or another method."""
-        if state.get("editor") != type(self).__name__:
-            raise ArgumentError(
-                f"the checkpoint was made by {state.get('editor', 'another editing method')}, this editor is "
-                f"{type(self).__name__}; use the config that it was made with"
-            )
+        super().check_state(state, layers)
         saved = sorted(map(int, state["sums"]))
         if saved and saved != sorted(layers):
             raise ArgumentError(
@@ -219,5 +193,35 @@ def plus(sums: Deltas, increments: Deltas, sign: int) -> Deltas:
     return {layer: sums[layer].to(increment.device) + sign * increment for layer, increment in increments.items()}
 
 
-def _numbers(facts: Sequence[RecordedFacts]) -> tuple[int, ...]:
-    return tuple(sorted(number for recorded in facts for number in recorded.numbers))
+class FactoredEditor(IncrementEditor):
+    """What editors have in common that make an edit of gradients: its increment is a function of factors of its tokens.
+
+    On record are, by layer, the ``inputs`` ``(tokens, d_in)`` and ``values`` ``(tokens, d_out)`` of all tokens of a
+    step, and whose each token is (``owner``).
+    """
+
+    separable = True
+
+    @abstractmethod
+    def product(self, inputs: Tensor, values: Tensor) -> Tensor:
+        """Return the increment ``(d_out, d_in)`` that some tokens make."""
+
+    def increments(self, record: Mapping[str, Tensor]) -> Deltas:
+        """Return what a step has added to the updates, from its record."""
+        return self._increments(record)
+
+    def share(self, recorded: RecordedFacts) -> Deltas:
+        """Return what some edits of a step have added."""
+        return self._increments(recorded.tensors, recorded.columns)
+
+    def _increments(self, record: Mapping[str, Tensor], edits: Sequence[int] | None = None) -> Deltas:
+        """Return what a step, or some of its edits alone, would have added."""
+        owner = record["owner"]
+        wanted = owner if edits is None else torch.tensor(list(edits), dtype=torch.long).to(owner)
+        chosen = torch.isin(owner, wanted).nonzero()[:, 0]
+        increments = {}
+        for layer in self.ledger.layers:
+            inputs, values = (for_algebra(self._here(record[f"{part}.{layer}"])) for part in ("inputs", "values"))
+            own = chosen.to(inputs.device)
+            increments[layer] = self.product(inputs[own], values[own])
+        return increments

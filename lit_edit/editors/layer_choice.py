@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from lit_edit.models.adapter import ModelAdapter
+
+T = TypeVar("T")
+
+Published: TypeAlias = Mapping[tuple[str, int, int], T]
+"""What papers choose, by model type, number of layers and hidden size."""
 
 
 def chosen_layers(layers: Sequence[int] | None) -> tuple[int, ...] | None:
@@ -35,3 +40,13 @@ def existing_layers(adapter: ModelAdapter, layers: Sequence[int]) -> tuple[int, 
     for layer in layers:
         adapter.check_layer(layer)
     return tuple(layers)
+
+
+def published_for(adapter: ModelAdapter, published: Published[T], otherwise: T) -> T:
+    """Return what is published for a model, or something else for one that no paper has used."""
+    return published.get((adapter.model.config.model_type, adapter.n_layers, adapter.shape(0)[0]), otherwise)
+
+
+def at_depth(adapter: ModelAdapter, share: float) -> int:
+    """Return the layer at a share of a model's depth."""
+    return int(share * adapter.n_layers)

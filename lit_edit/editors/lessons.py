@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -90,6 +91,15 @@ class LessonLoss:
         nll = torch.nn.functional.cross_entropy(logits, self.words, reduction="none")
         own = self.own.to(nll)
         return own @ nll / own.sum(1)
+
+
+def probabilities(before: float, after: float) -> dict[str, float]:
+    """Return what the ledger tells of an edit whose target had the one mean loss, and then the other."""
+    return {
+        "target_probability_before": math.exp(-before),
+        "target_probability": math.exp(-after),
+        "target_loss": after,
+    }
 
 
 @torch.no_grad()

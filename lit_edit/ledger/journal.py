@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from lit_edit.errors import UserError
+from lit_edit.files.paths import sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -280,11 +281,7 @@ def _make(path: Path) -> None:
         new = not path.exists()
         path.open("ab").close()
         if new:
-            handle = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync_folder(path.parent)
     except OSError as error:
         raise JournalError(f"the journal {path} cannot be written: {error.strerror or error}") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,8 +60,8 @@ def age_curve(values: Sequence[float | None], width: int) -> list[AgeBin]:
     bins = []
     for start in range(0, len(by_age), width):
         part = by_age[start : start + width]
-        known = _known(part)
-        bins.append(AgeBin(start, start + len(part) - 1, _mean(known), len(known)))
+        count = sum(value is not None for value in part)
+        bins.append(AgeBin(start, start + len(part) - 1, mean_of_known(part), count))
     return bins
 
 
@@ -82,7 +82,7 @@ def early_late(values: Sequence[float | None], ends: int | float = 100) -> Early
         raise ValueError(f"ends must be a number of edits, or a share of them between 0 and 1, got {ends}")
     total = len(values)
     size = min(int(ends) if ends >= 1 else max(1, math.floor(ends * total)), total // 2)
-    return EarlyLate(_mean(_known(values[:size])), _mean(_known(values[total - size :])), size)
+    return EarlyLate(mean_of_known(values[:size]), mean_of_known(values[total - size :]), size)
 
 
 def aged(values: Sequence[float | None], width: int, ends: int | float = 100) -> dict[str, Any]:
@@ -95,9 +95,7 @@ def aged(values: Sequence[float | None], width: int, ends: int | float = 100) ->
     return {**asdict(early_late(values, ends)), "curve": curve}
 
 
-def _known(values: Sequence[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that there are; ``None`` without any."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_edit.data.request import EditRequest
 from lit_edit.metrics.scoring import score_continuations
+from lit_edit.metrics.texts import bits, n_grams
 from lit_edit.models.adapter import ModelAdapter
 
 
@@ -63,13 +63,7 @@ def distinct(texts: Iterable[str], n: int) -> float | None:
         >>> distinct(["to buy bread", "to buy milk"], 1), distinct(["to buy bread", "to buy milk"], 2)
         (0.6666666666666666, 0.75)
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    grams = [
-        tuple(words[start : start + n])
-        for words in (text.casefold().split() for text in texts)
-        for start in range(len(words) - n + 1)
-    ]
+    grams = [gram for text in texts for gram in n_grams(text.casefold().split(), n)]
     return len(set(grams)) / len(grams) if grams else None
 
 
@@ -83,11 +77,10 @@ def entropy(texts: Iterable[str]) -> float:
         >>> entropy(["True", "False", "True", "False"])
         1.0
     """
-    counts = Counter(texts)
-    total = counts.total()
-    if not total:
+    texts = list(texts)
+    if not texts:
         raise ValueError("expected at least one text, got none")
-    return sum(count / total * math.log2(total / count) for count in counts.values())
+    return bits(texts)
 
 
 def describe_targets(

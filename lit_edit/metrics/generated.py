@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.data.request import EditRequest
+from lit_edit.metrics.ages import mean_of_known
 from lit_edit.metrics.classes import Agreement, ExactAccuracy, ExactMatch, PortabilityAccuracy, TokenAccuracy
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.metrics.texts import consistency, fluency
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.generation import continue_rows
-from lit_edit.models.routes import by_route
 from lit_edit.text.tokens import continuation, encode, leading_tokens
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def evaluate_generation(
     seeds = [f"{seed}|{r.id}|{n}" for r, group in zip(requests, prompts, strict=True) for n in range(len(group))]
     new = [length - len(row) if row else 0 for row in rows]
     written: dict[int, tuple[int, ...]] = {}
-    for model, context_of in by_route(adapter, list(dict.fromkeys(flat))):
+    for model, context_of in adapter.by_route(list(dict.fromkeys(flat))):
         places = [index for index, prompt in enumerate(flat) if prompt in context_of]
         found = continue_rows(
             model,
@@ -184,7 +184,7 @@ def answer_greedily(
     """
     unique = list(dict.fromkeys(pairs))
     answers = {}
-    for model, context_of in by_route(adapter, list(dict.fromkeys(prompt for prompt, _ in unique))):
+    for model, context_of in adapter.by_route(list(dict.fromkeys(prompt for prompt, _ in unique))):
         own = [pair for pair in unique if pair[0] in context_of]
         tokens = [continuation(tokenizer, context_of[prompt] + prompt, target) for prompt, target in own]
         written = continue_rows(model, [p for p, _ in tokens], [len(t) for _, t in tokens], batch_rows=batch_rows)
@@ -248,8 +248,8 @@ def summarise_generation(results: Iterable[GenerationResult]) -> dict[str, Any]:
             for name, metric in (("token_accuracy", tokens), ("accuracy", whole), ("exact_match", match))
         }
     return {
-        "fluency": _mean([r.fluency for r in results]),
-        "consistency": _mean([r.consistency for r in results]),
+        "fluency": mean_of_known(r.fluency for r in results),
+        "consistency": mean_of_known(r.consistency for r in results),
         "generation": asked,
     }
 
@@ -290,11 +290,6 @@ def _by_kind(hits: Sequence[Mapping[str, Sequence[Sequence[bool]]]]) -> dict[str
 
 def _tensors(rows: Sequence[Sequence[int]]) -> list[Tensor]:
     return [torch.tensor(row) for row in rows]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _behind(tokenizer: PreTrainedTokenizerBase, context: str, row: Sequence[int]) -> tuple[int, ...]:

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.packed import Line, TokenRows
-from lit_edit.models.routes import by_route
 from lit_edit.text.tokens import continuation, encode, leading_tokens, pad_token
 
 
@@ -56,7 +55,7 @@ def score_continuations(
         return []
     unique = list(dict.fromkeys(pairs))
     scores = {}
-    for model, context_of in by_route(adapter, [prompt for prompt, _ in unique]):
+    for model, context_of in adapter.by_route([prompt for prompt, _ in unique]):
         own = [pair for pair in unique if pair[0] in context_of]
         tokens = [continuation(tokenizer, context_of[prompt] + prompt, target) for prompt, target in own]
         rows = [prompt + target[:-1] for prompt, target in tokens]
@@ -86,7 +85,7 @@ def text_nlls(
     """
     nlls: dict[str, Tensor] = {}
     skipped = 0 if leading else len(leading_tokens(tokenizer))
-    for model, context_of in by_route(adapter, list(dict.fromkeys(texts))):
+    for model, context_of in adapter.by_route(list(dict.fromkeys(texts))):
         rows = {text: encode(tokenizer, text)[skipped : skipped + 512] for text in context_of}
         nlls |= {text: torch.empty(0) for text in rows}
         long = [text for text, row in rows.items() if len(row) > 1]

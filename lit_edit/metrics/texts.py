@@ -6,7 +6,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,10 +51,20 @@ def n_gram_entropy(tokens: Sequence[str], n: int) -> float:
         >>> n_gram_entropy(["a", "b", "a", "b", "c"], 2)  # ab twice, ba and bc once
         1.5
     """
+    return bits(n_grams(tokens, n))
+
+
+def n_grams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    """Return the n-grams of a text, in order."""
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
-    counts = Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
-    total = sum(counts.values())
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+def bits(things: Iterable[Hashable]) -> float:
+    """Return the Shannon entropy of the distribution of some things, in bits; 0 of none."""
+    counts = Counter(things)
+    total = counts.total()
     return sum(count / total * math.log2(total / count) for count in counts.values())
 
 

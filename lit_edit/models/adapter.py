@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -47,3 +47,11 @@ class ModelAdapter(Passes):
         self.weights = dict(weights or {})
         self.products, self.ranks = products, Ranks()
         self._signatures = {}
+
+    def by_route(self, prompts: Sequence[str]) -> list[tuple[ModelAdapter, dict[str, str]]]:
+        """Return the models that answer some prompts, each with its prompts and what is put before each of them."""
+        models: dict[int, tuple[ModelAdapter, dict[str, str]]] = {}
+        for prompt, route in zip(prompts, self.routes(prompts), strict=True):
+            model = route.adapter or self
+            models.setdefault(id(model), (model, {}))[1][prompt] = route.context
+        return list(models.values())

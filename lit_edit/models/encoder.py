@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 
 from lit_edit.models.language_model import quiet_loading
 from lit_edit.models.packaged import ENCODERS, ModelUnavailableError, fetch
+from lit_edit.text.tokens import pad_right
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,10 +96,7 @@ class SentenceEncoder:
         alike = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # little padding in a batch
         for first in range(0, len(alike), self.batch):
             chosen = alike[first : first + self.batch]
-            longest = max(len(rows[index]) for index in chosen)
-            pad = self.tokenizer.pad_token_id or 0
-            ids = torch.tensor([[*rows[index], *[pad] * (longest - len(rows[index]))] for index in chosen])
-            mask = torch.tensor([[1] * len(rows[index]) + [0] * (longest - len(rows[index])) for index in chosen])
+            ids, mask = pad_right([rows[i] for i in chosen], self.tokenizer.pad_token_id or 0, torch.device("cpu"))
             states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
             mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             vectors[torch.tensor(chosen)] = torch.nn.functional.normalize(mean, dim=1)

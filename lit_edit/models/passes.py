@@ -124,16 +124,12 @@ class Passes(Kernels):
             ``(batch, longer time)``, the rows with their continuations.
         """
         settings |= {"attention_mask": torch.ones_like(input_ids), "max_length": None}
-        weights = {f"model.{name}": weight for name, weight in self.weights.items()}
+        weights = {} if self.sharded else {f"model.{name}": weight for name, weight in self.weights.items()}
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices, enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            if self.sharded:
-                with self.lent():
-                    continued: Tensor = _Generate(self.model)(input_ids, **settings)
-                return continued
-            with self.patched():
+            with self.lent() if self.sharded else self.patched():
                 rows: Tensor = functional_call(_Generate(self.model), weights, (input_ids,), settings)
         return rows
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.editors.closed_form.engine import ClosedFormEditor
-from lit_edit.planning.estimate import ModelSizes, Setup, Speed
+from lit_edit.planning.estimate import Setup, Speed
+from lit_edit.planning.sizes import ModelSizes
 from lit_edit.planning.workload import Workload
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 WIDTH, HEIGHT = 480, 280
@@ -75,6 +75,11 @@ def as_share(value: float) -> str:
         ('91.7%', '100.0%', '−0.5%')
     """
     return f"{100 * value:.1f}%".replace("-", "−")
+
+
+def or_dash(show: Callable[[float], str], value: float | None) -> str:
+    """Return a number as it is shown, a dash where there is none."""
+    return "–" if value is None else show(value)
 
 
 def as_growth(value: float) -> str:
@@ -293,11 +298,8 @@ def running_mean(points: Points) -> list[tuple[float, float]]:
         >>> running_mean([(1, 1.0), (2, 0.0), (3, 0.5)])
         [(1, 1.0), (2, 0.5), (3, 0.5)]
     """
-    found, total = [], 0.0
-    for count, (x, y) in enumerate(points, 1):
-        total += y
-        found.append((x, total / count))
-    return found
+    totals = accumulate(y for _, y in points)
+    return [(x, total / count) for count, ((x, _), total) in enumerate(zip(points, totals, strict=True), 1)]
 
 
 def groups_by_size(sizes: Sequence[int], most: int = 5) -> list[slice]:

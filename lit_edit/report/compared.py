@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_edit.report.charts import Chart, Series, as_growth, as_plain, as_share, draw
+from lit_edit.report.charts import Chart, Series, as_growth, as_plain, as_share, draw, or_dash
 from lit_edit.report.curves import SHARES, course, growth
 from lit_edit.report.edits import Edit, edits_of
 from lit_edit.report.figures import layer_rows, signed, value_at
@@ -14,15 +14,15 @@ from lit_edit.report.page import about, flat, render, state_of, write_page
 from lit_edit.report.protocols import protocol_numbers
 from lit_edit.report.reading import ReportError, RunRecord, read_run
 
-NUMBERS = (  # row, place in the summary, and whether more is better
-    ("efficacy success", ("final", "efficacy", "success"), True),
-    ("efficacy accuracy", ("final", "efficacy", "accuracy"), True),
-    ("efficacy accuracy at the edit", ("immediate", "efficacy", "accuracy"), True),
-    ("generalization success", ("final", "generalization", "success"), True),
-    ("generalization accuracy", ("final", "generalization", "accuracy"), True),
-    ("locality success", ("final", "locality", "success"), True),
-    ("neighbours as before", ("final", "locality", "agreement"), True),
-    ("score", ("final", "score"), True),
+NUMBERS = (  # row, and place in the summary; more is better
+    ("efficacy success", ("final", "efficacy", "success")),
+    ("efficacy accuracy", ("final", "efficacy", "accuracy")),
+    ("efficacy accuracy at the edit", ("immediate", "efficacy", "accuracy")),
+    ("generalization success", ("final", "generalization", "success")),
+    ("generalization accuracy", ("final", "generalization", "accuracy")),
+    ("locality success", ("final", "locality", "success")),
+    ("neighbours as before", ("final", "locality", "agreement")),
+    ("score", ("final", "score")),
 )
 CHARTS = (
     ("Efficacy: preferred", "efficacy/success"),
@@ -91,32 +91,36 @@ def names_of(runs: Sequence[RunRecord]) -> list[str]:
 def number_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[Cell]]]:
     """Return the rows of the table of numbers: a cell per run."""
     rows = [("edits made", [Cell(str(len(run.edits))) for run in runs])]
-    for name, place, _ in NUMBERS:
-        values = [value_at(run.summary, *place) for run in runs]
-        if any(value is not None for value in values):
-            rows.append((name, _cells(values, [None if v is None else as_share(v) for v in values], more=True)))
-    perplexity = [
-        (value_at(run.summary, "base", "perplexity"), value_at(run.summary, "final", "perplexity")) for run in runs
-    ]
-    if any(after is not None for _, after in perplexity):
-        changes = [None if not base or after is None else after / base - 1 for base, after in perplexity]
-        texts = [
-            None
-            if after is None
-            else as_plain(after) + ("" if change is None else f" ({signed(as_share(change), change)})")
-            for (_, after), change in zip(perplexity, changes, strict=True)
-        ]
-        rows.append(("perplexity", _cells([after for _, after in perplexity], texts, more=False)))
-    most = [_largest_growth(run) for run in runs]
-    if any(value is not None for value in most):
-        texts = [None if value is None else signed(f"{100 * value:.2f}%", value) for value in most]
-        sizes = [None if value is None else abs(value) for value in most]
-        rows.append(("change of mean |W|, at most", _cells(sizes, texts, more=False)))
-    rows += _protocol_rows(runs)
+    known: dict[str, tuple[list[float | None], Callable[[float], str], bool]] = {
+        name: ([value_at(run.summary, *place) for run in runs], as_share, True) for name, place in NUMBERS
+    }
+    perplexity = [value_at(run.summary, "final", "perplexity") for run in runs]
+    known["perplexity"] = perplexity, as_plain, False
+    known["change of mean |W|, at most"] = [_largest_growth(run) for run in runs], _as_change, False
+    found = [protocol_numbers(run.summary) for run in runs]
+    for name in dict.fromkeys(name for numbers in found for name in numbers):
+        share = next(numbers[name].share for numbers in found if name in numbers)
+        values = [numbers[name].value if name in numbers else None for numbers in found]
+        known[name] = values, as_share if share else as_plain, not name.startswith("me perplexity")
     seconds = [value_at(run.summary, "seconds", "per_edit") for run in runs]
-    if any(value is not None for value in seconds):
-        rows.append(("seconds per edit", _cells(seconds, [None if v is None else f"{v:.2f}" for v in seconds], False)))
+    known["seconds per edit"] = seconds, "{:.2f}".format, False
+    for name, (values, show, more) in known.items():
+        if any(value is not None for value in values):
+            texts = [or_dash(show, value) for value in values]
+            if name == "perplexity":
+                texts = [f"{text}{_since(run)}" for text, run in zip(texts, runs, strict=True)]
+            rows.append((name, _cells(values, texts, more)))
     return rows
+
+
+def _since(run: RunRecord) -> str:
+    """Return the change of a run's perplexity, in brackets."""
+    base, after = (value_at(run.summary, stage, "perplexity") for stage in ("base", "final"))
+    return "" if not base or after is None else f" ({signed(as_share(after / base - 1), after / base - 1)})"
+
+
+def _as_change(value: float) -> str:
+    return signed(f"{100 * value:.2f}%", value)
 
 
 def _largest_growth(run: RunRecord) -> float | None:
@@ -124,25 +128,12 @@ def _largest_growth(run: RunRecord) -> float | None:
     return max(found, key=abs, default=None)
 
 
-def _protocol_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[Cell]]]:
-    """Return a row per number of the longer protocols that any of the runs has measured."""
-    found = [protocol_numbers(run.summary) for run in runs]
-    rows = []
-    for name in dict.fromkeys(name for numbers in found for name in numbers):
-        values = [numbers.get(name) for numbers in found]
-        share = next(numbers[name].share for numbers in found if name in numbers)
-        texts = [None if v is None else (as_share if share else as_plain)(v.value) for v in values]
-        more = not name.startswith("me perplexity")
-        rows.append((name, _cells([None if v is None else v.value for v in values], texts, more)))
-    return rows
-
-
-def _cells(values: Sequence[float | None], texts: Sequence[str | None], more: bool) -> list[Cell]:
-    known = [text for text in texts if text is not None]
-    there = [value for value in values if value is not None]
-    best = (max(there) if more else min(there)) if len(set(known)) > 1 else None
-    chosen = {text for text, value in zip(texts, values, strict=True) if value is not None and value == best}
-    return [Cell("–" if text is None else text, text in chosen) for text in texts]
+def _cells(values: Sequence[float | None], texts: Sequence[str], more: bool) -> list[Cell]:
+    """Return the cells of a row; the best are those with the largest, or smallest, size, if they do not read alike."""
+    sizes = [value if more or value is None else abs(value) for value in values]
+    there = {text: size for text, size in zip(texts, sizes, strict=True) if size is not None}
+    best = (max if more else min)(there.values(), default=None) if len(there) > 1 else None
+    return [Cell(text, there.get(text) == best and best is not None) for text in texts]
 
 
 def charts_of(runs: Sequence[RunRecord]) -> list[Chart]:

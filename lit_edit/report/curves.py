@@ -7,12 +7,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lit_edit.report.charts import Chart, Series, as_growth, as_plain, as_share, draw, groups_by_size, running_mean
-from lit_edit.report.edits import Edit, show_p
-from lit_edit.report.reading import RunRecord
+from lit_edit.report.edits import Edit
+from lit_edit.report.reading import KINDS, RunRecord
+from lit_edit.runs.holding import show_p
 
 SHARES = (-0.02, 1.02)
 MOST_DOTS = 1500
 MOST_WEIGHTS = 10
+CHOICES = (
+    ("efficacy", "efficacy/accuracy"),
+    ("generalization", "generalization/accuracy"),
+    ("neighbours as before", "locality/agreement"),
+)
 
 
 def layer_names(weights: Iterable[str]) -> dict[str, str]:
@@ -64,36 +70,21 @@ def charts_of(run: RunRecord) -> list[Chart]:
     weights = sorted(sorted(grown, key=lambda w: -abs(grown[w][-1][1]))[:MOST_WEIGHTS], key=list(grown).index)
     names = layer_names(grown)
     cut = f" The {MOST_WEIGHTS} that grew the most of {len(grown)}." if len(weights) < len(grown) else ""
+
+    def shares(title: str, place: str, lines: Iterable[tuple[str, str]], note: str) -> Chart | None:
+        def points(quantity: str) -> list[tuple[float, float]]:
+            return running_mean(_logged(run, f"{place}/{quantity}")) if place else course(run, quantity)
+
+        drawn = [Series(name, points(quantity)) for name, quantity in lines]
+        return draw(title, drawn, show=as_share, limits=SHARES, note=note)
+
+    likelier = f"Share of prompts where the wanted object is the likelier one. {sampled}"
+    first = "Share of prompts that are continued with the new object, and of neighbours continued as before."
+    at_once = "First choices, measured at the edit itself: mean over the edits so far."
     found = [
-        draw(
-            "Preferred to the other object",
-            [Series(kind, course(run, f"{kind}/success")) for kind in ("efficacy", "generalization", "locality")],
-            show=as_share,
-            limits=SHARES,
-            note=f"Share of prompts where the wanted object is the likelier one. {sampled}",
-        ),
-        draw(
-            "First choice",
-            [
-                Series("efficacy", course(run, "efficacy/accuracy")),
-                Series("generalization", course(run, "generalization/accuracy")),
-                Series("neighbours as before", course(run, "locality/agreement")),
-            ],
-            show=as_share,
-            limits=SHARES,
-            note="Share of prompts that are continued with the new object, and of neighbours continued as before.",
-        ),
-        draw(
-            "Right after each edit",
-            [
-                Series("efficacy", running_mean(_logged(run, "immediate/efficacy/accuracy"))),
-                Series("generalization", running_mean(_logged(run, "immediate/generalization/accuracy"))),
-                Series("neighbours as before", running_mean(_logged(run, "immediate/locality/agreement"))),
-            ],
-            show=as_share,
-            limits=SHARES,
-            note="First choices, measured at the edit itself: mean over the edits so far.",
-        ),
+        shares("Preferred to the other object", "", [(kind, f"{kind}/success") for kind in KINDS], likelier),
+        shares("First choice", "", CHOICES, first),
+        shares("Right after each edit", "immediate", CHOICES, at_once),
         draw(
             "Perplexity of ordinary text",
             [Series("perplexity", course(run, "perplexity"))],

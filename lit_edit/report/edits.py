@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lit_edit.report.reading import RunRecord
+from lit_edit.runs.holding import REACHED, probability, show_p, visible
 
 STATES = {  # by name: how it is shown, and whether it is good
     "holds": "good",
@@ -19,8 +19,6 @@ STATES = {  # by name: how it is shown, and whether it is good
     "taken out": "plain",
 }
 FAILED = ("never took", "forgotten", "fails", "preferred only", "taken out")
-REACHED = 0.5
-"""A target whose probability stays below this was not found, so the solve had nothing to write."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,7 @@ class Changed:
     """A neighbour that is answered otherwise than before.
 
     Attributes:
-        number: Of the edit that it is a neighbour of.
-        subject: Of that edit.
-        wanted: The object of that edit.
+        edit: That it is a neighbour of.
         prompt: The neighbour.
         right: Its own answer.
         base: What was said before all edits.
@@ -110,9 +106,7 @@ class Changed:
         tone: How that is coloured.
     """
 
-    number: int
-    subject: str
-    wanted: str
+    edit: Edit
     prompt: str
     right: str
     base: Said
@@ -159,7 +153,7 @@ def _said(own: Mapping[str, Any] | None, row: Mapping[str, Any], stage: str) -> 
     if f"{stage}_accuracy" not in row:
         return None
     hit = bool(row[f"{stage}_accuracy"])
-    return Said(str(row["target_new"]) if hit else "", hit, _probability(row.get(f"{stage}_target_nll")), None)
+    return Said(str(row["target_new"]) if hit else "", hit, probability(row.get(f"{stage}_target_nll")), None)
 
 
 def answer_of(answer: Mapping[str, Any]) -> Said:
@@ -167,24 +161,9 @@ def answer_of(answer: Mapping[str, Any]) -> Said:
     return Said(
         visible(str(answer["choice"])),
         bool(answer["hit"]),
-        _probability(answer.get("nll")),
-        _probability(answer.get("other_nll")),
+        probability(answer.get("nll")),
+        probability(answer.get("other_nll")),
     )
-
-
-def visible(text: str) -> str:
-    """Return a text whose blanks can be seen where there is nothing else.
-
-    Example:
-        >>> visible(" Rome"), visible(chr(10)), visible("  "), visible("a" + chr(10) + "b")
-        ('Rome', '⏎', '␣', 'a⏎b')
-    """
-    shown = text.strip(" \t").replace("\r", "").replace("\n", "⏎")
-    return shown or ("␣" if text else "")
-
-
-def _probability(nll: Any) -> float | None:
-    return math.exp(-nll) if isinstance(nll, (int, float)) and math.isfinite(nll) else None
 
 
 def _judge(edit: Edit, status: str) -> tuple[str, str]:
@@ -223,18 +202,6 @@ def _judge(edit: Edit, status: str) -> tuple[str, str]:
     return "never took", f"{fitted}{told}: {now}"
 
 
-def show_p(value: float | None) -> str:
-    """Return a probability.
-
-    Example:
-        >>> show_p(0.9503), show_p(0.00012), show_p(1.0), show_p(None)
-        ('0.95', '0.0001', '1.00', '–')
-    """
-    if value is None:
-        return "–"
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}" if value >= 0.001 else f"{value:.1g}"
-
-
 def changed_neighbours(run: RunRecord, edits: Sequence[Edit]) -> tuple[list[Changed], int]:
     """Return the neighbours whose first choices changed, worst first, and how many were compared."""
     by_number = {edit.number: edit for edit in edits}
@@ -248,23 +215,10 @@ def changed_neighbours(run: RunRecord, edits: Sequence[Edit]) -> tuple[list[Chan
             base, final = answer_of(prompt["base"]), answer_of(prompt[stage])
             if base.text == final.text:
                 continue
-            verdict, tone = _verdict(base, final, prompt)
-            edit = by_number[number]
-            found.append(
-                Changed(
-                    number,
-                    edit.subject,
-                    edit.wanted,
-                    str(prompt["prompt"]),
-                    str(prompt["wanted"]),
-                    base,
-                    final,
-                    verdict,
-                    tone,
-                )
-            )
-    order = {"bad": 0, "fair": 1, "plain": 2, "good": 3}
-    return sorted(found, key=lambda one: (order[one.tone], one.number)), compared
+            asked = str(prompt["prompt"]), str(prompt["wanted"])
+            found.append(Changed(by_number[number], *asked, base, final, *_verdict(base, final, prompt)))
+    order = ("bad", "fair", "plain", "good")
+    return sorted(found, key=lambda one: (order.index(one.tone), one.edit.number)), compared
 
 
 def _verdict(base: Said, final: Said, prompt: Mapping[str, Any]) -> tuple[str, str]:

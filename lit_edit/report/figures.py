@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lit_edit.report.charts import as_growth, as_plain, as_share
+from lit_edit.report.charts import as_growth, as_plain, as_share, or_dash
 from lit_edit.report.curves import layer_names
-from lit_edit.report.reading import KINDS, RunRecord
+from lit_edit.report.reading import KINDS, RunRecord, look_up
 
 STAGES = ("base", "immediate", "final")
 MEASURES = ("success", "accuracy", "token_accuracy", "magnitude", "agreement")
@@ -47,10 +47,14 @@ class Headline:
 
 def value_at(summary: Mapping[str, Any], *path: str) -> float | None:
     """Return a number of a summary, or ``None`` where there is none."""
-    value: Any = summary
-    for part in path:
-        value = value.get(part) if isinstance(value, Mapping) else None
+    value = look_up(summary, *path)
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def mapping_at(summary: Any, *path: str) -> Mapping[str, Any]:
+    """Return a part of a summary, an empty one where there is none."""
+    value = look_up(summary, *path)
+    return value if isinstance(value, Mapping) else {}
 
 
 def signed(text: str, value: float) -> str:
@@ -76,38 +80,42 @@ def headlines(run: RunRecord) -> list[Headline]:
         if now is None and (now := value_at(summary, "immediate", kind, measure)) is not None:
             about += " Right after each edit; the end was not measured."
         if now is not None:
-            found.append(_share(f"{kind.capitalize()} {measure}", now, then, about))
+            found.append(share_headline(f"{kind.capitalize()} {measure}", now, then, about))
     if (score := value_at(summary, "final", "score")) is not None:
         about = "Harmonic mean of the three successes."
-        found.append(_share("Score", score, value_at(summary, "base", "score"), about))
+        found.append(share_headline("Score", score, value_at(summary, "base", "score"), about))
     found += _costs(run)
     return found
 
 
-def _share(title: str, now: float, then: float | None, about: str) -> Headline:
+def share_headline(title: str, now: float, then: float | None, about: str, least: float = TINY) -> Headline:
+    """Return a share with its change, which is good or bad if it is more than ``least``."""
     difference = 0.0 if then is None else now - then
-    tone = "good" if difference > TINY else "bad" if difference < -TINY else "plain"
+    tone = "good" if difference > least else "bad" if difference < -least else "plain"
     change = "" if then is None else change_of_share(difference)
     return Headline(title, as_share(now), change, "" if then is None else as_share(then), tone, about)
+
+
+def ratio_headline(title: str, now: float, then: float | None, about: str, tones: tuple[str, str]) -> Headline:
+    """Return a number with its relative change, and the tones of one of two per cent or more up, or down."""
+    change = now / then - 1 if then else 0.0
+    tone = "plain" if abs(change) < 0.02 else tones[change < 0]
+    text = signed(as_share(change), change) if then else ""
+    return Headline(title, as_plain(now), text, "" if then is None else as_plain(then), tone, about)
 
 
 def _costs(run: RunRecord) -> list[Headline]:
     summary, found = run.summary, []
     now, then = value_at(summary, "final", "perplexity"), value_at(summary, "base", "perplexity")
     if now is not None:
-        change, tone = "", "plain"
-        if then:
-            share = now / then - 1
-            change = signed(as_share(share), share)
-            tone = "bad" if share > 0.02 else "plain"
-        about = "Of ordinary text; unchanged is the aim."
-        found.append(Headline("Perplexity", as_plain(now), change, "" if then is None else as_plain(then), tone, about))
+        found.append(
+            ratio_headline("Perplexity", now, then, "Of ordinary text; unchanged is the aim.", ("bad", "plain"))
+        )
     layers = [row for row in layer_rows(summary) if row["growth"] is not None]
     if layers:
         most = max(layers, key=lambda row: abs(row["growth"]))
         about = f"Largest growth of an L1 norm: {most['layer']}."
-        value = as_growth(most["growth"])
-        found.append(Headline("Mean |W|", value, "", "", "plain", about))
+        found.append(Headline("Mean |W|", as_growth(most["growth"]), "", "", "plain", about))
     if (seconds := value_at(summary, "seconds", "per_edit")) is not None:
         found.append(Headline("Seconds per edit", f"{seconds:.2f}", "", "", "plain", "Without measuring."))
     return found
@@ -121,14 +129,17 @@ def metric_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         values = [value_at(summary, stage, *place) for stage in STAGES]
         if all(value is None for value in values):
             continue
-        share = place[-1] not in ("magnitude", "perplexity")
-        show = as_share if share else _magnitude if place[-1] == "magnitude" else as_plain
-        row = {"name": " ".join(place).replace("_", " ")}
-        row |= {s: "–" if v is None else show(v) for s, v in zip(STAGES, values, strict=True)}
+        show = {"magnitude": _magnitude, "perplexity": as_plain}.get(place[-1], as_share)
+        row = {"name": name_of(place), **{s: or_dash(show, v) for s, v in zip(STAGES, values, strict=True)}}
         base, final = values[0], values[2]
         row["change"] = "" if base is None or final is None else _difference(place[-1], final, base)
         rows.append(row)
     return rows
+
+
+def name_of(place: Sequence[str]) -> str:
+    """Return what a number of a summary is called, by its place."""
+    return " ".join(place).replace("_", " ")
 
 
 def _magnitude(value: float) -> str:
@@ -144,8 +155,7 @@ def _difference(measure: str, final: float, base: float) -> str:
 def layer_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row per edited weight: its L1 norm before and after, and that of what was added."""
     rows = []
-    layers = summary.get("layers")
-    layers = layers if isinstance(layers, Mapping) else {}
+    layers = mapping_at(summary, "layers")
     names = layer_names(layers)
     for weight, norms in layers.items():
         before, after = value_at(norms, "mean_abs_before"), value_at(norms, "mean_abs_after")
@@ -161,23 +171,3 @@ def layer_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def shown_layers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return the rows as they are shown."""
-    return [
-        {
-            "weight": row["weight"],
-            "layer": row["layer"],
-            "before": _digits(row["before"]),
-            "after": _digits(row["after"]),
-            "growth": "–" if row["growth"] is None else as_growth(row["growth"]),
-            "delta": _digits(row["delta"]),
-            "relative": "–" if row["relative"] is None else as_share(row["relative"]),
-        }
-        for row in rows
-    ]
-
-
-def _digits(value: float | None) -> str:
-    return "–" if value is None else f"{value:.5f}"

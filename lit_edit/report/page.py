@@ -5,19 +5,20 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from lit_edit.files.paths import write_atomically
-from lit_edit.report.charts import as_share
+from lit_edit.files.paths import write_text
+from lit_edit.report.charts import as_growth, as_share, or_dash
 from lit_edit.report.curves import ages, charts_of, forgetting
-from lit_edit.report.edits import STATES, changed_neighbours, edits_of, failures, show_p
-from lit_edit.report.figures import headlines, layer_rows, metric_rows, shown_layers
+from lit_edit.report.edits import STATES, changed_neighbours, edits_of, failures
+from lit_edit.report.figures import headlines, layer_rows, metric_rows
 from lit_edit.report.protocols import ability_rows, protocol_charts, protocol_headlines, protocol_rows
 from lit_edit.report.reading import RunRecord, read_run
+from lit_edit.runs.holding import show_p
 
 _TEMPLATES = Path(__file__).parent / "templates"
 MOST_NEIGHBOURS = 1000
@@ -43,7 +44,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 
 def write_page(path: Path, text: str) -> Path:
     """Write a page, whole or not at all."""
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return path
 
 
@@ -64,7 +65,7 @@ def run_page(run: RunRecord) -> str:
         ability=ability_rows(run.summary),
         charts=[*charts_of(run), *protocol_charts(run)],
         forgetting=forgetting(edits),
-        layers=shown_layers(layer_rows(run.summary)),
+        layers=layer_rows(run.summary),
         ages=ages(edits),
         edits=edits,
         states={name: count for name in STATES if (count := sum(edit.state == name for edit in edits))},
@@ -90,7 +91,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"p": show_p, "share": lambda value: "–" if value is None else as_share(value)}
+    shown = {"share": as_share, "growth": as_growth, "digits": "{:.5f}".format}
+    environment.filters |= {"p": show_p, **{name: partial(or_dash, show) for name, show in shown.items()}}
     script = (_TEMPLATES / "script.js").read_text(encoding="utf-8")
     # The page may run this script and no other, whatever stands in its texts, and it may load nothing.
     environment.globals["script"] = script
@@ -102,7 +104,7 @@ def state_of(run: RunRecord) -> dict[str, str]:
     """Return how far a run has come, in a word and a sentence."""
     made, asked = len(run.edits), run.notes.get("asked")
     hold = sum(row.get("status", "holds") == "holds" for row in run.edits)
-    count = f"{made} edits made, {hold} hold" if hold < made else _count(made)
+    count = f"{made} edits made, {hold} hold" if hold < made else f"{made} edit{'s' * (made != 1)}"
     if isinstance(asked, int) and run.handled < asked and not run.ended:
         count = f"{run.handled} of {asked} edits dealt with"
     if run.summary.get("stale"):
@@ -111,10 +113,6 @@ def state_of(run: RunRecord) -> dict[str, str]:
         return {"word": "finished", "tone": "good", "text": count}
     again = f"lit-edit fit --config {run.folder}/config.yaml --resume auto"
     return {"word": "not finished", "tone": "fair", "text": f"{count}; it goes on with {again}"}
-
-
-def _count(edits: int) -> str:
-    return f"{edits} edit" if edits == 1 else f"{edits} edits"
 
 
 def about(run: RunRecord) -> list[tuple[str, str]]:

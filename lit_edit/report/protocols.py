@@ -9,9 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_edit.ability.course import mean_accuracy
-from lit_edit.report.charts import Chart, Series, as_plain, as_share, draw
+from lit_edit.report.charts import Chart, Series, as_plain, as_share, draw, or_dash
 from lit_edit.report.curves import SHARES
-from lit_edit.report.figures import Headline, change_of_share, signed, value_at
+from lit_edit.report.figures import (
+    Headline,
+    change_of_share,
+    mapping_at,
+    name_of,
+    ratio_headline,
+    share_headline,
+    signed,
+    value_at,
+)
 from lit_edit.report.reading import KINDS, RunRecord
 
 SHOWN_ELSEWHERE = (*KINDS, "score", "perplexity", "sample")
@@ -22,53 +31,36 @@ ME_PERPLEXITY = ("mean", "median", "corpus")
 def protocol_headlines(run: RunRecord) -> list[Headline]:
     """Return what stands at the top besides success and accuracy; what was not measured is left out."""
     summary, found = run.summary, []
-    for title, place, better, about in (
-        ("Fluency", ("fluency",), 1, "Entropy of the n-grams of what it writes, in bits; a fall is repetition."),
-        ("Consistency", ("consistency",), 1, "Likeness of what it writes to texts about the new object."),
-        ("ME-PPL", ("me_perplexity", "mean"), -1, "Mean perplexity of sentences; above 1000 a model has collapsed."),
+    up, down = ("good", "bad"), ("bad", "good")  # tones of a rise, and of a fall
+    for title, place, tones, about in (
+        ("Fluency", ("fluency",), up, "Entropy of the n-grams of what it writes, in bits; a fall is repetition."),
+        ("Consistency", ("consistency",), up, "Likeness of what it writes to texts about the new object."),
+        ("ME-PPL", ("me_perplexity", "mean"), down, "Mean perplexity of sentences; above 1000 a model has collapsed."),
     ):
-        now, then = value_at(summary, "final", *place), value_at(summary, "base", *place)
-        if now is not None:
-            change = 0.0 if not then else now / then - 1
-            tone = "plain" if abs(change) < 0.02 else "good" if change * better > 0 else "bad"
-            text = signed(as_share(change), change) if then else ""
-            found.append(Headline(title, as_plain(now), text, "" if then is None else as_plain(then), tone, about))
-    portability = _means(summary, "portability")
-    if portability is not None:
-        now, then = portability
-        found.append(_share("Portability", now, then, "Tokens of what follows from the new fact: mean over kinds."))
-    ability = _ability_means(summary)
-    if ability is not None:
-        about = "Mean accuracy over few-shot tasks, by the likeliest option."
-        found.append(_share("General ability", *ability, about))
+        if (now := value_at(summary, "final", *place)) is not None:
+            found.append(ratio_headline(title, now, value_at(summary, "base", *place), about, tones))
+    for title, mean, about in (
+        ("Portability", _portability, "Tokens of what follows from the new fact: mean over kinds."),
+        ("General ability", mean_accuracy, "Mean accuracy over few-shot tasks, by the likeliest option."),
+    ):
+        if (now := mean(summary, "final")) is not None:
+            found.append(share_headline(title, now, mean(summary, "base"), about, least=0.01))
     return found
 
 
-def _share(title: str, now: float, then: float | None, about: str) -> Headline:
-    change = 0.0 if then is None else now - then
-    tone = "plain" if abs(change) < 0.01 else "good" if change > 0 else "bad"
-    return Headline(title, as_share(now), change_of_share(change), "" if then is None else as_share(then), tone, about)
-
-
-def _means(summary: Mapping[str, Any], name: str) -> tuple[float, float | None] | None:
-    stages = [[value for _, value in _numbers(_at(summary, stage, name))] for stage in ("final", "base")]
-    now, then = (sum(values) / len(values) if values else None for values in stages)
-    return None if now is None else (now, then)
-
-
-def _ability_means(summary: Mapping[str, Any]) -> tuple[float, float | None] | None:
-    now = mean_accuracy(summary, "final")
-    return None if now is None else (now, mean_accuracy(summary, "base"))
+def _portability(summary: Mapping[str, Any], stage: str) -> float | None:
+    values = [value for _, value in _numbers(mapping_at(summary, stage, "portability"))]
+    return sum(values) / len(values) if values else None
 
 
 def protocol_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return a row per number of the longer protocols, in the shape of :func:`lit_edit.report.figures.metric_rows`."""
-    base, final = (dict(_numbers(_at(summary, stage))) for stage in ("base", "final"))
+    base, final = (dict(_numbers(mapping_at(summary, stage))) for stage in ("base", "final"))
     rows = []
     for place in dict.fromkeys([*base, *final]):
         if place[0] in SHOWN_ELSEWHERE:
             continue
-        share = place[0] not in NOT_SHARES
+        share = _is_share(place)
         now, then = final.get(place), base.get(place)
         change = ""
         if now is not None and then is not None:
@@ -76,9 +68,14 @@ def protocol_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
             change = change_of_share(now - then) if share else signed(relative, now - then)
         show = as_share if share else as_plain
         cells = {"base": then, "immediate": None, "final": now}
-        row = {stage: "–" if value is None else show(value) for stage, value in cells.items()}
-        rows.append({"name": " ".join(place).replace("_", " "), **row, "change": change})
+        row = {stage: or_dash(show, value) for stage, value in cells.items()}
+        rows.append({"name": name_of(place), **row, "change": change})
     return rows
+
+
+def _is_share(place: tuple[str, ...]) -> bool:
+    """Tell whether a number is a share: perplexities and entropies are none, nor is how many edits a mean is of."""
+    return place[0] not in NOT_SHARES and place[-1] != "size"
 
 
 @dataclass(frozen=True)
@@ -92,26 +89,26 @@ class Number:
 def protocol_numbers(summary: Mapping[str, Any]) -> dict[str, Number]:
     """Return the numbers of the longer protocols at the end, by name."""
     found = {
-        " ".join(place).replace("_", " "): Number(value, place[0] not in NOT_SHARES)
-        for place, value in _numbers(_at(summary, "final"))
+        name_of(place): Number(value, _is_share(place))
+        for place, value in _numbers(mapping_at(summary, "final"))
         if place[0] not in SHOWN_ELSEWHERE
     }
-    ability = _ability_means(summary)
-    return found if ability is None else {**found, "general ability": Number(ability[0], True)}
+    ability = mean_accuracy(summary, "final")
+    return found if ability is None else {**found, "general ability": Number(ability, True)}
 
 
 def ability_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return a row per task: accuracy before and at the end, each with its interval, and the change with its own."""
-    base, final = _at(summary, "ability", "base"), _at(summary, "ability", "final")
+    base, final = mapping_at(summary, "ability", "base"), mapping_at(summary, "ability", "final")
     rows = []
     for task in final:
-        change = _at(summary, "ability", "change", task, "likelihood")
+        change = mapping_at(summary, "ability", "change", task, "likelihood")
         rows.append(
             {
                 "task": str(task),
-                "chance": _text(value_at(final, task, "majority")),
-                "base": _with_interval(_at(base, task, "likelihood")),
-                "final": _with_interval(_at(final, task, "likelihood")),
+                "chance": or_dash(as_share, value_at(final, task, "majority")),
+                "base": _with_interval(mapping_at(base, task, "likelihood")),
+                "final": _with_interval(mapping_at(final, task, "likelihood")),
                 "change": _change(change),
             }
         )
@@ -131,10 +128,6 @@ def _change(found: Mapping[str, Any]) -> str:
         return ""
     text = change_of_share(value)
     return text if low is None or high is None else f"{text} ({100 * low:+.0f} to {100 * high:+.0f})".replace("-", "−")
-
-
-def _text(value: float | None) -> str:
-    return "–" if value is None else as_share(value)
 
 
 def protocol_charts(run: RunRecord) -> list[Chart]:
@@ -159,12 +152,6 @@ def protocol_charts(run: RunRecord) -> list[Chart]:
         ),
     ]
     return [chart for chart in found if chart is not None]
-
-
-def _at(value: Any, *path: str) -> Mapping[str, Any]:
-    for part in path:
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value if isinstance(value, Mapping) else {}
 
 
 def _numbers(tree: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:

@@ -70,10 +70,14 @@ class RunRecord:
 
     def setting(self, path: str) -> Any:
         """Return a setting by its dotted name, or ``None``."""
-        value: Any = self.config
-        for part in path.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        return value
+        return look_up(self.config, *path.split("."))
+
+
+def look_up(tree: Any, *path: str) -> Any:
+    """Return what stands at a place of nested mappings, or ``None``."""
+    for part in path:
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def write_notes(folder: Path, stream: EditStream) -> None:

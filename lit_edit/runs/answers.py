@@ -42,7 +42,7 @@ def write_answers(
         results: By stage and id.
         tokenizer: Decodes first choices.
     """
-    rows = answer_rows(history, results, lambda ids: str(tokenizer.decode(list(ids))))
+    rows = answers_of(history, results, tokenizer)
     earlier = {row["number"]: row for row in read_answers(folder)}
     for row in rows:
         old = earlier.get(row["number"], {})
@@ -52,6 +52,19 @@ def write_answers(
             prompt |= {s: before[s] for s in STAGES[:2] if s in before and s not in prompt}
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in without_nan(rows))
     write_atomically(answers_path(folder), lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def answers_of(
+    history: EditHistory, results: Mapping[str, Mapping[str, EditResult]], tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """Return :func:`answer_rows` in a tokenizer's words, with ``lookup``: tokens before the subject's last."""
+    from lit_edit.text.tokens import locate  # imports torch
+
+    rows = answer_rows(history, results, lambda ids: str(tokenizer.decode(list(ids))))
+    for row in rows:
+        request = EditRequest.from_dict(history.entry(row["number"]).request)
+        row["lookup"] = locate(tokenizer, request.text, request.subject_span).lookup
+    return rows
 
 
 def read_answers(folder: Path) -> list[dict[str, Any]]:

@@ -62,16 +62,26 @@ def run_lock(folder: Path, other: str = "--run_name") -> Iterator[None]:
         lock.release()
 
 
-def write_run_files(folder: Path, ledger: EditLedger, base_hash: str, results: Results) -> None:
-    """Write ``ledger/edits.jsonl`` and ``ledger/deltas.safetensors``: what the journal adds up to."""
+def write_run_files(
+    folder: Path, ledger: EditLedger, base_hash: str, results: Results, missed: Mapping[str, int] | None = None
+) -> None:
+    """Write ``ledger/edits.jsonl`` and ``ledger/deltas.safetensors``: what the journal adds up to.
+
+    Args:
+        folder: The run's.
+        ledger: Its edits.
+        base_hash: Of the weights that they change.
+        results: By stage and id.
+        missed: By id, of edits that were found not to hold along the stream: after how many edits that was.
+    """
     from lit_edit.export.model import save_deltas
 
-    rows = without_nan(edit_rows(ledger.history, results))
+    rows = without_nan(edit_rows(ledger.history, results, missed))
     kept = _earlier_rows(folder / "ledger" / "edits.jsonl")
     for row in rows:  # what was measured at the edit stays true; the end is another one now
         old = kept.get(row["number"], {})
         if old.get("id") == row["id"]:
-            row |= {k: v for k, v in old.items() if k.startswith(("base_", "immediate_")) and k not in row}
+            row |= {k: v for k, v in old.items() if k.startswith(("base_", "immediate_", "missed_")) and k not in row}
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     write_atomically(folder / "ledger" / "edits.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
     save_deltas(ledger, deltas_path(folder), base_hash)  # last: it says up to where the files have come
@@ -86,8 +96,22 @@ def _earlier_rows(path: Path) -> dict[int, dict[str, Any]]:
         return {}
 
 
-def edit_rows(history: EditHistory, results: Results) -> list[dict[str, Any]]:
-    """Return one row per edit ever made: what was written, whether it holds, how sure the target is, and its marks."""
+def current_rows(folder: Path, history: EditHistory) -> list[dict[str, Any]]:
+    """Return :func:`edit_rows` of a run with its files' marks: those of the end only while it is as it was then."""
+    rows, kept = without_nan(edit_rows(history, {})), _earlier_rows(folder / "ledger" / "edits.jsonl")
+    same = [(r["number"], r["status"]) for r in rows] == [(n, r.get("status")) for n, r in kept.items()]
+    for row in rows:
+        old = kept.get(row["number"], {})
+        if old.get("id") == row["id"]:
+            row |= {k: v for k, v in old.items() if k not in row and (same or not k.startswith("final_"))}
+    return rows
+
+
+def edit_rows(history: EditHistory, results: Results, missed: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
+    """Return one row per edit ever made: what was written, whether it holds, how sure its target is, its marks.
+
+    ``missed`` gives ``missed_since``: after how many edits one was found not to hold, of those that held before.
+    """
     rows = []
     for entry in history.made:
         undone = history.undone.get(entry.number)
@@ -96,6 +120,8 @@ def edit_rows(history: EditHistory, results: Results) -> list[dict[str, Any]]:
         for stage, found in results.items():
             if entry.id in found and (undone is None or stage != "final"):
                 row |= {f"{stage}_{name}": value for name, value in _marks(found[entry.id]).items()}
+        if missed and entry.id in missed:
+            row["missed_since"] = missed[entry.id]
         rows.append(row)
     return rows
 

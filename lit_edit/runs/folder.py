@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from lit_edit.data.datamodule import perplexity_texts
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.editors.memory.engine import MemoryEditor
-from lit_edit.errors import ArgumentError, UserError
+from lit_edit.errors import UserError
 from lit_edit.export.model import apply_deltas
-from lit_edit.files.paths import sync_folder
+from lit_edit.files.trees import CheckpointError, load_tree
 from lit_edit.ledger.edit_ledger import EditLedger, weights_state
 from lit_edit.ledger.history import EditHistory, LedgerEntry
 from lit_edit.ledger.journal import Journal
@@ -34,7 +34,6 @@ from lit_edit.runs.answers import write_answers
 from lit_edit.runs.files import deltas_path, journal_path, run_lock, update_summary, write_run_files
 from lit_edit.runs.reading import RunError, check_folder, has_ended, read_history
 from lit_edit.stats.second_moment import weights_hash
-from lit_edit.stream.checkpoints import CheckpointError, load_tree
 from lit_edit.stream.edit_stream import EditStream
 from lit_edit.stream.precision import cast_as
 from lit_edit.stream.session import EditSession
@@ -296,65 +295,3 @@ def find_checkpoint(folder: Path) -> Path | None:
         if position <= len(journal) and journal.digest(position) == digest:
             found.append((position, checkpoint))
     return max(found)[1] if found else None
-
-
-def check_source(source: Path, target: Path, overwrite: bool = False) -> None:
-    """Check that a run can begin, or has begun, with the edits of another.
-
-    Args:
-        source: The folder of the earlier run.
-        target: The folder of the new one, which may exist.
-        overwrite: It will be deleted.
-
-    Raises:
-        RunError: If the earlier run is not there or has no journal.
-        ArgumentError: If it is the new one itself, or that has begun with something else.
-    """
-    read_history(source)
-    source, target = source.expanduser().resolve(), target.resolve()
-    if source == target or source in target.parents or target in source.parents:
-        raise ArgumentError(f"--continue {source}: a run cannot continue itself; choose another --run_name")
-    path = journal_path(target)
-    if overwrite or not path.is_file():
-        return
-    continued = [r["from"] for r in Journal(path, writable=False).records if r["kind"] == "continued"]
-    if str(source) not in continued[-1:]:
-        begun = f"with the edits of {continued[-1]}" if continued else "with none"
-        raise ArgumentError(f"--continue {source}: {target} has begun already, {begun}; choose another --run_name")
-
-
-def carry_over(source: Path, target: Path) -> int:
-    """Begin a run's journal with the edits of another run, whose ids are marked with its name.
-
-    Args:
-        source: The folder of the earlier run.
-        target: The folder of the new one.
-
-    Returns:
-        How many edits hold.
-
-    Raises:
-        RunError: If the earlier run has no journal.
-        ArgumentError: If the new one has one already.
-    """
-    history, name = read_history(source), source.expanduser().resolve().name
-    if journal_path(target).is_file() and len(Journal(journal_path(target))):
-        raise ArgumentError(f"{target} has edits already; continue {source} in a new run")
-    part = journal_path(target).with_suffix(".part")
-    part.unlink(missing_ok=True)
-    earlier, journal = Journal(journal_path(source.expanduser()), writable=False), Journal(part)
-    for index, record in enumerate(earlier.records):
-        if record["kind"] == "end":
-            continue
-        entries = [
-            {**e, "id": f"{name}/{e['id']}", "request": {**e["request"], "id": f"{name}/{e['id']}"}}
-            for e in record.get("entries", ())
-        ]
-        marked = {**record, **({"entries": entries} if entries else {})}
-        if "ids" in record:  # of edits that were refused
-            marked["ids"] = [f"{name}/{refused}" for refused in record["ids"]]
-        journal.append(marked, earlier.tensors(index))
-    journal.append({"kind": "continued", "from": str(source.expanduser().resolve()), "facts": False})
-    part.replace(journal_path(target))  # whole, or not at all
-    sync_folder(journal_path(target).parent)
-    return len(history.live)

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from lit_edit.files.paths import sync_folder
+from lit_edit.files.trees import load_tree
 from lit_edit.ledger.journal import Journal
 from lit_edit.runs.files import journal_path
-from lit_edit.stream.checkpoints import load_tree
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from lit_edit.devices.algebra import algebra_device, algebra_dtype
 from lit_edit.devices.ranks import Payload, Ranks
 from lit_edit.errors import ArgumentError
 from lit_edit.solvers.functional import FactsError
-from lit_edit.solvers.ridge import Block, RidgeSolver, RidgeStep
+from lit_edit.solvers.recursive_least_squares import Block, RidgeSolver, RidgeStep
 from lit_edit.solvers.subspace import SubspaceSolver
 
 OwnSolver = RidgeSolver | SubspaceSolver

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_edit.devices.algebra import without_autocast
 from lit_edit.errors import ArgumentError
 from lit_edit.solvers.functional import check_facts
-from lit_edit.solvers.ridge import Block, RidgeSolver, RidgeStep
+from lit_edit.solvers.recursive_least_squares import Block, RidgeSolver, RidgeStep
 from lit_edit.solvers.storage import SolverStorage
 
 

@@ -106,15 +106,13 @@ class DocumentText:
 Corpus = SampledText | DocumentText
 
 
-def open_corpus(corpus: str, seed: int, hub_split: str = "train", hub_column: str = "text") -> Corpus:
+def open_corpus(corpus: str, seed: int) -> Corpus:
     """Return the corpus that a setting names.
 
     Args:
         corpus: ``"sampled"``; a path to ``.txt`` (a document per line), ``.json``, ``.jsonl`` or ``.csv`` with a text
-            column; or the id of a hub data set.
+            column; or the id of a hub data set, whose split ``train`` has a column ``text``.
         seed: For sampling.
-        hub_split: Split of a hub data set.
-        hub_column: Column that holds the text, in hub data sets.
 
     Raises:
         DataError: If the file holds no text.
@@ -126,13 +124,13 @@ def open_corpus(corpus: str, seed: int, hub_split: str = "train", hub_column: st
     if os.path.isfile(path):
         return DocumentText(read_documents(path), name=path.stem)
     if "/" in corpus and not corpus.startswith((".", "/", "~")) and not path.suffix:
-        return DocumentText(_hub_documents(corpus, hub_split, hub_column), name=corpus.replace("/", "--"))
+        return DocumentText(_hub_documents(corpus), name=corpus.replace("/", "--"))
     raise ArgumentError(
         f"model.statistics.corpus={corpus!r} is neither 'sampled', nor an existing file, nor a hub id (owner/name)"
     )
 
 
-def _hub_documents(name: str, split: str, column: str, limit: int = 20_000) -> list[str]:
+def _hub_documents(name: str, split: str = "train", column: str = "text", limit: int = 20_000) -> list[str]:
     from datasets import load_dataset
 
     try:

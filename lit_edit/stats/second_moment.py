@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lit_edit.data.request import DataError
 from lit_edit.devices.algebra import algebra_dtype, for_algebra, without_autocast
 from lit_edit.files.paths import cache_dir, write_atomically
 from lit_edit.files.tensor_files import save_tensors
@@ -80,9 +81,7 @@ class KeyStatistics:
         Raises:
             DataError: If the corpus has fewer tokens than asked for.
         """
-        corpus = open_corpus(self.corpus, self.seed)
-        budget = max(self.tokens, *(10 * adapter.shape(layer)[1] for layer in layers))
-        folder = self._folder(adapter, corpus, budget)
+        corpus, budget, folder = self._place(adapter, layers)
         found: dict[int, Tensor] = {}
         for layer in layers if adapter.ranks.leads and not self.force else ():
             moment = _load_moment(folder / f"layer{layer}.safetensors", adapter.shape(layer)[1])
@@ -96,15 +95,16 @@ class KeyStatistics:
 
     def is_cached(self, adapter: ModelAdapter, layers: Sequence[int]) -> bool:
         """Tell whether :meth:`compute` would find everything in the cache."""
-        corpus = open_corpus(self.corpus, self.seed)
-        budget = max(self.tokens, *(10 * adapter.shape(layer)[1] for layer in layers))
-        folder = self._folder(adapter, corpus, budget)
+        folder = self._place(adapter, layers)[2]
         return not self.force and all((folder / f"layer{layer}.safetensors").is_file() for layer in layers)
 
-    def _folder(self, adapter: ModelAdapter, corpus: Corpus, budget: int) -> Path:
+    def _place(self, adapter: ModelAdapter, layers: Sequence[int]) -> tuple[Corpus, int, Path]:
+        """Return the text, how many tokens of it are read, and where the results are kept."""
+        corpus = open_corpus(self.corpus, self.seed)
+        budget = max(self.tokens, *(10 * adapter.shape(layer)[1] for layer in layers))
         base = Path(self.cache).expanduser() if self.cache else cache_dir() / "stats"
         name = f"{corpus.fingerprint()}-{budget}" + ("-skipfirst" if self.skip_first else "")
-        return base / weights_hash(adapter.model, adapter.weights) / name
+        return corpus, budget, base / weights_hash(adapter.model, adapter.weights) / name
 
 
 @torch.no_grad()
@@ -125,8 +125,6 @@ def accumulate(
     record, so an interrupted count goes on from there. Several ranks read a chunk each at a time, the very chunks that
     one process would read; in lockstep all read the same one.
     """
-    from lit_edit.data.request import DataError
-
     partial = folder / f"partial-{'-'.join(map(str, layers))}.safetensors"
     ranks = adapter.ranks
     dtype = algebra_dtype(torch.device("cpu"))

@@ -2,61 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_edit.data.datamodule import EditBatch, StreamLoader
 from lit_edit.data.request import EditRequest
-from lit_edit.devices.ranks import Payload, RankError, Ranks
-from lit_edit.editors.base import Editor, EditorInfo, Proposal, Stopwatch
+from lit_edit.editors.base import Editor, EditorInfo, Proposal
 from lit_edit.editors.closed_form.d4s import D4S
-from lit_edit.errors import ArgumentError
 from lit_edit.files.interrupts import deferred_interrupts
-from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.ledger.journal import Journal
 from lit_edit.ledger.shared_journal import SharedJournal
-from lit_edit.metrics.evaluation import (
-    EditMetrics,
-    EditResult,
-    Summary,
-    evaluate_edits,
-    flatten,
-    measure_perplexity,
-    summarise,
-)
-from lit_edit.models.adapter import ModelAdapter
-from lit_edit.models.described import check_passes
+from lit_edit.metrics.evaluation import Summary, flatten
 from lit_edit.models.language_model import LanguageModel
-from lit_edit.models.shards import gather_weights
-from lit_edit.stats.second_moment import KeyStatistics, weights_hash
-from lit_edit.stream.checkpoints import AtomicCheckpointIO
+from lit_edit.stats.second_moment import KeyStatistics
+from lit_edit.stream.checkpoints import SavedStream
 from lit_edit.stream.conflicts import ConflictPolicy
-from lit_edit.stream.precision import check_precision, check_range, passes_of, restore_tables, tables_of
-from lit_edit.stream.session import EditSession, RefusalPolicy, check_request
-from lit_edit.stream.strategies import cut_of, join_ranks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from lit_edit.stream.replay import check_request
+from lit_edit.stream.session import EditSession, RefusalPolicy
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 2  # of what a checkpoint holds
 
-
-class EditStream(LightningModule):
+class EditStream(SavedStream):
     """Edits a language model, one step after another, without an optimizer.
 
     A training step reads targets and keys, the editor's closed form gives the updates, and :meth:`apply_edit` commits
@@ -100,73 +73,13 @@ class EditStream(LightningModule):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         self.automatic_optimization = False
-        self.strict_loading = False  # checkpoints hold updates, not the model
         self.language_model = LanguageModel(language_model) if isinstance(language_model, str) else language_model
         self.editor = D4S() if editor is None else editor
         self.statistics = statistics
         self.measure_each = measure_each
         self.on_conflict, self.on_refused, self.journal = on_conflict, on_refused, journal
-        self.model: PreTrainedModel | None = None
-        self.ranks = Ranks()
-        self.results: dict[str, dict[str, EditResult]] = {"base": {}, "immediate": {}, "final": {}}
-        self.perplexities: dict[str, dict[str, float]] = {}
-        self.seconds: dict[str, float] = {}
-        self.extra: dict[str, Any] = {}  # what callbacks have measured; by stage, or beside the stages
-        self.status: Callable[[str], None] = lambda message: None
-        self.progress: Callable[[int, int], None] | None = None
-        self._restored: dict[str, Any] | None = None  # of a checkpoint, until the editor is ready for it
         self._prepared = False
         self._measured_at: tuple[int, ...] | None = None  # the edits that held when the end was measured
-        self._measured: EditMetrics | None = None
-        self._open = 0  # edits of the step at hand that are made while its measurements and logs are not
-        self._reopened = 0  # the same of an earlier process, before its step is taken up
-
-    # ---- model --------------------------------------------------------------------------------------------------
-
-    def configure_model(self) -> None:
-        """Load the model and note its original weights, before anything can change them."""
-        if self.model is not None:
-            return
-        with self._time("load"):
-            self.model, self.tokenizer = self.language_model.load(cut_of(self.trainer) if self._attached else None)
-            self._tables = tables_of(self.model)
-            self.adapter = ModelAdapter(self.model, self.language_model.arch, products=self.language_model.products)
-            # Layers that see padded blocks of rows run once per block: all ranks must then have the same blocks.
-            self.adapter.ranks = replace(self.ranks, alike=self.adapter.sharded and not self.adapter.packs)
-            if self.ranks.together:  # each may have measured otherwise
-                self.adapter.pin_kernels(self.ranks.agree(self.adapter.kernels()))
-            if self.language_model.arch is not None:
-                check_passes(self.adapter)
-            self.ledger = EditLedger(self.adapter, self.editor.resolve_layers(self.adapter))
-            self.base_hash = weights_hash(self.model)
-            self.session = EditSession(
-                self.ledger, self.editor, self.language_model.name, self.base_hash, self.on_conflict, self.on_refused
-            )
-            self.session.status = lambda message: self.status(message)
-
-    @property
-    def _attached(self) -> bool:
-        return self._trainer is not None
-
-    def configure_optimizers(self) -> None:
-        """Return nothing: there is no optimizer. Lightning's stand-in counts the commits."""
-        return
-
-    def setup(self, stage: str) -> None:
-        """Refuse Trainer settings under which a stream would go wrong."""
-        trainer = self.trainer
-        self.ranks = join_ranks(trainer, self)
-        check_precision(trainer)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        if stage == "fit" and trainer.max_epochs != 1:
-            trainer.fit_loop.max_epochs = 1  # a run is one pass over the stream
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Return the batch as it is: it holds text."""
-        return batch
-
-    # ---- the stream ---------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
         """Bring the ledger to the model's device and type, and hide Lightning's advice that does not apply."""
@@ -174,13 +87,6 @@ class EditStream(LightningModule):
         self._attach_journal()
         for message in (".*does not have many workers.*", ".*is in eval mode.*", ".*module.s. in eval mode.*"):
             warnings.filterwarnings("ignore", message)
-
-    def _align(self) -> None:
-        """Follow what Lightning has done to the model since it was loaded: another device, another type."""
-        assert self.model is not None  # noqa: S101 - for the type checker: loaded by now
-        restore_tables(self.model, self._tables)
-        self.ledger.align()
-        check_range(self.adapter)
 
     def on_train_start(self) -> None:
         """Prepare the editor and measure the unedited model, or take everything up where an earlier process left it."""
@@ -211,28 +117,6 @@ class EditStream(LightningModule):
             self.perplexities["base"] = self._perplexity(self.ledger.original())
         if not self.edits_made:
             self.log_at_edit(flatten(self.summary_of("base", requests), "base"))
-
-    def _compare_ranks(self, requests: Sequence[EditRequest]) -> None:
-        """Refuse to begin when another rank has loaded something else: a folder of its own that is older, for example.
-
-        Raises:
-            RankError: On all ranks; names the rank and what differs.
-        """
-        text = json.dumps([request.as_dict() for request in requests], sort_keys=True)
-        own = {
-            "base model": self.base_hash,
-            "edits": hashlib.blake2b(text.encode(), digest_size=12).hexdigest(),
-            "editor": type(self.editor).__name__,
-            "layers": str(self.ledger.layers),
-        }
-        everyone = self.ranks.gather(own)
-        for rank, theirs in enumerate(everyone):
-            for what, value in theirs.items():
-                if value != everyone[0][what]:
-                    raise RankError(
-                        f"rank {rank} has another {what} than rank 0 ({value} against {everyone[0][what]}): every rank "
-                        "must read the same files; nothing was edited"
-                    )
 
     def _take_up(self) -> None:
         """Open the journal, prepare the editor, and begin a stream or go on where an earlier process left it."""
@@ -284,7 +168,7 @@ class EditStream(LightningModule):
         made = self.ledger.history.made[before:]
         if not made:
             if proposal is not None:
-                self.session.refuse([entry.id for entry in proposal.entries], "declined by apply_edit")
+                self.session.refuse(proposal.requests, "declined by apply_edit")
             return
         self._open = len(made)
         spent = perf_counter() - start
@@ -306,18 +190,6 @@ class EditStream(LightningModule):
     def is_at_end(self) -> bool:
         """Whether every edit of the stream has been dealt with, made or refused."""
         return len(self.ledger.history.handled) >= len(self.stream_requests())
-
-    @property
-    def edits_made(self) -> int:
-        """How many edits this stream has made, whether they hold still or not: what logs count by."""
-        return self.ledger.made - self.ledger.history.carried - self._reopened
-
-    def _measure_immediate(self, requests: Sequence[EditRequest]) -> dict[str, float]:
-        immediate = self.results["immediate"]
-        if missing := [r for r in requests if r.id not in immediate]:
-            self.status("measuring the edit")
-            immediate |= self.measure(missing, self.adapter, with_perplexity=False)[0]
-        return flatten(summarise([immediate[r.id] for r in requests], self.results["base"]), "immediate")
 
     def apply_edit(self, proposal: Proposal) -> None:
         """Commit one step's updates: the hook where weights change, in place of an optimizer.
@@ -350,6 +222,23 @@ class EditStream(LightningModule):
             self.results["final"], self.perplexities["final"] = self.measure(done, self.adapter)
             self.log_at_edit(flatten(self.summary_of("final", done), "final"))
         return self.summary()
+
+    def summary(self) -> Summary:
+        """Return what ``summary.json`` holds."""
+        done = self.committed_requests()
+        seconds = {name: self.seconds.get(name, 0.0) for name in ("statistics", "targets", "keys", "solve", "metrics")}
+        seconds["per_edit"] = self.seconds.get("edits", 0.0) / max(1, len(done))
+        stages = {stage: self.summary_of(stage, done) for stage in ("base", "immediate", "final")}
+        return {
+            **self.extra,
+            "edits": len(done),
+            "undone": len(self.ledger.history.undone),
+            "refused": len(self.ledger.history.refused),
+            **{stage: {**self.extra.get(stage, {}), **found} for stage, found in stages.items()},
+            "perplexity": self.perplexities,
+            "seconds": seconds,
+            "layers": self.ledger.layer_norms(),
+        }
 
     def on_fit_end(self) -> None:
         """Measure the finished stream, if no callback has asked for it before."""
@@ -404,209 +293,3 @@ class EditStream(LightningModule):
                 "data it was made with"
             )
         return len(handled)
-
-    # ---- measuring ----------------------------------------------------------------------------------------------
-
-    def measure(
-        self, requests: Sequence[EditRequest], adapter: ModelAdapter, with_perplexity: bool = True
-    ) -> tuple[dict[str, EditResult], dict[str, float]]:
-        """Return results by id, and perplexity, of a model as it is now."""
-        with self._time("metrics"), torch.no_grad(), passes_of(self._trainer):
-            results = {r.id: r for r in evaluate_edits(adapter, self.tokenizer, requests)}
-        return results, self._perplexity(adapter) if with_perplexity else {}
-
-    def _perplexity(self, adapter: ModelAdapter) -> dict[str, float]:
-        texts = getattr(getattr(self.trainer, "datamodule", None), "perplexity_texts", [])
-        return self.measure_texts(texts, adapter)
-
-    def measure_texts(self, texts: Sequence[str], adapter: ModelAdapter, leading: bool = True) -> dict[str, float]:
-        """Return mean, median and corpus perplexity of texts; nothing if there are none."""
-        if not texts:
-            return {}
-        with self._time("metrics"), torch.no_grad(), passes_of(self._trainer):
-            return measure_perplexity(adapter, self.tokenizer, texts, leading)
-
-    def summary_of(self, stage: str, requests: Sequence[EditRequest]) -> Summary:
-        """Return the metrics of one stage (``base``, ``immediate`` or ``final``) over some edits."""
-        results = [self.results[stage][r.id] for r in requests if r.id in self.results[stage]]
-        return summarise(results, self.results["base"], self.perplexities.get(stage, {}).get("mean"))
-
-    def summary(self) -> Summary:
-        """Return what ``summary.json`` holds."""
-        done = self.committed_requests()
-        seconds = {name: self.seconds.get(name, 0.0) for name in ("statistics", "targets", "keys", "solve", "metrics")}
-        seconds["per_edit"] = self.seconds.get("edits", 0.0) / max(1, len(done))
-        stages = {stage: self.summary_of(stage, done) for stage in ("base", "immediate", "final")}
-        return {
-            **self.extra,
-            "edits": len(done),
-            "undone": len(self.ledger.history.undone),
-            "refused": len(self.ledger.history.refused),
-            **{stage: {**self.extra.get(stage, {}), **found} for stage, found in stages.items()},
-            "perplexity": self.perplexities,
-            "seconds": seconds,
-            "layers": self.ledger.layer_norms(),
-        }
-
-    def log_at_edit(self, metrics: Mapping[str, float]) -> None:
-        """Send metrics to every logger, with the number of committed edits as step."""
-        for logger in self.loggers:
-            logger.log_metrics(dict(metrics), step=self.edits_made)
-
-    def measuring(self) -> AbstractContextManager[Any]:
-        """Return a context for measurements of one's own: their time is counted, no gradients, the run's precision."""
-        stack = ExitStack()
-        for context in (self._time("metrics"), torch.no_grad(), passes_of(self._trainer)):
-            stack.enter_context(context)
-        return stack
-
-    def _time(self, phase: str) -> Any:
-        return Stopwatch(self.seconds)(phase)
-
-    # ---- validate and test: measure, never edit -----------------------------------------------------------------
-
-    def on_validation_epoch_start(self) -> None:
-        """Begin a measurement of the model as it is."""
-        # Every rank measures all of it: there is nothing to be averaged over ranks.
-        warnings.filterwarnings("ignore", ".*sync_dist=True.*")
-        self._align()
-        self._measured = EditMetrics()
-        self._measured_perplexity = self._perplexity(self.adapter)
-
-    def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
-        """Measure some edits."""
-        results, _ = self.measure(batch.requests, self.adapter, with_perplexity=False)
-        missing = [r for r in batch.requests if r.id not in self.results["base"]]
-        if missing:
-            base, _ = self.measure(missing, self.ledger.original(), with_perplexity=False)
-            self.results["base"] |= base
-        assert self._measured is not None  # noqa: S101 - for the type checker: set at the start of the epoch
-        for result in results.values():
-            self._measured.update(result, self.results["base"][result.id])
-
-    def on_validation_epoch_end(self) -> None:
-        """Report the measurement."""
-        self._report_measured("validate")
-
-    def on_test_epoch_start(self) -> None:
-        """Begin a measurement of the model as it is."""
-        self.on_validation_epoch_start()
-
-    def test_step(self, batch: EditBatch, batch_idx: int) -> None:
-        """Measure some edits."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Report the measurement."""
-        self._report_measured("test")
-
-    def _report_measured(self, stage: str) -> None:
-        assert self._measured is not None  # noqa: S101
-        summary = {**self._measured.compute(), "perplexity": self._measured_perplexity.get("mean")}
-        # Lightning takes "step" for the step to log at, which else would be 0.
-        self.log_dict({**flatten(summary, stage), "step": float(self.edits_made)})
-        self._measured = None  # float64 sums, which must not follow the model to a device without float64
-
-    # ---- checkpoints --------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put updates and state into the checkpoint, in place of the model's weights."""
-        for logger in self.loggers:  # what the checkpoint knows of must not be in a logger's hands only
-            logger.save()
-        checkpoint["state_dict"] = {}
-        checkpoint["lit_edit"] = {
-            "format": _FORMAT,
-            "base_hash": self.base_hash,
-            "ledger": self.ledger.state_dict(),
-            "editor": self.editor.state_dict() if self._restored is None else self._restored["editor"],
-            "results": {
-                stage: [result.as_state() for result in results.values()] for stage, results in self.results.items()
-            },
-            "perplexities": self.perplexities,
-            "seconds": dict(self.seconds),
-            "open": self._open + self._reopened if self.trainer.interrupted else 0,
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write the saved updates into the freshly loaded model.
-
-        Raises:
-            ArgumentError: If the checkpoint is not one of lit-edit, or was made with another model or config.
-        """
-        saved = checkpoint.get("lit_edit")
-        if not isinstance(saved, Mapping) or saved.get("format") != _FORMAT:
-            raise ArgumentError("this checkpoint was not written by this version of lit-edit")
-        self.restore(saved)
-        stream = getattr(getattr(self.trainer, "datamodule", None), "requests", ())
-        if len(self.ledger.history.handled) < len(stream) and "loops" in checkpoint:
-            # A run stopped by max_steps counts its epoch as done, but the stream goes on.
-            for progress in ("total", "current"):
-                checkpoint["loops"]["fit_loop"]["epoch_progress"][progress] |= {"processed": 0, "completed": 0}
-        if self._reopened and "loops" in checkpoint:  # its step is done once more, but for the commit
-            for progress in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
-                if isinstance(progress, dict):
-                    progress["processed"] = progress["completed"]
-
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Write the updates that a checkpoint holds under ``lit_edit``.
-
-        Raises:
-            ArgumentError: If they belong to another model or another config.
-        """
-        self.configure_model()
-        if saved["base_hash"] != self.base_hash:
-            raise ArgumentError(
-                f"the checkpoint edits other base weights than those of {self.language_model.name!r} "
-                f"(hash {saved['base_hash']} against {self.base_hash}); load the model it was made with"
-            )
-        begun = bool(saved["ledger"]["history"]["made"])  # a run cut before its first edit starts anew
-        if begun:
-            self.editor.check_state(saved["editor"], self.ledger.layers)
-        self.ledger.load_state_dict(saved["ledger"])
-        self.results = {
-            stage: {state["id"]: EditResult.from_state(state) for state in states}
-            for stage, states in saved["results"].items()
-        }
-        self.perplexities = dict(saved["perplexities"])
-        self.seconds = {**saved["seconds"], "load": self.seconds.get("load", 0.0)}
-        self._restored = {"editor": saved["editor"]} if begun else None
-        self._reopened, self._open = saved.get("open", 0), 0
-
-    @classmethod
-    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> EditStream:
-        """Refuse: a checkpoint holds edits, not a model, and Lightning's way of reading it unpickles.
-
-        Raises:
-            MisconfigurationException: Always; it says what to do.
-        """
-        raise MisconfigurationException(
-            "a checkpoint of an edit stream holds its edits, not the model: give it to Trainer.fit, validate or test "
-            "as ckpt_path, or take the edited model of a run with lit-edit export"
-        )
-
-    # ---- taking the model away ----------------------------------------------------------------------------------
-
-    def export(self, folder: str | Path) -> Path:
-        """Write the edited model as a folder that ``AutoModelForCausalLM.from_pretrained`` loads, with a model card.
-
-        Every rank must call it; the leader writes, and gathers the weights for that where each has a part.
-
-        Args:
-            folder: Where to; must be empty or not exist.
-
-        Returns:
-            The folder.
-        """
-        from lit_edit.export.model import ExportError, export_model
-
-        if self.model is None:
-            raise MisconfigurationException("there is nothing to export yet: call Trainer.fit(stream, data) first")
-        model, state = self.model, None
-        if self.adapter.sharded:
-            state = gather_weights(model, keep=self.ranks.leads)
-
-        def work() -> Payload:
-            name = self.language_model.name
-            return str(export_model(model, self.tokenizer, self.ledger, Path(folder), name, state)), {}
-
-        return Path(self.ranks.lead(work, (ExportError,))[0])

@@ -1,35 +1,29 @@
-"""An editor at work on a ledger: one transaction after another, each of them whole, on record, and repeatable.
-
-What an earlier process has recorded and this one has not done yet is done again from the record, bit for bit and
-without fitting anything; so a run that died goes on as if it had not.
-"""
+"""An editor at work on a ledger: one transaction after another, each of them whole, on record, and repeatable."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
-from typing import Any, Literal
+from typing import Literal
 
-from lit_edit.data.request import ADDED_FIELDS, EditRequest
-from lit_edit.editors.base import Editor, Proposal, Status, commit_proposal, silent
-from lit_edit.errors import ArgumentError
-from lit_edit.ledger.edit_ledger import Change, EditLedger, EditRefusedError, LedgerEntry, Origin, RecordedFacts
-from lit_edit.ledger.journal import JournalError, Record
+from lit_edit.data.request import EditRequest
+from lit_edit.editors.base import Editor, Proposal
+from lit_edit.ledger.edit_ledger import EditLedger, EditRefusedError, Origin, RecordedFacts
+from lit_edit.ledger.journal import JournalError
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.solvers.functional import FactsError
 from lit_edit.stream.conflicts import ConflictPolicy, find_conflicts, superseded
+from lit_edit.stream.replay import Replay, check_request
 
 log = logging.getLogger(__name__)
 
 RefusalPolicy = Literal["stop", "skip"]
 
-_FORMAT = 1  # of the journal
 _HARMFUL = (FloatingPointError, EditRefusedError, FactsError)
 
 
-class EditSession:
+class EditSession(Replay):
     """Makes edits, takes them out, and puts them back.
 
     Args:
@@ -39,9 +33,6 @@ class EditSession:
         base_hash: Hash of its original weights.
         on_conflict: What to do about an edit of a fact that was edited before.
         on_refused: What to do about an edit that must not be written.
-
-    Attributes:
-        status: Receives a line about what is going on.
     """
 
     def __init__(
@@ -53,114 +44,8 @@ class EditSession:
         on_conflict: ConflictPolicy = "replace",
         on_refused: RefusalPolicy = "stop",
     ) -> None:
-        self.ledger, self.editor = ledger, editor
-        self.model_name, self.base_hash = model_name, base_hash
+        super().__init__(ledger, editor, model_name, base_hash)
         self.on_conflict, self.on_refused = on_conflict, on_refused
-        self.status: Status = silent
-
-    # ---- beginning and taking up --------------------------------------------------------------------------------
-
-    def pin_kernels(self) -> None:
-        """Multiply matrices as the process did that began the journal: the same round-off."""
-        begun = self._begun()
-        if begun is None:
-            return
-        kernels, here = begun["kernels"], self.ledger.adapter.kernels()
-        self.ledger.adapter.pin_kernels(kernels)
-        for name in ("threads", "device"):
-            if kernels[name] != here[name]:
-                log.warning(
-                    "this run was made with %s %s and now has %s: it goes on, but not bit for bit",
-                    name,
-                    kernels[name],
-                    here[name],
-                )
-
-    def begin(self) -> None:
-        """Put the beginning of a stream on record; or check it, and do at once what came before this stream.
-
-        Raises:
-            ArgumentError: If the journal was begun with other weights or other settings of the editor.
-        """
-        records = self.ledger.journal.records
-        begun, marks = self._begun(), [i for i, r in enumerate(records) if r["kind"] in ("begin", "continued")]
-        if begun is not None:
-            self._check(begun)
-            self.editor.reopen(begun["opening"])
-        while marks and self.ledger.position <= marks[-1]:
-            self.status(f"taking up earlier edits: record {self.ledger.position + 1} of {marks[-1] + 1}")
-            self.repeat()
-        if not marks or records[marks[-1]]["kind"] == "continued":
-            self.ledger.note(
-                {
-                    "kind": "begin",
-                    "format": _FORMAT,
-                    "version": version("lit-edit"),
-                    "model": self.model_name,
-                    "base_hash": self.base_hash,
-                    "settings": self.editor.settings(),
-                    "opening": self.editor.opening(),
-                    "kernels": self.ledger.adapter.kernels(),
-                }
-            )
-
-    def check(self) -> None:
-        """Raise :class:`ArgumentError` if the journal was begun with other weights or settings than those at hand."""
-        if (begun := self._begun()) is not None:
-            self._check(begun)
-
-    def _begun(self) -> Record | None:
-        begun = [record for record in self.ledger.journal.records if record["kind"] == "begin"]
-        return begun[-1] if begun else None
-
-    def _check(self, begun: Record) -> None:
-        if begun["format"] != _FORMAT:
-            raise ArgumentError(f"the journal was written by another version of lit-edit ({begun['version']})")
-        if begun["base_hash"] != self.base_hash:
-            raise ArgumentError(
-                f"the edits were made on other base weights than those of {self.model_name!r} (hash "
-                f"{begun['base_hash']} against {self.base_hash}); load the model they were made with"
-            )
-        then, now = begun["settings"], self.editor.settings()
-        if other := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
-            told = "; ".join(f"{name} {_short(then.get(name))}, now {_short(now.get(name))}" for name in other)
-            raise ArgumentError(
-                f"the edits were made with other settings ({told}): use the config that they were made with, or start "
-                "a run of another name"
-            )
-
-    def repeat(self) -> None:
-        """Do the next record of the journal again."""
-        record = self.ledger.next_record()
-        if record is None:
-            raise JournalError("the journal holds nothing that has not been done")
-        if record["kind"] in ("edit", "undo", "redo"):
-            self.apply(self._recorded(record))
-        else:
-            self.ledger.note(record)
-
-    def repeat_all(self) -> None:
-        """Do everything on record that has not been done."""
-        while self.ledger.ahead:
-            self.status(f"taking up earlier edits: record {self.ledger.position + 1} of {len(self.ledger.journal)}")
-            self.repeat()
-
-    def _recorded(self, record: Record) -> Proposal:
-        """Return the next record as a proposal."""
-        change = Change(
-            record["kind"],
-            tuple(record["removed"]),
-            tuple(record["restored"]),
-            tuple(record["rewritten"]),
-            self.ledger.next_tensors() if record["facts"] else {},
-            record["origin"],
-            record["reason"],
-        )
-        old = self.ledger.facts_of([*change.removed, *change.restored, *change.rewritten])
-        proposal = self.editor.replay(change, [LedgerEntry.from_record(entry) for entry in record["entries"]], old)
-        if proposal is None:
-            raise ArgumentError(f"{type(self.editor).__name__} cannot take up a journal")
-        return proposal
 
     # ---- making edits -------------------------------------------------------------------------------------------
 
@@ -197,13 +82,6 @@ class EditSession:
         for request, entry in zip(wanted, record["entries"], strict=True):
             check_request(request, entry["request"])
         return self._recorded(record)
-
-    def repeat_between_steps(self) -> None:
-        """Do again what was done between two steps, by hand or by a guard, and pass over the end of an earlier run."""
-        while (record := self.ledger.next_record()) is not None:
-            if record["kind"] != "end" and record.get("origin") not in ("user", "guard"):
-                return
-            self.repeat()
 
     def _work_out(self, requests: Sequence[EditRequest], window: Sequence[EditRequest]) -> Proposal | None:
         requests, replaced = self._without_conflicts(requests, window)
@@ -242,6 +120,7 @@ class EditSession:
         self, requests: Sequence[EditRequest], window: Sequence[EditRequest]
     ) -> tuple[list[EditRequest], dict[int, str]]:
         """Return the edits to make, and the earlier ones that they replace, with reasons."""
+        asked = {request.id: request for request in requests}
         refused = superseded(requests, self.on_conflict)
         requests = [request for request in requests if request.id not in refused]
         conflicts = find_conflicts(self.ledger.history, self.editor, requests, window, self.on_conflict)
@@ -249,7 +128,7 @@ class EditSession:
             refused |= {name: found[0].reason for name, found in conflicts.items() if found}
             requests, conflicts = [request for request in requests if request.id not in refused], {}
         for name, reason in refused.items():
-            self.refuse([name], reason)
+            self.refuse([asked[name]], reason)
         return requests, {conflict.number: conflict.reason for found in conflicts.values() for conflict in found}
 
     def _without_harmful(
@@ -264,24 +143,22 @@ class EditSession:
                 harmful[request.id] = str(error)
         if not harmful:  # each alone would do, all together not
             harmful = {request.id: reason for request in requests}
-        for name, why in harmful.items():
-            self.refuse([name], why)
+        for request in requests:
+            if request.id in harmful:
+                self.refuse([request], harmful[request.id])
         rest = [request for request in requests if request.id not in harmful]
         return self._work_out(rest, window) if rest else None
 
-    def refuse(self, ids: Sequence[str], reason: str) -> None:
+    def refuse(self, requests: Sequence[EditRequest], reason: str) -> None:
         """Put on record that edits are not made."""
+        ids, asked = [request.id for request in requests], [[r.text, r.target_new] for r in requests]
         log.warning("not made: edit %s: %s", ", ".join(map(repr, ids)), reason)
-        self.ledger.note({"kind": "refused", "ids": list(ids), "reason": reason})
+        self.ledger.note({"kind": "refused", "ids": ids, "asked": asked, "reason": reason})
 
     def preview(self, proposal: Proposal) -> ModelAdapter:
         """Return a view of the model as a proposal would make it."""
         view, memory = self.ledger.preview(proposal.updates), self.editor.memory_after(proposal)
         return view if memory is None else view.with_memory(memory)
-
-    def apply(self, proposal: Proposal) -> tuple[LedgerEntry, ...]:
-        """Commit a proposal and take it into the editor's state; see :func:`commit_proposal`."""
-        return commit_proposal(self.ledger, self.editor, proposal)
 
     # ---- taking out and putting back ----------------------------------------------------------------------------
 
@@ -346,19 +223,3 @@ class EditSession:
         if not numbers:
             raise JournalError("no edits were named")
         self.ledger.history.check({"removed" if hold else "restored": list(numbers)})
-
-
-def check_request(request: EditRequest, recorded: Mapping[str, Any]) -> None:
-    """Raise :class:`JournalError` if an edit of the data is not the one that was made under its id."""
-    now = request.as_dict()
-    names = [name for name in {**recorded, **now} if name in recorded or name not in ADDED_FIELDS]
-    if recorded and (other := [name for name in names if recorded.get(name) != now.get(name)]):
-        told = "; ".join(f"{name} {_short(recorded.get(name))}, now {_short(now.get(name))}" for name in other)
-        raise JournalError(
-            f"edit {request.id!r} was made with other data ({told}): resume with the data the run was made with"
-        )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -164,7 +164,7 @@ def draw_comparison(courses: Sequence[Course], measure: str = "success", title: 
         x_label = "edits" if place >= 3 else ""
         axis = add_panel(figure, (2, 3, place), heading, quantity, x_label=x_label, whole=True)
         axis.set_xlim(-0.02 * max(last, 1), 1.03 * max(last, 1))
-        _draw_panel(axis, quantity, courses)
+        draw_panel(axis, quantity, courses)
     _draw_legend(figure.add_subplot(2, 3, 6), courses)
     return figure
 
@@ -176,7 +176,8 @@ def _quantity(courses: Iterable[Course], kind: str, measure: str) -> str:
     return next((name for name in wanted if name in taken), wanted[0])
 
 
-def _draw_panel(axis: Axes, quantity: str, courses: Sequence[Course]) -> None:
+def draw_panel(axis: Axes, quantity: str, courses: Sequence[Course]) -> None:
+    """Draw one quantity of every course into a panel; see :func:`draw_comparison`."""
     finite: list[float] = []
     for value in {round(course.base[quantity], 6) for course in courses if quantity in course.base}:
         axis.axhline(value, gid="base", **BASE)
@@ -188,7 +189,8 @@ def _draw_panel(axis: Axes, quantity: str, courses: Sequence[Course]) -> None:
         if starts and quantity in course.base and series[0][0] > 0:
             series.insert(0, (0, course.base[quantity]))
         points = [(edits, value if math.isfinite(value) else math.nan) for edits, value in series]
-        [line] = axis.plot(*zip(*points, strict=True) if points else ((), ()), gid=course.editor, **style)
+        drawn = zip(*points, strict=True) if points else ((), ())
+        [line] = axis.plot(*drawn, gid=course.editor, label=course.label, **style)
         line.set_markevery(_spread(len(points)))
         if len(points) == 1:  # no line shows where to look
             line.set(markersize=11, markeredgecolor=line.get_color())

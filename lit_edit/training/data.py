@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.data.sources import OnError, Source, load_requests
+from lit_edit.errors import check_least
 
 
 class RecordBatch:
@@ -58,9 +59,8 @@ class RecordsDataModule(LightningDataModule):
         split: str = "train",
     ) -> None:
         super().__init__()
-        for name, value, low in (("skip", skip, 0), ("validation", validation, 0), ("batch_size", batch_size, 1)):
-            if value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}")
+        check_least(0, skip=skip, validation=validation)
+        check_least(1, batch_size=batch_size)
         if limit is not None and limit <= validation:
             raise ValueError(f"limit must be larger than validation ({validation}): nothing is left to train on")
         self.path, self.source, self.skip, self.limit = path, source, skip, limit

@@ -34,7 +34,7 @@ from lit_edit.editors.gradient.mend_network import MENDNetwork, NetworkOrigin
 from lit_edit.editors.layer_choice import chosen_layers
 from lit_edit.editors.lessons import Lesson, target_lesson
 from lit_edit.editors.token_gradients import collect_gradients
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, check_not_negative, check_positive
 from lit_edit.metrics.evaluation import EditMetrics, EditResult, evaluate_edits
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.language_model import LanguageModel
@@ -142,19 +142,9 @@ class MENDTraining(LightningModule):
         warm_up: int = 20,
     ) -> None:
         super().__init__()
-        for name, value in (("lr", lr), ("rate_lr", rate_lr), ("edit_rate", edit_rate)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        for name, value in (
-            ("weight_decay", weight_decay),
-            ("edit_weight", edit_weight),
-            ("locality_weight", locality_weight),
-            ("paraphrases", paraphrases),
-            ("neighbors", neighbors),
-            ("warm_up", warm_up),
-        ):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must not be negative or infinite, got {value}")
+        check_positive(lr=lr, rate_lr=rate_lr, edit_rate=edit_rate)
+        check_not_negative(weight_decay=weight_decay, edit_weight=edit_weight, locality_weight=locality_weight)
+        check_not_negative(paraphrases=paraphrases, neighbors=neighbors, warm_up=warm_up)
         self.language_model, self.layers = language_model, chosen_layers(layers)
         self.rank, self.hidden, self.edit_rate = rank, hidden, edit_rate
         self.lr, self.rate_lr, self.weight_decay = lr, rate_lr, weight_decay

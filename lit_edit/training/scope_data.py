@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.data.sources import OnError, Source, load_requests
+from lit_edit.errors import check_least
 
 
 class ScopePair(NamedTuple):
@@ -90,14 +91,9 @@ class ScopeData(LightningDataModule):
         split: str = "train",
     ) -> None:
         super().__init__()
-        for name, value, low in (
-            ("offset", offset, 0),
-            ("limit", limit, 2),
-            ("others", others, 0),
-            ("batch_size", batch_size, 1),
-        ):
-            if value is not None and value < low:
-                raise ValueError(f"data.{name} must be at least {low}, got {value}")
+        check_least(0, **{"data.offset": offset, "data.others": others})
+        check_least(1, **{"data.batch_size": batch_size})
+        check_least(2, **{"data.limit": limit})
         if not 0 < held_out < 1:
             raise ValueError(f"data.held_out is a share between 0 and 1, got {held_out}")
         self.source, self.path, self.offset, self.limit = source, path, offset, limit

@@ -14,6 +14,7 @@ from torchmetrics.classification import BinaryAccuracy
 
 from lit_edit.editors.lessons import LessonLoss, target_lesson
 from lit_edit.editors.memory.serac_network import SeracNetwork, fingerprint, record_number, stated
+from lit_edit.errors import check_least, check_positive
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.encoder import MINILM, Encoder, load_encoder
 from lit_edit.models.language_model import LanguageModel
@@ -55,11 +56,8 @@ class SeracTraining(LightningModule):
         weight_decay: float = 0.01,
     ) -> None:
         super().__init__()
-        for name, value in (("hidden", hidden), ("rank", rank), ("rows", rows)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if lr <= 0:
-            raise ValueError(f"lr must be positive, got {lr}")
+        check_least(1, hidden=hidden, rank=rank, rows=rows)
+        check_positive(lr=lr)
         self.language_model, self.encoder, self.hidden = language_model, encoder, hidden
         self.layers, self.rank, self.rows, self.lr, self.weight_decay = layers, rank, rows, lr, weight_decay
         self.accuracy = BinaryAccuracy()

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lit_edit.cli.main import main
 from lit_edit.console.words import trains_network
-from lit_edit.stream.checkpoints import load_tree
+from lit_edit.files.trees import load_tree
 
 
 class Line(LightningModule):

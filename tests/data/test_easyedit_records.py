@@ -12,7 +12,7 @@ from lit_edit.data.formats import parse_record
 from lit_edit.data.request import DataError, EditRequest, Probe
 from lit_edit.data.sources import load_requests
 from lit_edit.ledger.journal import JournalError
-from lit_edit.stream.session import check_request
+from lit_edit.stream.replay import check_request
 
 # In the form of HardEdit: one common word as subject, at the beginning.
 HARD: list[dict[str, Any]] = [

@@ -67,9 +67,10 @@ def lit_edit_says(*words: str) -> str:
 def check_help() -> str:
     """Every command explains itself, and so does every part of those that have parts."""
     from lit_edit.cli.build import DATA_SETS
+    from lit_edit.cli.registry import COMMANDS
     from lit_edit.cli.study import STUDIES
 
-    commands = [[name] for name in re.findall(r"^  ([a-z][a-z-]+)  ", lit_edit_says("--help"), re.MULTILINE)]
+    commands = [[command.name] for command in COMMANDS]
     commands += [["study", name] for name in STUDIES] + [["build", name] for name in DATA_SETS]
     assert ["fit"] in commands
     for command in commands:

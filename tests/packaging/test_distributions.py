@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from importlib.metadata import packages_distributions, requires
+from importlib.metadata import PathDistribution, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -55,16 +55,23 @@ def built(source: Path, *options: str) -> set[Path]:
     return set(target.iterdir())
 
 
+@pytest.fixture(scope="module")
+def packed(source: Path) -> tuple[Path, Path]:
+    """The wheel, built from the source distribution, and that."""
+    wheel, archive = sorted(built(source), key=lambda path: path.suffix == ".gz")
+    return wheel, archive
+
+
 def of_wheel(path: Path) -> set[str]:
     """The files of a wheel, without those that describe it."""
     with zipfile.ZipFile(path) as wheel:
         return {name for name in wheel.namelist() if ".dist-info/" not in name and not name.endswith("/")}
 
 
-def test_wheel_and_source_distribution_hold_the_tree(source: Path) -> None:
-    wheel, archive = sorted(built(source), key=lambda path: path.suffix == ".gz")  # the wheel comes from the archive
-    with tarfile.open(archive) as packed:
-        names = {member.name.partition("/")[2] for member in packed.getmembers() if member.isfile()}
+def test_wheel_and_source_distribution_hold_the_tree(source: Path, packed: tuple[Path, Path]) -> None:
+    wheel, archive = packed
+    with tarfile.open(archive) as files:
+        names = {member.name.partition("/")[2] for member in files.getmembers() if member.isfile()}
     assert {name for name in names if ".egg-info/" not in name} == tree() | {"PKG-INFO"}
 
     expected = {
@@ -90,9 +97,10 @@ def test_git_ignores_nothing_that_is_packed() -> None:
     assert ignored.returncode == 1, ignored.stderr
 
 
-def test_what_is_imported_is_required() -> None:
+def test_what_is_imported_is_required(packed: tuple[Path, Path]) -> None:
     """By name, not because something else happens to require it: that may end with its next release."""
-    requirements = [Requirement(line) for line in requires("lit-edit") or []]
+    about = next(path for path in zipfile.Path(packed[0]).iterdir() if path.name.endswith(".dist-info"))
+    requirements = [Requirement(line) for line in PathDistribution(about).requires or []]
     required = {canonicalize_name(r.name) for r in requirements if str(r.marker) != 'extra == "dev"'}
     providers = packages_distributions()
     imported = {name for module in MODULES for name in imports(module) if name not in MODULES}

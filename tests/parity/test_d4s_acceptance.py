@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from lit_edit.data.request import EditRequest
 from lit_edit.editors import D4S, MEMIT, ClosedFormEditor, Proposal, TargetSettings
 from lit_edit.editors.base import commit_proposal
+from lit_edit.files.trees import load_tree, save_tree
 from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.models import ModelAdapter
-from lit_edit.stream.checkpoints import load_tree, save_tree
 from lit_edit.targets.problem import build_problem
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 

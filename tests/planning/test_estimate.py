@@ -17,9 +17,10 @@ from lit_edit.editors import D4S, MEMIT
 from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.models import LanguageModel, ModelAdapter, ModelUnavailableError
 from lit_edit.models.known import KNOWN, find_architecture, make_meta_model
-from lit_edit.planning.estimate import FOLD_EVERY, Item, ModelSizes, Plan, Setup, Speed, make_plan, suggestions
+from lit_edit.planning.estimate import FOLD_EVERY, Item, Plan, Setup, Speed, make_plan, suggestions
+from lit_edit.planning.sizes import ModelSizes
 from lit_edit.planning.workload import Workload
-from lit_edit.solvers.ridge import RidgeSolver
+from lit_edit.solvers.recursive_least_squares import RidgeSolver
 from lit_edit.solvers.storage import SolverStorage
 from lit_edit.targets.contexts import PLAIN
 from lit_edit.targets.optimize import TargetSettings

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lit_edit.solvers.functional import ridge_gain, ridge_update
-from lit_edit.solvers.ridge import RidgeSolver
+from lit_edit.solvers.recursive_least_squares import RidgeSolver
 
 MANY = settings(max_examples=60, deadline=None, database=None, derandomize=True)
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}  # priors of condition below 1e3, keys of size one

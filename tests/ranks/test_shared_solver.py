@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lit_edit.devices.ranks import Ranks
-from lit_edit.solvers.ridge import Block, RidgeSolver, RidgeStep
+from lit_edit.solvers.recursive_least_squares import Block, RidgeSolver, RidgeStep
 from lit_edit.solvers.shared import SharedSolver, Solver
 from lit_edit.solvers.storage import SolverStorage
 from tests.ranks.together import Found, raised, together
-from tests.solvers.test_ridge import ALWAYS, Facts, draw, joint, make_facts, make_prior
+from tests.solvers.test_recursive_least_squares import ALWAYS, Facts, draw, joint, make_facts, make_prior
 
 FOLD = 4
 SHAPES = {"small": (5, 8), "wide": (96, 160)}

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from lit_edit.errors import ArgumentError
-from lit_edit.solvers import ridge as ridge_module
+from lit_edit.solvers import recursive_least_squares
 from lit_edit.solvers.functional import FactsError
-from lit_edit.solvers.ridge import Block, RidgeSolver
+from lit_edit.solvers.recursive_least_squares import Block, RidgeSolver
 from lit_edit.solvers.storage import SolverStorage
-from tests.solvers.test_ridge import Facts, draw, joint, make_facts, make_prior, same_state, summed
+from tests.solvers.test_recursive_least_squares import Facts, draw, joint, make_facts, make_prior, same_state, summed
 
 D_OUT, D_IN = 5, 8
 NEVER = 10**6
@@ -143,7 +143,7 @@ def test_ordinary_facts_are_not_factorised_anew(monkeypatch: pytest.MonkeyPatch)
 
     facts = make_facts((1, 3, 2))
     solver = solver_of(facts)
-    monkeypatch.setattr(ridge_module, "inverse_spd", never)
+    monkeypatch.setattr(recursive_least_squares, "inverse_spd", never)
     take_out(solver, facts[1:2])
     heavy = (1e5 * draw(D_IN, 1, seed=7), draw(D_OUT, 1, seed=8))
     solver.update(*heavy)

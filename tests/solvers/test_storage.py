@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_edit import D4S
-from lit_edit.solvers.ridge import RidgeSolver
+from lit_edit.solvers.recursive_least_squares import RidgeSolver
 from lit_edit.solvers.storage import SolverStorage
 
 D_IN, D_OUT = 48, 20

@@ -25,9 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lit_edit.files.tensor_files
-import lit_edit.stream.checkpoints
+import lit_edit.files.trees
 from lit_edit.devices.host_memory import release_free_memory
-from lit_edit.stream.checkpoints import AtomicCheckpointIO, CheckpointError, load_tree, save_tree
+from lit_edit.files.trees import CheckpointError, load_tree, save_tree
+from lit_edit.stream.checkpoint_io import AtomicCheckpointIO
 from tests.streams import make_data, make_stream, make_trainer, state_of
 
 
@@ -222,7 +223,7 @@ def test_subclasses_become_what_they_derive_from(tmp_path: Path) -> None:
 
 
 def test_many_results_do_not_fit_into_a_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lit_edit.stream.checkpoints, "_MAX_TEXT", 50)
+    monkeypatch.setattr(lit_edit.files.trees, "_MAX_TEXT", 50)
     tree = {"results": ["ü" * 40, 1.5, torch.ones(2), b"bytes"]}
     assert_same(tree, there_and_back(tree, tmp_path))
     with safe_open(tmp_path / "tree.ckpt", "pt") as file:

@@ -20,7 +20,7 @@ from lit_edit.models.adapter import ModelAdapter
 from lit_edit.stats.second_moment import KeyStatistics
 from lit_edit.stream.edit import Outcome
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
-from tests.tolerances import assert_near, rounding
+from tests.tolerances import SINGLE, assert_near, rounding
 
 pytestmark = [
     pytest.mark.usefixtures("own_cache"),
@@ -80,7 +80,8 @@ def test_the_outcome_says_what_was_done(edited: tuple[Any, ...]) -> None:
     assert outcome.final["efficacy"]["magnitude"] > outcome.base["efficacy"]["magnitude"]
     assert outcome.base["locality"]["agreement"] == 1.0
     again = summarise(evaluate_edits(ModelAdapter(model), tiny_tokenizer(), tiny_requests()))
-    assert again["efficacy"] == outcome.final["efficacy"]
+    # The stream multiplies with whichever kernel it has found to be the faster one, this adapter with torch's.
+    assert again["efficacy"] == pytest.approx(outcome.final["efficacy"], abs=SINGLE)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

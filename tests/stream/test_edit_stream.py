@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from lit_edit import EditStream, LanguageModel
 from lit_edit.editors import ROME, Proposal
 from lit_edit.errors import ArgumentError
+from lit_edit.files.trees import load_tree
 from lit_edit.ledger.edit_ledger import EditRefusedError, LayerUpdate
-from lit_edit.stream.checkpoints import load_tree
 from lit_edit.testing import tiny_model, tiny_tokenizer
 from tests.streams import FixedStatistics, make_data, make_stream, make_trainer, state_of
 

@@ -29,7 +29,7 @@ from lit_edit.models import ModelAdapter
 from lit_edit.runs.folder import open_for_change, open_run
 from lit_edit.solvers import functional
 from lit_edit.solvers.functional import ridge_update
-from lit_edit.solvers.ridge import Block, RidgeSolver
+from lit_edit.solvers.recursive_least_squares import Block, RidgeSolver
 from lit_edit.solvers.storage import SolverStorage
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 from tests.remote_device import DEVICE, RemoteDevice

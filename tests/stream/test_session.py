@@ -505,7 +505,7 @@ def checkpoint_of(stream: EditStream) -> dict[str, Any]:
     """What a checkpoint would hold, through a file as a checkpoint goes."""
     from tempfile import NamedTemporaryFile
 
-    from lit_edit.stream.checkpoints import load_tree, save_tree
+    from lit_edit.files.trees import load_tree, save_tree
 
     saved = {
         "base_hash": stream.base_hash,
@@ -1022,7 +1022,7 @@ def test_a_stream_cut_between_a_refusal_and_the_rest_of_its_step_goes_on(
 def test_the_state_of_the_weights_is_told_by_the_records_that_write_them(tmp_path: Path) -> None:
     session = make(start(journal=tmp_path / "journal"), requests_of(1, 2))
     first = weights_state(session.ledger.journal)
-    session.refuse(["x"], "for fun")
+    session.refuse(requests_of(3), "for fun")
     session.ledger.note({"kind": "end"})
     assert weights_state(session.ledger.journal) == first
     session.undo([1])

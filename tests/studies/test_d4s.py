@@ -113,7 +113,7 @@ def test_d_measures_the_runs_of_a_every_hundred_edits(tmp_path: Path, monkeypatc
     assert [point.name for point in grid.points] == ["d4s", "memit"]
     assert all(grid.arguments(point.choices) == of_a[point.name] for point in grid.points)
     fill(tmp_path / "d4s", 250, {})
-    monkeypatch.setattr("lit_edit.runs.folder.read_history", lambda run: SimpleNamespace(made=[None] * 250))
+    monkeypatch.setattr("lit_edit.runs.reading.read_history", lambda run: SimpleNamespace(made=[None] * 250))
     monkeypatch.setattr("lit_edit.studies.d4s.run.measure_run", lambda *args: seen.append(args))
     measure_ability(grid, tmp_path, tmp_path)
     run = tmp_path / "d4s"

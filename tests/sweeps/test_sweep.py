@@ -394,7 +394,8 @@ def test_settings_of_the_command_line_hold_for_all_points(
         assert settings["runs_dir"] == str(tmp_path / "runs" / "sweeps" / "other")
     assert main(["sweep", "--config", "seeds.yaml", "--array", "slurm", *changed]) == 0
     script = (tmp_path / "runs" / "sweeps" / "other" / "sweep.sbatch").read_text()
-    assert f"--method=method/memit --run_name other --data.limit=1 --data.source=file --data.path={tmp_path}/f" in script
+    assert "--method=method/memit --run_name other --data.limit=1 --data.source=file" in script
+    assert f"--data.path={tmp_path}/facts.csv" in script
 
 
 def test_a_table_of_damaged_runs(pretended: Pretended, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

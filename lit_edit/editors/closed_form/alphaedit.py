@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.closed_form.engine import ClosedFormEditor
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, check_positive
 from lit_edit.files.checksum import checksum
 from lit_edit.solvers.shared import OwnSolver
 from lit_edit.solvers.subspace import SubspaceSolver
@@ -81,22 +80,17 @@ class AlphaEdit(ClosedFormEditor):
     )
     on_original = False
     memory = True
+    depends_on = "weight explained threshold"
 
     def __init__(
         self, weight: float = 10.0, explained: float = 0.98, threshold: float | None = None, **kwargs: Any
     ) -> None:
-        if not 0 < weight < math.inf:
-            raise ValueError(f"weight (L2) must be positive and finite, got {weight}")
+        check_positive(**{"weight (L2)": weight}, threshold=1.0 if threshold is None else threshold)
         if not 0 < explained < 1:
             raise ValueError(f"explained must be between 0 and 1, got {explained}")
-        if threshold is not None and not 0 < threshold < math.inf:
-            raise ValueError(f"threshold must be positive and finite, got {threshold}")
         super().__init__(covariance_weight=1.0, ridge=0.0, **kwargs)
         self.weight, self.explained, self.threshold = weight, explained, threshold
 
     def _solver_of(self, moment: Tensor, d_out: int) -> OwnSolver:
         basis = null_space(moment, self.explained, self.threshold)
         return SubspaceSolver(basis, self.weight, d_out, self.storage, origin=checksum(moment))
-
-    def _own_settings(self) -> dict[str, Any]:
-        return {"weight": self.weight, "explained": self.explained, "threshold": self.threshold}

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.closed_form.engine import ClosedFormEditor
-from lit_edit.models.adapter import ModelAdapter
-from lit_edit.models.presets import edit_layer
-from lit_edit.solvers.ridge import RidgeSolver
+from lit_edit.errors import check_not_negative
+from lit_edit.solvers.recursive_least_squares import RidgeSolver
 from lit_edit.solvers.shared import OwnSolver
 
 
@@ -40,20 +39,14 @@ class EMMET(ClosedFormEditor):
     )
     on_original = False
     memory = False
+    single_layer = True
+    depends_on = "slack"
 
     def __init__(self, layers: list[int] | None = None, slack: float = 0.1, **kwargs: Any) -> None:
-        if not 0 <= slack < float("inf"):
-            raise ValueError(f"slack must not be negative or infinite, got {slack}")
+        check_not_negative(slack=slack)
         super().__init__(layers=layers, **kwargs)
         self.slack = slack
-
-    def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
-        """Return the layers to edit, that of the model's preset when none were given."""
-        return (edit_layer(adapter),) if self.layers is None else super().resolve_layers(adapter)
 
     def _solver_of(self, moment: Tensor, d_out: int) -> OwnSolver:
         prior = self._prior_of(moment)
         return RidgeSolver(prior, d_out, memory=False, storage=self.storage, slack=self.slack, slack_alone=0.0)
-
-    def _own_settings(self) -> dict[str, Any]:
-        return {"slack": self.slack}

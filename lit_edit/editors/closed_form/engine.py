@@ -6,35 +6,30 @@ the residual is spread over the layers, and whether earlier facts are remembered
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
 from lit_edit.devices.algebra import algebra_device, for_algebra
-from lit_edit.editors.base import Proposal, Status, Stopwatch, silent
+from lit_edit.editors.base import Moments, Proposal, Status, Stopwatch, entry_of, numbers_of, silent
 from lit_edit.editors.closed_form.facts import Facts, join_facts
 from lit_edit.editors.closed_form.key_rows import KeyRows
-from lit_edit.editors.closed_form.located import DEFAULT_TARGET, Contexts, LocatedEditor, entry_of
+from lit_edit.editors.closed_form.located import DEFAULT_TARGET, Contexts, told
 from lit_edit.editors.closed_form.reversible import ReversibleEditor, asked
-from lit_edit.editors.closed_form.trial import Trial
+from lit_edit.editors.closed_form.trial import Trial, absorb
 from lit_edit.editors.closed_form.walk import ResidualMode, Walk, alone, as_columns
 from lit_edit.editors.transforms.base import UpdateTransform
 from lit_edit.editors.transforms.norm_anchor import NormAnchor
-from lit_edit.errors import ArgumentError
-from lit_edit.ledger.edit_ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
-from lit_edit.solvers.ridge import RidgeSolver, RidgeStep
+from lit_edit.errors import ArgumentError, check_not_negative, check_one_of, check_positive
+from lit_edit.ledger.edit_ledger import Change, LedgerEntry, RecordedFacts
+from lit_edit.models.adapter import ModelAdapter
+from lit_edit.solvers.recursive_least_squares import RidgeSolver, RidgeStep
 from lit_edit.solvers.shared import OwnSolver, SharedSolver, Solver
 from lit_edit.solvers.storage import SolverStorage
 from lit_edit.targets.optimize import TargetSettings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from lit_edit.models.adapter import ModelAdapter
-    from lit_edit.stats.second_moment import KeyStatistics
 
 KeyMode = Literal["walked", "base"]
 
@@ -47,7 +42,7 @@ class _Pending:
     keys: Tensor
 
 
-class ClosedFormEditor(LocatedEditor, ReversibleEditor):
+class ClosedFormEditor(ReversibleEditor):
     r"""Locate, fit a target, and solve least squares in the MLP down projections of some layers.
 
     Args:
@@ -78,8 +73,8 @@ class ClosedFormEditor(LocatedEditor, ReversibleEditor):
         targets: Targets that are fitted and not yet used, by the edit's id, with what they were fitted for.
     """
 
-    on_original: bool = True
     memory: bool = True
+    depends_on = "covariance_weight ridge residual keys"
 
     def __init__(
         self,
@@ -96,16 +91,13 @@ class ClosedFormEditor(LocatedEditor, ReversibleEditor):
         transforms: Sequence[UpdateTransform] = (),
         norm_anchor: NormAnchor | None = None,
     ) -> None:
-        if not 0 < covariance_weight < float("inf"):
-            raise ValueError(f"covariance_weight (lambda) must be positive and finite, got {covariance_weight}")
+        check_positive(**{"covariance_weight (lambda)": covariance_weight})
         if residual not in get_args(ResidualMode):
             raise ValueError(f"residual must be one of {', '.join(get_args(ResidualMode))}, got {residual!r}")
-        if keys not in ("walked", "base"):
-            raise ValueError(f"keys must be 'walked' or 'base', got {keys!r}")
+        check_one_of(get_args(KeyMode), keys=keys)
         if keys == "base" and not self.on_original:
             raise ValueError(f"keys='base' reads the original model, {type(self).__name__} measures on the current one")
-        if not 0 <= ridge < float("inf"):
-            raise ValueError(f"ridge must not be negative or infinite, got {ridge}")
+        check_not_negative(ridge=ridge)
         super().__init__(layers, target, contexts, context_count, seed, transforms, norm_anchor)
         self.covariance_weight = covariance_weight
         self.residual = residual
@@ -116,26 +108,11 @@ class ClosedFormEditor(LocatedEditor, ReversibleEditor):
 
     # ---- before the stream --------------------------------------------------------------------------------------
 
-    def prepare(
-        self,
-        ledger: EditLedger,
-        tokenizer: PreTrainedTokenizerBase,
-        statistics: KeyStatistics | Mapping[int, Tensor],
-        status: Status = silent,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Set contexts and solvers up.
-
-        Args:
-            ledger: Holds the model and its original weights.
-            tokenizer: A fast tokenizer.
-            statistics: How to get the second moments, or the moments themselves by layer.
-            status: Receives a line about what is going on.
-            progress: Called with tokens read and tokens in all.
-        """
-        self._begin(ledger, tokenizer)
-        moments = self._moments(statistics, status, progress)
-        self.solvers = {layer: self._make_solver(ledger.adapter, layer, moments) for layer in ledger.layers}
+    def _begin(self, moments: Moments, status: Status) -> None:
+        """Set contexts and solvers up."""
+        super()._begin(moments, status)
+        known = moments()
+        self.solvers = {layer: self._make_solver(self.ledger.adapter, layer, known) for layer in self.ledger.layers}
 
     def _make_solver(self, adapter: ModelAdapter, layer: int, moments: dict[int, Tensor]) -> Solver:
         """Make the solver of a layer of its second moment, which is taken out of ``moments``."""
@@ -164,20 +141,8 @@ class ClosedFormEditor(LocatedEditor, ReversibleEditor):
 
     def settings(self) -> dict[str, Any]:
         """Return all settings that a result depends on, and what the second moments were."""
-        return {
-            **super().settings(),
-            "covariance_weight": self.covariance_weight,
-            "ridge": self.ridge,
-            "residual": self.residual,
-            "keys": self.keys,
-            "storage.inverse": self.storage.inverse,
-            **self._own_settings(),
-            "key statistics": [solver.prior_checksum for solver in self.solvers.values()],
-        }
-
-    def _own_settings(self) -> dict[str, Any]:
-        """Return, as primitives, the settings that a method has beside those of the engine."""
-        return {}
+        moments = [solver.prior_checksum for solver in self.solvers.values()]
+        return {**super().settings(), "storage.inverse": self.storage.inverse, "key statistics": moments}
 
     @property
     def exact_undo(self) -> bool:
@@ -212,9 +177,8 @@ class ClosedFormEditor(LocatedEditor, ReversibleEditor):
             with watch("keys"):
                 rows = self._get_key_rows(requests, window)
             facts = self._find(rows, [asked(r) for r in requests], *columns, model, trial, watch)
-        entries = tuple(entry_of(r, t) for r, t in zip(requests, targets, strict=True))
-        numbers = tuple(number for recorded in replaced for number in recorded.numbers)
-        change = Change(removed=numbers, tensors=facts.as_tensors())
+        entries = tuple(map(entry_of, requests, map(told, targets)))
+        change = Change(removed=numbers_of(replaced), tensors=facts.as_tensors())
         return self._proposal(trial, change, facts, entries, tuple(requests), watch.seconds)
 
     def _find(
@@ -271,11 +235,7 @@ class ClosedFormEditor(LocatedEditor, ReversibleEditor):
             return self.ledger.original()
         if not edited:
             return self.ledger.adapter
-        weights = {
-            self.ledger.names[n]: self.ledger.edited_weight(n, self._written(n, delta))
-            for n, delta in trial.deltas().items()
-        }
-        return self.ledger.adapter.with_weights(weights)
+        return self._view(trial.deltas())
 
     def _proposal(
         self,
@@ -286,12 +246,9 @@ class ClosedFormEditor(LocatedEditor, ReversibleEditor):
         requests: tuple[EditRequest, ...] = (),
         seconds: Mapping[str, float] | None = None,
     ) -> Proposal:
-        if not entries and not change.restored and {e.number for e in self.ledger.entries} <= set(change.removed):
+        if self._leaves_nothing(change, entries):
             trial.clear()
-        names = self.ledger.names
-        updates = tuple(
-            LayerUpdate(layer, names[layer], self._written(layer, delta)) for layer, delta in trial.deltas().items()
-        )
+        updates = self._updates({layer: self._written(layer, delta) for layer, delta in trial.deltas().items()})
         first = self.ledger.layers[0]
         keys = facts.keys[first] if facts is not None else self.solvers[first].delta.new_empty(0, 0)
         return Proposal(requests, updates, entries, _Pending(trial.steps, keys), seconds or {}, change)
@@ -299,9 +256,7 @@ class ClosedFormEditor(LocatedEditor, ReversibleEditor):
     def accept(self, proposal: Proposal) -> None:
         """Take the solved facts into the solvers."""
         pending: _Pending = proposal.pending
-        for layer, steps in pending.steps.items():
-            for step in steps:
-                self.solvers[layer].absorb(step)
+        absorb(self.solvers, pending.steps)
         self._note(proposal, pending.keys)
 
     # ---- state --------------------------------------------------------------------------------------------------

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
 from lit_edit.data.sources import load_requests
 from lit_edit.devices.algebra import for_algebra
-from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
+from lit_edit.editors.base import Deltas, Editor, Moments, Proposal, Status, Stopwatch, silent
 from lit_edit.editors.closed_form.key_index import KeyIndex
 from lit_edit.editors.closed_form.key_rows import KeyRows
 from lit_edit.editors.closed_form.walk import Measured, Walk
 from lit_edit.editors.layer_choice import chosen_layers, existing_layers
 from lit_edit.editors.transforms.base import UpdateTransform, transformed
 from lit_edit.editors.transforms.norm_anchor import NormAnchor, anchor_targets, reference_norm
-from lit_edit.ledger.edit_ledger import EditLedger, LedgerEntry
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.models.presets import edit_layers
+from lit_edit.models.presets import edit_layer, edit_layers
 from lit_edit.targets.contexts import STARTS, Templates, check_templates, sample_templates
 from lit_edit.targets.optimize import DivergedError, Target, TargetSettings, optimise_targets
 from lit_edit.targets.problem import build_problem
-from lit_edit.text.tokens import check_tokenizer, pad_token
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from lit_edit.stats.second_moment import KeyStatistics
+from lit_edit.text.tokens import pad_token
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +51,15 @@ class LocatedEditor(Editor):
     Attributes:
         on_original: Targets are fitted on the original weights (else on the current ones).
         measured: What targets are targets of.
+        single_layer: By default one layer is edited, the one published for ROME, and not several.
         targets: Targets that are fitted and not yet used, by the edit's id, with what they were fitted for.
         known: Finds edits by their keys.
     """
 
     on_original: bool = True
     measured: ClassVar[Measured] = "state"
+    single_layer: ClassVar[bool] = False
+    depends_on = "context_count seed"
 
     def __init__(
         self,
@@ -103,30 +100,17 @@ class LocatedEditor(Editor):
 
     def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
         """Return the layers to edit, those of the model's preset when none were given."""
-        return existing_layers(adapter, self.layers or edit_layers(adapter))
+        preset = (edit_layer(adapter),) if self.single_layer else edit_layers(adapter)
+        return existing_layers(adapter, self.layers or preset)
 
-    def _begin(self, ledger: EditLedger, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _begin(self, moments: Moments, status: Status) -> None:
         """Set contexts up, and forget what an earlier stream has left."""
-        check_tokenizer(tokenizer)
-        self.ledger, self.tokenizer = ledger, tokenizer
-        self.templates = self._make_templates(ledger.original())
-        self.known = KeyIndex(ledger.adapter.shape(ledger.layers[0])[1])
+        self.templates = self._make_templates(self.ledger.original())
+        self.known = KeyIndex(self.ledger.adapter.shape(self.ledger.layers[0])[1])
         self.targets.clear()
         self._failed.clear()
         self._key_rows = None
         self._reference = None if self.norm_anchor is None else self.norm_anchor.reference
-
-    def _moments(
-        self,
-        statistics: KeyStatistics | Mapping[int, Tensor],
-        status: Status,
-        progress: Callable[[int, int], None] | None,
-    ) -> dict[int, Tensor]:
-        """Return the second moments of the keys by layer, as they are given or computed on the original model."""
-        if isinstance(statistics, Mapping):
-            return dict(statistics)
-        status("key statistics")
-        return statistics.compute(self.ledger.original(), self.tokenizer, self.ledger.layers, progress)
 
     def settings(self) -> dict[str, Any]:
         """Return all settings that targets depend on."""
@@ -135,8 +119,6 @@ class LocatedEditor(Editor):
             "layers": list(self.ledger.layers),
             **{f"target.{name}": value for name, value in asdict(self.target).items()},
             "contexts": self.contexts if isinstance(self.contexts, str) else [list(group) for group in self.contexts],
-            "context_count": self.context_count,
-            "seed": self.seed,
             **({"transforms": [transform.settings() for transform in self.transforms]} if self.transforms else {}),
             **({} if self.norm_anchor is None else {"norm_anchor": asdict(self.norm_anchor)}),
         }
@@ -167,6 +149,10 @@ class LocatedEditor(Editor):
             return delta
         base = for_algebra(self.ledger.base[self.ledger.names[layer]])
         return transformed(delta, self.ledger.adapter.to_layout(layer, base).to(delta), self.transforms)
+
+    def _view(self, deltas: Deltas) -> ModelAdapter:
+        """Return the model with what is written for other solutions than its own."""
+        return self.ledger.preview(self._updates({n: self._written(n, delta) for n, delta in deltas.items()}))
 
     def _note(self, proposal: Proposal, keys: Tensor) -> None:
         """Know the edits of a committed proposal by their keys ``(d_in, n)``, and forget their targets."""
@@ -339,11 +325,6 @@ def asked(request: EditRequest) -> str:
     return "\x1f".join((request.id, request.prompt, request.subject, request.target_new))
 
 
-def entry_of(request: EditRequest, target: Target) -> LedgerEntry:
-    """Return what the ledger is to know of an edit."""
-    return LedgerEntry(request.id, request.subject, request.text, request.target_new, _facts(target), request.as_dict())
-
-
 class _TargetDivergedError(FloatingPointError):
     """The target of one edit left the finite numbers."""
 
@@ -352,7 +333,8 @@ class _TargetDivergedError(FloatingPointError):
         self.id = id
 
 
-def _facts(target: Target) -> dict[str, float]:
+def told(target: Target) -> dict[str, float]:
+    """Return what the ledger is to tell of a target."""
     return {
         "target_probability_before": target.probability_before,
         "target_probability": target.probability,

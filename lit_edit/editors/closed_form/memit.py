@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.closed_form.engine import ClosedFormEditor
+from lit_edit.errors import check_not_negative
 
 _PAPER = "Mass-Editing Memory in a Transformer, arXiv 2210.07229"
 
@@ -59,10 +60,10 @@ class MEMITSeq(ClosedFormEditor):
     )
     on_original = False
     memory = True
+    depends_on = "frobenius"
 
     def __init__(self, frobenius: float = 0.0, **kwargs: Any) -> None:
-        if not 0 <= frobenius < float("inf"):
-            raise ValueError(f"frobenius must not be negative or infinite, got {frobenius}")
+        check_not_negative(frobenius=frobenius)
         super().__init__(**kwargs)
         self.frobenius = frobenius
 
@@ -70,6 +71,3 @@ class MEMITSeq(ClosedFormEditor):
         prior = super()._prior_of(moment)
         prior.diagonal().add_(self.frobenius)
         return prior
-
-    def _own_settings(self) -> dict[str, Any]:
-        return {"frobenius": self.frobenius}

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
 from lit_edit.devices.algebra import algebra_device, for_algebra, without_autocast
-from lit_edit.editors.base import EditorInfo, Proposal, Status, Stopwatch, silent
+from lit_edit.editors.base import EditorInfo, Moments, Proposal, Status, Stopwatch, entry_of, numbers_of, silent
 from lit_edit.editors.closed_form.key_rows import KeyLine
-from lit_edit.editors.closed_form.located import LocatedEditor, asked, entry_of
+from lit_edit.editors.closed_form.located import LocatedEditor, asked, told
 from lit_edit.editors.closed_form.walk import Walk, as_columns
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, check_least, check_positive
 from lit_edit.files.checksum import checksum
-from lit_edit.ledger.edit_ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
+from lit_edit.ledger.edit_ledger import Change, LedgerEntry, RecordedFacts
 from lit_edit.solvers.functional import selected_gain
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from lit_edit.stats.second_moment import KeyStatistics
 
 
 @dataclass(frozen=True)
@@ -70,6 +65,8 @@ class NSE(LocatedEditor):
         lacks="the thresholds of its passes are lengths, to be found anew for each model",
     )
 
+    depends_on = "covariance_weight neurons passes lower upper"
+
     def __init__(
         self,
         covariance_weight: float = 200.0,
@@ -79,12 +76,10 @@ class NSE(LocatedEditor):
         upper: float | None = None,
         **kwargs: Any,
     ) -> None:
-        if not 0 < covariance_weight < math.inf:
-            raise ValueError(f"covariance_weight (lambda) must be positive and finite, got {covariance_weight}")
+        check_positive(**{"covariance_weight (lambda)": covariance_weight})
         if not 0 < neurons <= 1:
             raise ValueError(f"neurons must be in (0, 1], got {neurons}")
-        if passes < 1:
-            raise ValueError(f"passes must be at least 1, got {passes}")
+        check_least(1, passes=passes)
         if not 0 <= lower < (math.inf if upper is None else upper):
             raise ValueError(f"lower must not be negative and must be below upper, got {lower} and {upper}")
         super().__init__(**kwargs)
@@ -93,29 +88,19 @@ class NSE(LocatedEditor):
         self.priors: dict[int, Tensor] = {}
         self.states: dict[int, LayerState] = {}
 
-    def prepare(
-        self,
-        ledger: EditLedger,
-        tokenizer: PreTrainedTokenizerBase,
-        statistics: KeyStatistics | Mapping[int, Tensor],
-        status: Status = silent,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Set contexts and priors up; see :meth:`Editor.prepare`."""
-        self._begin(ledger, tokenizer)
-        moments = self._moments(statistics, status, progress)
-        place = algebra_device(ledger.adapter.device)
-        self.priors = {n: self.covariance_weight * for_algebra(moments[n].to(place)) for n in ledger.layers}
+    def _begin(self, moments: Moments, status: Status) -> None:
+        """Set contexts and priors up."""
+        super()._begin(moments, status)
+        known, place = moments(), algebra_device(self.ledger.adapter.device)
+        self.priors = {n: self.covariance_weight * for_algebra(known[n].to(place)) for n in self.ledger.layers}
         self.states = {
-            n: LayerState(prior.new_zeros(ledger.adapter.shape(n)), torch.zeros_like(prior))
+            n: LayerState(prior.new_zeros(self.ledger.adapter.shape(n)), torch.zeros_like(prior))
             for n, prior in self.priors.items()
         }
 
     def settings(self) -> dict[str, Any]:
         """Return all settings that a result depends on, and what the second moments were."""
-        own = {name: getattr(self, name) for name in ("covariance_weight", "neurons", "passes", "lower", "upper")}
-        priors = [checksum(prior) for prior in self.priors.values()]
-        return {**super().settings(), **own, "key statistics": priors}
+        return {**super().settings(), "key statistics": [checksum(prior) for prior in self.priors.values()]}
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
@@ -153,9 +138,8 @@ class NSE(LocatedEditor):
                 steps.append({"columns": torch.tensor(left), **step})
         tensors = self._joined(steps, len(requests))
         states = self._apply(before, tensors, range(len(requests)), 1.0)  # as it will be repeated, to the bit
-        entries = tuple(entry_of(r, t) for r, t in zip(requests, targets, strict=True))
-        numbers = tuple(number for recorded in replaced for number in recorded.numbers)
-        change = Change(removed=numbers, tensors=tensors)
+        entries = tuple(map(entry_of, requests, map(told, targets)))
+        change = Change(removed=numbers_of(replaced), tensors=tensors)
         return self._proposal(
             states, change, tensors[f"keys.{self.ledger.layers[0]}"], entries, requests, watch.seconds
         )
@@ -166,16 +150,9 @@ class NSE(LocatedEditor):
         self.priors = {n: prior.to(place) for n, prior in self.priors.items()}
         self.states = {n: LayerState(s.delta.to(place), s.gram.to(place)) for n, s in self.states.items()}
 
-    def _view(self, states: Mapping[int, LayerState]) -> Any:
-        weights = {self.ledger.names[n]: self._weight(n, state.delta) for n, state in states.items()}
-        return self.ledger.adapter.with_weights(weights)
-
-    def _weight(self, layer: int, delta: Tensor) -> Tensor:
-        return self.ledger.edited_weight(layer, self._written(layer, delta))
-
     def _missing(self, line: KeyLine, wanted: Tensor, states: Mapping[int, LayerState]) -> Tensor:
         """Return what the states behind the last edited layer lack to their targets, ``(d_model, n)``."""
-        walk = Walk(self.ledger, self._view(states), "remeasured", self.templates, Stopwatch())
+        walk = Walk(self.ledger, self._view(_deltas(states)), "remeasured", self.templates, Stopwatch())
         return wanted - walk.reached(line).to(wanted)
 
     def _pass(
@@ -192,7 +169,8 @@ class NSE(LocatedEditor):
             step[f"keys.{layer}"], step[f"gains.{layer}"], step[f"residuals.{layer}"] = keys, gain, residuals
             return self._written(layer, made[layer].delta)
 
-        Walk(self.ledger, self._view(states), "remeasured", self.templates, watch).facts(line, wanted, missing, solve)
+        walk = Walk(self.ledger, self._view(_deltas(states)), "remeasured", self.templates, watch)
+        walk.facts(line, wanted, missing, solve)
         return made, step
 
     def _joined(self, steps: Sequence[Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:
@@ -217,8 +195,7 @@ class NSE(LocatedEditor):
         requests: Sequence[EditRequest] = (),
         seconds: Mapping[str, float] | None = None,
     ) -> Proposal:
-        names = self.ledger.names
-        updates = tuple(LayerUpdate(n, names[n], self._written(n, state.delta)) for n, state in states.items())
+        updates = self._updates({n: self._written(n, delta) for n, delta in _deltas(states).items()})
         return Proposal(tuple(requests), updates, entries, (dict(states), keys), seconds or {}, change)
 
     def accept(self, proposal: Proposal) -> None:
@@ -264,22 +241,10 @@ class NSE(LocatedEditor):
         if change.tensors:
             keys = change.tensors[first]
             states = self._apply(states, change.tensors, range(keys.shape[1]), 1.0)
-        if not entries and not change.restored and {e.number for e in self.ledger.entries} <= set(change.removed):
+        if self._leaves_nothing(change, entries):
             zero = {n: LayerState(torch.zeros_like(s.delta), torch.zeros_like(s.gram)) for n, s in states.items()}
             states = zero  # no edit holds any more, and what taking them out has left is rounding
         return self._proposal(states, change, keys, tuple(entries))
-
-    def retract(self, facts: Sequence[RecordedFacts], reason: str = "", exact: bool = False) -> Proposal:
-        """Work out the updates without some edits; see :meth:`Editor.retract`."""
-        if exact:
-            raise ArgumentError("NSE takes out what an edit has written; it cannot make the later ones again (exact)")
-        numbers = tuple(sorted(number for recorded in facts for number in recorded.numbers))
-        return self.replay(Change("undo", removed=numbers, reason=reason), (), facts)
-
-    def reinstate(self, facts: Sequence[RecordedFacts]) -> Proposal:
-        """Work out the updates with some edits put back; see :meth:`Editor.reinstate`."""
-        numbers = tuple(number for recorded in facts for number in recorded.numbers)
-        return self.replay(Change("redo", restored=numbers), (), facts)
 
     # ---- state --------------------------------------------------------------------------------------------------
 
@@ -307,6 +272,10 @@ class NSE(LocatedEditor):
             loaded[layer] = LayerState(delta.to(own.delta, copy=True), gram.to(own.gram, copy=True))
         super().load_state_dict(state)
         self.states = loaded
+
+
+def _deltas(states: Mapping[int, LayerState]) -> dict[int, Tensor]:
+    return {layer: state.delta for layer, state in states.items()}
 
 
 def _outer(keys: Tensor) -> Tensor:

@@ -9,45 +9,29 @@ from torch import Tensor
 
 from lit_edit.data.request import EditRequest
 from lit_edit.devices.algebra import algebra_device
-from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
+from lit_edit.editors.base import Proposal, Stopwatch, numbers_of, silent
 from lit_edit.editors.closed_form.facts import Facts, join_facts
-from lit_edit.editors.closed_form.key_index import KeyIndex
 from lit_edit.editors.closed_form.key_rows import KeyRows
-from lit_edit.editors.closed_form.located import asked
+from lit_edit.editors.closed_form.located import LocatedEditor, asked
 from lit_edit.editors.closed_form.trial import Group, Trial, by_block
 from lit_edit.editors.closed_form.walk import as_columns
-from lit_edit.ledger.edit_ledger import Change, EditLedger, LedgerEntry, RecordedFacts
+from lit_edit.ledger.edit_ledger import Change, LedgerEntry, RecordedFacts
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.solvers.shared import Solver
-from lit_edit.targets.optimize import Target
 
 
-class ReversibleEditor(Editor):
+class ReversibleEditor(LocatedEditor):
     """An editor whose edits are facts in least-squares solvers.
 
     Attributes:
-        ledger: Where its edits are.
         solvers: By layer.
-        known: Finds edits by their keys.
-        on_original: Targets and keys are those of the original weights.
     """
 
-    ledger: EditLedger
     solvers: dict[int, Solver]
-    known: KeyIndex | None
-    on_original: bool
 
     @abstractmethod
     def _model(self, trial: Trial, edited: bool) -> ModelAdapter:
         """Return the model that targets and keys are measured on."""
-
-    @abstractmethod
-    def _optimise(self, requests: Sequence[EditRequest], adapter: ModelAdapter, status: Status) -> list[Target]:
-        """Fit targets."""
-
-    @abstractmethod
-    def _make_key_rows(self, requests: Sequence[EditRequest]) -> KeyRows:
-        """Return the prompts of some edits at the input of the first edited layer."""
 
     @abstractmethod
     def _find(
@@ -90,7 +74,7 @@ class ReversibleEditor(Editor):
 
     def retract(self, facts: Sequence[RecordedFacts], reason: str = "", exact: bool = False) -> Proposal:
         """Work out the updates without some edits; see :meth:`Editor.retract`."""
-        numbers = tuple(sorted(number for recorded in facts for number in recorded.numbers))
+        numbers = tuple(sorted(numbers_of(facts)))
         later = self._touched(numbers) if exact and not self.exact_undo else []
         trial = Trial(self.solvers)
         trial.remove(self._read(self.ledger.facts_of([*numbers, *later])))
@@ -126,8 +110,7 @@ class ReversibleEditor(Editor):
 
     def reinstate(self, facts: Sequence[RecordedFacts]) -> Proposal:
         """Work out the updates with some edits put back; see :meth:`Editor.reinstate`."""
-        numbers = tuple(number for block in by_block(facts) for number in block.numbers)
-        return self.replay(Change("redo", restored=numbers), (), facts)
+        return super().reinstate(by_block(facts))
 
     def deviation(self, proposal: Proposal, sample: int = 4) -> float:
         """Estimate how far a retraction is from a stream without the edits; see :meth:`Editor.deviation`.

@@ -11,8 +11,7 @@ from lit_edit.devices.algebra import for_algebra
 from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.closed_form.engine import ClosedFormEditor
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.models.presets import edit_layer
-from lit_edit.solvers.ridge import RidgeSolver
+from lit_edit.solvers.recursive_least_squares import RidgeSolver
 from lit_edit.solvers.shared import OwnSolver, Solver
 from lit_edit.targets.contexts import Templates
 from lit_edit.targets.optimize import TargetSettings
@@ -49,17 +48,12 @@ class ROME(ClosedFormEditor):
     )
     on_original = False
     memory = False
+    single_layer = True
 
     def __init__(self, layers: list[int] | None = None, target: TargetSettings = _TARGET, **kwargs: Any) -> None:
         if layers is not None and len(layers) != 1:
             raise ValueError(f"layers must be one layer, got {layers}: {type(self).__name__} edits a single one")
         super().__init__(layers=layers, target=target, covariance_weight=1.0, residual="remeasured", **kwargs)
-
-    def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
-        """Return the layer to edit, that of the model's preset when none was given."""
-        if self.layers is None:
-            return (edit_layer(adapter),)
-        return super().resolve_layers(adapter)
 
     def _solver_of(self, moment: Tensor, d_out: int) -> OwnSolver:
         return RidgeSolver(self._prior_of(moment), d_out, memory=False, storage=self.storage, slack=0.0)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from lit_edit.data.request import EditRequest
 from lit_edit.devices.algebra import algebra_device, algebra_dtype, for_algebra, without_autocast
-from lit_edit.editors.base import Editor, EditorInfo, Proposal, Status, Stopwatch, silent
-from lit_edit.editors.closed_form.trial import Trial
-from lit_edit.errors import ArgumentError
+from lit_edit.editors.base import Editor, EditorInfo, Moments, Proposal, Status, Stopwatch, numbers_of, silent
+from lit_edit.editors.closed_form.trial import Trial, absorb
+from lit_edit.errors import ArgumentError, check_positive
 from lit_edit.ledger.edit_ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
 from lit_edit.ledger.history import EditHistory
 from lit_edit.ledger.journal import Journal
 from lit_edit.models.packed import TokenRows
-from lit_edit.solvers.ridge import RidgeSolver, RidgeStep
+from lit_edit.solvers.recursive_least_squares import RidgeSolver
 from lit_edit.solvers.shared import SharedSolver, Solver
 from lit_edit.solvers.storage import SolverStorage
 from lit_edit.text.tokens import continuation, pad_token
@@ -66,10 +66,11 @@ class SimIE(Editor):
     ) -> None:
         if isinstance(base, SimIE):
             raise ValueError("base must be an editor for single edits, got SimIE itself")
-        if not 0 < alpha < float("inf"):
-            raise ValueError(f"alpha must be positive and finite, got {alpha}")
+        check_positive(alpha=alpha)
         self.base, self.alpha, self.storage = base, alpha, storage
         self.solvers: dict[int, Solver] = {}
+
+    depends_on = "alpha"
 
     @property
     def exact_undo(self) -> bool:
@@ -84,17 +85,20 @@ class SimIE(Editor):
         self,
         ledger: EditLedger,
         tokenizer: PreTrainedTokenizerBase,
-        statistics: KeyStatistics,
+        statistics: KeyStatistics | Mapping[int, Tensor],
         status: Status = silent,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Prepare the base editor on a ledger of its own, in which nothing is ever written."""
-        self.ledger, self.tokenizer = ledger, tokenizer
+        """Prepare the base editor, on a ledger of its own in which nothing is ever written; see :class:`Editor`."""
+        super().prepare(ledger, tokenizer, statistics, status, progress)
+        self.base.prepare(self._aside, tokenizer, statistics, status, progress)
+
+    def _begin(self, moments: Moments, status: Status) -> None:
+        ledger = self.ledger
         self._aside = copy.copy(ledger)
         self._aside.deltas, self._aside.history = {}, EditHistory()
         self._aside.journal, self._aside.position = Journal(), 0
         self._refresh()
-        self.base.prepare(self._aside, tokenizer, statistics, status, progress)
         self.solvers = {layer: self._make_solver(layer) for layer in ledger.layers}
 
     def _refresh(self) -> None:
@@ -137,16 +141,14 @@ class SimIE(Editor):
             trial = Trial(self.solvers)
             self._take_out(trial, replaced)
             self._add(trial, tensors)
-        numbers = tuple(number for recorded in replaced for number in recorded.numbers)
-        change = Change(removed=numbers, tensors=tensors)
+        change = Change(removed=numbers_of(replaced), tensors=tensors)
         return self._proposal(trial, change, tuple(entries), tuple(requests), watch.seconds)
 
     def _what_it_says(self, request: EditRequest, updates: Sequence[LayerUpdate]) -> dict[str, Tensor]:
         """Return what the base editor's updates say to the inputs of their weights at all tokens of an edit."""
         prompt, target = continuation(self.tokenizer, request.text, request.target_new)
         ids = prompt + target
-        weights = {update.name: self.ledger.edited_weight(update.layer, update.delta) for update in updates}
-        view = self.ledger.adapter.with_weights(weights)
+        view = self.ledger.preview(updates)
         line = TokenRows(view, [ids], pad_token(self.tokenizer)).line()
         found: dict[int, Tensor] = {}
         line.run(line.hidden, 0, self.ledger.layers[-1] + 1, keys=found)
@@ -167,18 +169,13 @@ class SimIE(Editor):
         requests: tuple[EditRequest, ...] = (),
         seconds: Mapping[str, float] | None = None,
     ) -> Proposal:
-        if not entries and not change.restored and {e.number for e in self.ledger.entries} <= set(change.removed):
+        if self._leaves_nothing(change, entries):
             trial.clear()
-        names = self.ledger.names
-        updates = tuple(LayerUpdate(layer, names[layer], delta) for layer, delta in trial.deltas().items())
-        return Proposal(requests, updates, entries, trial.steps, seconds or {}, change)
+        return Proposal(requests, self._updates(trial.deltas()), entries, trial.steps, seconds or {}, change)
 
     def accept(self, proposal: Proposal) -> None:
         """Take the solved facts into the solvers; the base editor is never told."""
-        steps: Mapping[int, Sequence[RidgeStep]] = proposal.pending
-        for layer, done in steps.items():
-            for step in done:
-                self.solvers[layer].absorb(step)
+        absorb(self.solvers, proposal.pending)
 
     # ---- taking out and putting back ----------------------------------------------------------------------------
 
@@ -220,22 +217,12 @@ class SimIE(Editor):
             self._add(trial, change.tensors)
         return self._proposal(trial, change, tuple(entries))
 
-    def retract(self, facts: Sequence[RecordedFacts], reason: str = "", exact: bool = False) -> Proposal:
-        """Work out the updates without some edits; see :meth:`Editor.retract`."""
-        numbers = tuple(sorted(number for recorded in facts for number in recorded.numbers))
-        return self.replay(Change("undo", removed=numbers, reason=reason), (), facts)
-
-    def reinstate(self, facts: Sequence[RecordedFacts]) -> Proposal:
-        """Work out the updates with some edits put back; see :meth:`Editor.reinstate`."""
-        numbers = tuple(number for recorded in facts for number in recorded.numbers)
-        return self.replay(Change("redo", restored=numbers), (), facts)
-
     # ---- state --------------------------------------------------------------------------------------------------
 
     def settings(self) -> dict[str, Any]:
         """Return the settings, those of the base editor among them."""
         base = {f"base.{name}": value for name, value in self.base.settings().items()}
-        return {**super().settings(), "alpha": self.alpha, "storage.inverse": self.storage.inverse, **base}
+        return {**super().settings(), "storage.inverse": self.storage.inverse, **base}
 
     def opening(self) -> dict[str, Any]:
         """Return what the base editor has drawn."""

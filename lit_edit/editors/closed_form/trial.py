@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_edit.devices.algebra import algebra_device
 from lit_edit.editors.closed_form.facts import Facts, join_facts
 from lit_edit.ledger.edit_ledger import RecordedFacts
-from lit_edit.solvers.ridge import Block, RidgeStep
+from lit_edit.solvers.recursive_least_squares import Block, RidgeStep
 from lit_edit.solvers.shared import Solver
 
 
@@ -113,6 +113,13 @@ class Trial:
         self.solvers[layer].absorb(step)
         self.steps[layer].append(step)
         return step.delta
+
+
+def absorb(solvers: Mapping[int, Solver], steps: Mapping[int, Sequence[RidgeStep]]) -> None:
+    """Bring solvers, by layer, to where the steps of a trial have led."""
+    for layer, done in steps.items():
+        for step in done:
+            solvers[layer].absorb(step)
 
 
 def _block(facts: Facts, layer: int) -> Block:

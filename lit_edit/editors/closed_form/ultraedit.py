@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
-from lit_edit.devices.algebra import algebra_device, algebra_dtype, for_algebra
-from lit_edit.editors.base import Editor, EditorInfo, Proposal, Status, Stopwatch, silent
+from lit_edit.editors.base import Deltas, EditorInfo, Moments, Proposal, Status, Stopwatch, entry_of, numbers_of, silent
+from lit_edit.editors.increments import FactoredEditor, plus
 from lit_edit.editors.layer_choice import chosen_layers, existing_layers
 from lit_edit.editors.token_gradients import collect_gradients
-from lit_edit.editors.transforms.base import UpdateTransform, transformed
-from lit_edit.errors import ArgumentError
-from lit_edit.ledger.edit_ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
+from lit_edit.editors.transforms.base import UpdateTransform
+from lit_edit.errors import ArgumentError, check_not_negative, check_one_of, check_positive
+from lit_edit.ledger.edit_ledger import Change, RecordedFacts
+from lit_edit.models.adapter import ModelAdapter
 from lit_edit.solvers.lifelong import (
     RidgeScale,
     RunningMoments,
@@ -26,24 +26,10 @@ from lit_edit.solvers.lifelong import (
     pseudo_values,
     ridge_increment,
 )
-from lit_edit.text.tokens import check_tokenizer, continuation, pad_token
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from lit_edit.models.adapter import ModelAdapter
-    from lit_edit.stats.second_moment import KeyStatistics
+from lit_edit.text.tokens import continuation, pad_token
 
 
-@dataclass(frozen=True)
-class _Pending:
-    """What the editor takes in once it is written: solutions by layer, and the moments by name."""
-
-    solutions: dict[int, Tensor]
-    moments: dict[str, RunningMoments]
-
-
-class UltraEdit(Editor):
+class UltraEdit(FactoredEditor):
     r"""Edits without training, subject or statistics of text (UltraEdit, arXiv 2505.14679).
 
     At the tokens that predict an edit's target, on the current weights, each edited matrix has an input :math:`h` and a
@@ -72,7 +58,6 @@ class UltraEdit(Editor):
 
     Attributes:
         moments: Of inputs and gradients side by side, ``(d_in + d_out,)``, by shape or layer.
-        solutions: By layer, ``(d_out, d_in)``: what has been solved, where that is not what is written.
     """
 
     about = EditorInfo(
@@ -87,6 +72,7 @@ class UltraEdit(Editor):
         devices=False,
         lacks="one step per edit, which need not arrive; the first steps are badly normalised, larger ones are better",
     )
+    depends_on = "eta ridge ridge_scale warm_up per_layer"
 
     def __init__(
         self,
@@ -98,22 +84,14 @@ class UltraEdit(Editor):
         per_layer: bool = False,
         transforms: Sequence[UpdateTransform] = (),
     ) -> None:
-        for name, value in (("eta", eta), ("ridge", ridge)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        if ridge_scale not in ("absolute", "relative"):
-            raise ValueError(f"ridge_scale must be 'absolute' or 'relative', got {ridge_scale!r}")
-        if not 0 <= warm_up < math.inf:
-            raise ValueError(f"warm_up must not be negative or infinite, got {warm_up}")
+        check_positive(eta=eta, ridge=ridge)
+        check_one_of(("absolute", "relative"), ridge_scale=ridge_scale)
+        check_not_negative(warm_up=warm_up)
+        super().__init__(transforms)
         self.layers = chosen_layers(layers)
-        self.eta = eta
-        self.ridge = ridge
+        self.eta, self.ridge, self.warm_up, self.per_layer = eta, ridge, warm_up, per_layer
         self.ridge_scale: RidgeScale = ridge_scale
-        self.warm_up = warm_up
-        self.per_layer = per_layer
-        self.transforms = tuple(transforms)
         self.moments: dict[str, RunningMoments] = {}
-        self.solutions: dict[int, Tensor] = {}
 
     # ---- before the stream --------------------------------------------------------------------------------------
 
@@ -122,31 +100,8 @@ class UltraEdit(Editor):
         first, last = (min(round(share * adapter.n_layers), adapter.n_layers - 1) for share in (0.6, 0.8))
         return existing_layers(adapter, self.layers or tuple(range(first, last + 1)))
 
-    def prepare(
-        self,
-        ledger: EditLedger,
-        tokenizer: PreTrainedTokenizerBase,
-        statistics: KeyStatistics | Mapping[int, Tensor],
-        status: Status = silent,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Forget earlier edits; nothing is computed, and ``statistics`` are not asked for."""
-        check_tokenizer(tokenizer)
-        self.ledger, self.tokenizer = ledger, tokenizer
-        self.moments, self.solutions = {}, {}
-
-    def settings(self) -> dict[str, Any]:
-        """Return all settings that a result depends on."""
-        return {
-            **super().settings(),
-            "layers": list(self.ledger.layers),
-            "eta": self.eta,
-            "ridge": self.ridge,
-            "ridge_scale": self.ridge_scale,
-            "warm_up": self.warm_up,
-            "per_layer": self.per_layer,
-            "transforms": [transform.settings() for transform in self.transforms],
-        }
+    def _begin(self, moments: Moments, status: Status) -> None:
+        self.sums, self.moments = {}, {}
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
@@ -160,27 +115,18 @@ class UltraEdit(Editor):
         """Work out the updates for some requests; see :meth:`Editor.propose`."""
         watch = Stopwatch()
         with watch("solve"):
-            solutions = self._exchanged(replaced, out=True)
+            sums = self._added(self.sums, replaced, -1)
         with watch("gradients"):
             rows = [continuation(self.tokenizer, request.text, request.target_new) for request in requests]
-            model = self._model(solutions) if replaced else self.ledger.adapter
+            model = self._model(sums) if replaced else self.ledger.adapter
             found = collect_gradients(model, rows, self.ledger.layers, pad_token(self.tokenizer))
         with watch("solve"):
-            tensors = self._facts(found.inputs, found.gradients) | {"owner": found.owner}
-        entries = tuple(
-            LedgerEntry(
-                r.id,
-                r.subject,
-                r.text,
-                r.target_new,
-                {"target_loss": loss, "target_probability_before": math.exp(-loss)},
-                r.as_dict(),
-            )
-            for r, loss in zip(requests, found.losses.tolist(), strict=True)
-        )
-        numbers = tuple(number for recorded in replaced for number in recorded.numbers)
-        change = Change(removed=numbers, tensors=tensors)
-        return self._proposal(solutions, change, entries, tuple(requests), watch)
+            record = self._facts(found.inputs, found.gradients) | {"owner": found.owner}
+            sums = plus(sums, self.increments(record), 1)
+        facts = [{"target_loss": loss, "target_probability_before": math.exp(-loss)} for loss in found.losses.tolist()]
+        entries = tuple(map(entry_of, requests, facts))
+        change = Change(removed=numbers_of(replaced), tensors=record)
+        return self._proposal(sums, change, entries, record, requests, watch.seconds)
 
     def _facts(self, inputs: Mapping[int, Tensor], gradients: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Return what is put on record of a step: inputs, pseudo-values, and the moments that led to them."""
@@ -205,163 +151,53 @@ class UltraEdit(Editor):
         rows, columns = self.ledger.adapter.shape(layer)
         return str(layer) if self.per_layer else f"{rows}x{columns}"
 
-    def _increments(self, tensors: Mapping[str, Tensor], columns: Sequence[int] | None = None) -> dict[int, Tensor]:
-        """Return what a step writes, or would have written with some of its edits only: by layer, ``(d_out, d_in)``."""
-        place = algebra_device(self.ledger.adapter.device)
-        owner = tensors["owner"]
-        wanted = owner if columns is None else torch.tensor(columns, dtype=torch.long)
-        chosen = torch.isin(owner, wanted).nonzero()[:, 0]
-        return {
-            layer: ridge_increment(
-                tensors[f"inputs.{layer}"][chosen].to(place),
-                tensors[f"values.{layer}"][chosen].to(place),
-                self.ridge,
-                self.ridge_scale,
-            )
-            for layer in self.ledger.layers
-        }
+    # ---- what a step has added --------------------------------------------------------------------------------------
 
-    def _proposal(
-        self,
-        solutions: dict[int, Tensor],
-        change: Change,
-        entries: tuple[LedgerEntry, ...] = (),
-        requests: tuple[EditRequest, ...] = (),
-        watch: Stopwatch | None = None,
-    ) -> Proposal:
-        """Add what is new to the solutions; a step that is made and one that is repeated both end here."""
-        watch = Stopwatch() if watch is None else watch
-        moments = dict(self.moments)
-        with watch("solve"):
-            if change.tensors:
-                new = self._increments(change.tensors)
-                solutions = {layer: solutions[layer] + new[layer] for layer in solutions}
-                for name in dict.fromkeys(map(self._name, self.ledger.layers)):
-                    state = {part: change.tensors[f"{part}.{name}"] for part in ("count", "mean", "squares")}
-                    moments[name] = self._from_state(state)
-            elif not change.restored and {e.number for e in self.ledger.entries} <= set(change.removed):
-                # No edit holds any more, and what taking them out has left is rounding.
-                solutions = {layer: torch.zeros_like(delta) for layer, delta in solutions.items()}
-            updates = tuple(
-                LayerUpdate(layer, self.ledger.names[layer], self._written(layer, delta))
-                for layer, delta in solutions.items()
-            )
-        return Proposal(requests, updates, entries, _Pending(solutions, moments), watch.seconds, change)
+    def product(self, inputs: Tensor, values: Tensor) -> Tensor:
+        """Return the increment ``(d_out, d_in)`` that some tokens make."""
+        return ridge_increment(inputs, values, self.ridge, self.ridge_scale)
 
-    def _solutions(self) -> dict[int, Tensor]:
-        """Return what has been solved so far, by layer; zeros before the first edit."""
-        known: dict[int, Tensor] = {}
-        for layer, name in self.ledger.names.items():
-            delta = self.solutions.get(layer) if self.transforms else self.ledger.deltas.get(name)
-            place = algebra_device(self.ledger.adapter.device)
-            if delta is None:
-                delta = torch.zeros(self.ledger.adapter.shape(layer), dtype=algebra_dtype(place), device=place)
-            known[layer] = delta.to(place)  # the model may have been moved
-        return known
+    def share(self, recorded: RecordedFacts) -> Deltas:
+        """Return what some edits of a step have added: the rest is as if it had been solved without them."""
+        whole = self._increments(recorded.tensors, [*recorded.rest, *recorded.columns])
+        return plus(whole, self._increments(recorded.tensors, recorded.rest), -1) if recorded.rest else whole
 
-    def _written(self, layer: int, delta: Tensor) -> Tensor:
-        """Return what is written for a layer's solution."""
-        if not self.transforms:
-            return delta
-        base = for_algebra(self.ledger.base[self.ledger.names[layer]])
-        return transformed(delta, self.ledger.adapter.to_layout(layer, base).to(delta), self.transforms)
-
-    def _model(self, solutions: Mapping[int, Tensor]) -> ModelAdapter:
-        """Return the model as it is with other solutions."""
-        weights = {
-            self.ledger.names[layer]: self.ledger.edited_weight(layer, self._written(layer, delta))
-            for layer, delta in solutions.items()
-        }
-        return self.ledger.adapter.with_weights(weights)
-
-    def accept(self, proposal: Proposal) -> None:
-        """Take the new moments, and the solutions where they are not what is written."""
-        self.moments = proposal.pending.moments
-        self.solutions = proposal.pending.solutions if self.transforms else {}
-
-    # ---- repeating, taking out and putting back -----------------------------------------------------------------
-
-    def replay(self, change: Change, entries: Sequence[LedgerEntry], old: Sequence[RecordedFacts]) -> Proposal:
-        """Do again what is on record; see :meth:`Editor.replay`."""
-        return self._proposal(self._exchanged(old, out=not change.restored), change, tuple(entries))
-
-    def retract(self, facts: Sequence[RecordedFacts], reason: str = "", exact: bool = False) -> Proposal:
-        """Work out the updates without some edits; see :meth:`Editor.retract`.
-
-        Raises:
-            ArgumentError: If later edits are to be made again.
-        """
-        if exact:
-            raise ArgumentError(
-                "UltraEdit cannot make later edits again as if some had never been (exact): run the stream again "
-                "without them, or take them out as they are"
-            )
-        numbers = tuple(sorted(number for recorded in facts for number in recorded.numbers))
-        return self._proposal(self._exchanged(facts, out=True), Change("undo", removed=numbers, reason=reason))
-
-    def reinstate(self, facts: Sequence[RecordedFacts]) -> Proposal:
-        """Work out the updates with some edits put back; see :meth:`Editor.reinstate`."""
-        numbers = tuple(number for recorded in facts for number in recorded.numbers)
-        return self.replay(Change("redo", restored=numbers), (), facts)
-
-    def _exchanged(self, facts: Sequence[RecordedFacts], out: bool) -> dict[int, Tensor]:
-        """Return the solutions with some edits taken out of their steps, or put back into them."""
-        solutions = self._solutions()
-        for recorded in facts:
-            few, many = sorted(recorded.rest), sorted([*recorded.rest, *recorded.columns])
-            for columns, sign in ((many, -1 if out else 1), (few, 1 if out else -1)):
-                if columns:
-                    part = self._increments(recorded.tensors, columns)
-                    solutions = {layer: delta + sign * part[layer] for layer, delta in solutions.items()}
-        return solutions
+    def remember(self, record: Mapping[str, Tensor]) -> None:
+        """Take the moments of a step; those of edits that are taken out stay."""
+        for name in dict.fromkeys(map(self._name, self.ledger.layers)) if record else ():
+            self.moments[name] = self._from_state({part: record[f"{part}.{name}"] for part in _PARTS})
 
     # ---- state --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the moments, and the solutions where they are not what is written."""
-        return {
-            "editor": type(self).__name__,
-            "layers": list(self.ledger.layers),
-            "per_layer": self.per_layer,
-            "moments": {name: _as_state(moments) for name, moments in self.moments.items()},
-            "solutions": {str(layer): delta for layer, delta in self.solutions.items()},
-        }
+        """Return the sums of the increments, and the moments."""
+        moments = {name: _as_state(moments) for name, moments in self.moments.items()}
+        own = {"per_layer": self.per_layer, "transformed": bool(self.transforms), "moments": moments}
+        return {**super().state_dict(), **own}
 
     def check_state(self, state: Mapping[str, Any], layers: Sequence[int]) -> None:
-        """Raise :class:`ArgumentError` if a saved state is of other layers or of another editor."""
-        if state.get("editor") != type(self).__name__:
-            raise ArgumentError(
-                "the checkpoint was made by another editing method; use the config that it was made with"
-            )
-        if list(state["layers"]) != list(layers):
-            raise ArgumentError(
-                f"the checkpoint edits layers {list(state['layers'])}, this editor {list(layers)}; use the config "
-                "that the checkpoint was made with"
-            )
+        """Raise :class:`ArgumentError` if a saved state is of other layers, settings, or another method."""
+        super().check_state(state, layers)
         if bool(state["per_layer"]) != self.per_layer:
             raise ArgumentError(
                 f"the checkpoint was made with per_layer={state['per_layer']}, this editor has {self.per_layer}; use "
                 "the config that it was made with"
             )
-        if state["moments"] and bool(state["solutions"]) != bool(self.transforms):
+        if bool(state["transformed"]) != bool(self.transforms):
             raise ArgumentError(
                 "the checkpoint was made with other transforms; use the config that the checkpoint was made with"
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict` on a prepared editor.
-
-        Raises:
-            ArgumentError: If the state is of other layers or another kind of editor.
-        """
-        self.check_state(state, self.ledger.layers)
-        place = algebra_device(self.ledger.adapter.device)
+        """Restore sums and moments on a prepared editor."""
+        super().load_state_dict(state)
         self.moments = {name: self._from_state(saved) for name, saved in state["moments"].items()}
-        self.solutions = {int(layer): delta.to(place) for layer, delta in state["solutions"].items()}
 
     def _from_state(self, state: Mapping[str, Tensor]) -> RunningMoments:
-        place = algebra_device(self.ledger.adapter.device)
-        return RunningMoments(int(state["count"]), state["mean"].to(place), state["squares"].to(place))
+        return RunningMoments(int(state["count"]), self._here(state["mean"]), self._here(state["squares"]))
+
+
+_PARTS = ("count", "mean", "squares")
 
 
 def _as_state(moments: RunningMoments) -> dict[str, Tensor]:

@@ -14,24 +14,23 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lit_edit.data.request import EditRequest, shorten
+from lit_edit.data.request import EditRequest
 from lit_edit.devices.algebra import for_algebra
 from lit_edit.devices.host_memory import kept_memory
-from lit_edit.editors.base import Proposal, Status, Stopwatch, silent
-from lit_edit.editors.increments import Deltas, IncrementEditor, plus
-from lit_edit.editors.layer_choice import chosen_layers, existing_layers
-from lit_edit.editors.lessons import Lesson, LessonLoss
+from lit_edit.editors.base import Deltas, Proposal, Status, Stopwatch, described, entry_of, numbers_of, silent
+from lit_edit.editors.increments import IncrementEditor, plus
+from lit_edit.editors.layer_choice import Published, at_depth, chosen_layers, existing_layers, published_for
+from lit_edit.editors.lessons import Lesson, LessonLoss, probabilities
 from lit_edit.editors.transforms.base import UpdateTransform
-from lit_edit.ledger.edit_ledger import Change, EditRefusedError, LedgerEntry, RecordedFacts
+from lit_edit.errors import check_least, check_not_negative, check_positive
+from lit_edit.ledger.edit_ledger import Change, EditRefusedError, RecordedFacts
+from lit_edit.models.adapter import ModelAdapter
 from lit_edit.text.tokens import pad_token
-
-if TYPE_CHECKING:
-    from lit_edit.models.adapter import ModelAdapter
 
 
 class Learner:
@@ -86,8 +85,9 @@ class GradientEditor(IncrementEditor):
             nor a journal taken up (a checkpoint is enough to go on).
     """
 
-    published: ClassVar[Mapping[tuple[str, int, int], tuple[int, ...]]] = {}
-    """Layers by model type, number of layers and hidden size."""
+    published: ClassVar[Published[tuple[int, ...]]] = {}
+    depends_on = "steps lr loss_threshold"
+    built_on = "was trained on the weights"
 
     def __init__(
         self,
@@ -98,12 +98,9 @@ class GradientEditor(IncrementEditor):
         transforms: Sequence[UpdateTransform] = (),
         keep_increments: bool = True,
     ) -> None:
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        if not 0 < lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, got {lr}")
-        if not 0 <= loss_threshold < math.inf:
-            raise ValueError(f"loss_threshold must not be negative or infinite, got {loss_threshold}")
+        check_least(1, steps=steps)
+        check_positive(lr=lr)
+        check_not_negative(loss_threshold=loss_threshold)
         super().__init__(transforms)
         self.layers = chosen_layers(layers)
         self.steps, self.lr, self.loss_threshold = steps, lr, loss_threshold
@@ -117,11 +114,7 @@ class GradientEditor(IncrementEditor):
 
     def facts(self, before: float, after: float) -> dict[str, float]:
         """Return what the ledger is to tell of an edit with these losses."""
-        return {
-            "target_probability_before": math.exp(-before),
-            "target_probability": math.exp(-after),
-            "target_loss": after,
-        }
+        return probabilities(before, after)
 
     def learner(self, start: Deltas) -> Learner:
         """Return what is to be fitted, beginning with the updates ``start``."""
@@ -135,17 +128,9 @@ class GradientEditor(IncrementEditor):
 
     def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
         """Return the layers to edit: those given, published for the model, or one at seven tenths of the depth."""
-        key = (adapter.model.config.model_type, adapter.n_layers, adapter.shape(0)[0])
-        return existing_layers(adapter, self.layers or self.published.get(key) or (int(0.7 * adapter.n_layers),))
-
-    def settings(self) -> dict[str, Any]:
-        """Return all settings that a result depends on."""
-        return {
-            **super().settings(),
-            "steps": self.steps,
-            "lr": self.lr,
-            "loss_threshold": self.loss_threshold,
-        }
+        return existing_layers(
+            adapter, self.layers or published_for(adapter, self.published, (at_depth(adapter, 0.7),))
+        )
 
     @property
     def learning_type(self) -> torch.dtype:
@@ -181,13 +166,10 @@ class GradientEditor(IncrementEditor):
         increments = self.increments(record)
         size = math.sqrt(sum(float(increment.square().sum()) for increment in increments.values()))
         done = {"steps": float(steps), "increment_norm": size}
-        entries = tuple(
-            LedgerEntry(r.id, r.subject, r.text, r.target_new, {**self.facts(b, a), **done}, r.as_dict())
-            for r, b, a in zip(requests, before, after, strict=True)
-        )
-        numbers = tuple(number for recorded in replaced for number in recorded.numbers)
-        change = Change(removed=numbers, tensors=record if self.keep_increments else {})
-        return self._proposal(plus(sums, increments, 1), change, entries, record, tuple(requests), watch.seconds)
+        facts = [{**self.facts(b, a), **done} for b, a in zip(before, after, strict=True)]
+        entries = tuple(map(entry_of, requests, facts))
+        change = Change(removed=numbers_of(replaced), tensors=record if self.keep_increments else {})
+        return self._proposal(plus(sums, increments, 1), change, entries, record, requests, watch.seconds)
 
     def _fit(
         self, requests: Sequence[EditRequest], learner: Learner, status: Status
@@ -226,8 +208,7 @@ class GradientEditor(IncrementEditor):
     def _refuse_divergence(self, requests: Sequence[EditRequest], losses: Sequence[float], step: int) -> None:
         bad = [request for request, loss in zip(requests, losses, strict=True) if not math.isfinite(loss)]
         if bad:
-            named = ", ".join(f"{r.id!r} ({shorten(r.text)!r} -> {shorten(r.target_new)!r})" for r in bad)
             raise FloatingPointError(
-                f"the fine-tuning of edit {named} diverged at step {step}; nothing of it was written. Use a smaller "
-                f"learning rate (model.editor.init_args.lr, now {self.lr})"
+                f"the fine-tuning of edit {', '.join(map(described, bad))} diverged at step {step}; nothing of it was "
+                f"written. Use a smaller learning rate (model.editor.init_args.lr, now {self.lr})"
             )

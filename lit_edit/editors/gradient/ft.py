@@ -26,18 +26,18 @@ By nature these methods have no regard for what else the weights say: nothing pr
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
-from lit_edit.editors.base import EditorInfo
+from lit_edit.editors.base import Deltas, EditorInfo
 from lit_edit.editors.gradient.engine import GradientEditor, Learner
-from lit_edit.editors.increments import Deltas
+from lit_edit.editors.layer_choice import Published
 from lit_edit.editors.lessons import Lesson, Loss, target_lesson
+from lit_edit.errors import check_one_of, check_positive
 from lit_edit.text.tokens import continuation
 
 
@@ -73,25 +73,21 @@ class FT(GradientEditor):
         undo="approximate",
         lacks="regard for anything but the edit; targets of several tokens (loss prompt_last)",
     )
-    published: ClassVar[Mapping[tuple[str, int, int], tuple[int, ...]]] = {
+    published: ClassVar[Published[tuple[int, ...]]] = {
         ("gpt2", 48, 1600): (1,),  # GPT2-XL, ROME
         ("gptj", 28, 4096): (21,),  # GPT-J-6B, ROME
         ("llama", 32, 4096): (21,),  # Llama-2-7B, Llama-3-8B, EasyEdit
     }
+    depends_on = "loss"
 
     def __init__(self, loss: Loss = "prompt_last", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if loss not in ("prompt_last", "target"):
-            raise ValueError(f"loss must be 'prompt_last' or 'target', got {loss!r}")
+        check_one_of(("prompt_last", "target"), loss=loss)
         self.loss: Loss = loss
 
     def lessons(self, request: EditRequest) -> list[Lesson]:
         """Return the prompt with its target."""
         return [target_lesson(*continuation(self.tokenizer, request.text, request.target_new), self.loss)]
-
-    def settings(self) -> dict[str, Any]:
-        """Return all settings that a result depends on."""
-        return {**super().settings(), "loss": self.loss}
 
 
 class FTL(FT):
@@ -102,25 +98,23 @@ class FTL(FT):
         kwargs: As for :class:`FT`. Transforms are applied to what is written, which may leave the ball.
     """
 
-    about: ClassVar[EditorInfo] = EditorInfo(
+    about: ClassVar[EditorInfo] = replace(
+        FT.about,
         title="FT-L",
         paper="Modifying Memories in Transformer Models, 2012.00363",
-        kind="fine-tuning",
-        cost="steps x passes of the layers above the edited one",
         state="the weights, never further than epsilon from the original ones; on record one matrix per step and layer",
-        undo="approximate",
         lacks="room for many edits: the ball is small; targets of several tokens (loss prompt_last)",
     )
-    published: ClassVar[Mapping[tuple[str, int, int], tuple[int, ...]]] = {
+    published: ClassVar[Published[tuple[int, ...]]] = {
         **FT.published,
         ("gpt2", 48, 1600): (0,),  # GPT2-XL, ROME
         ("gptj", 28, 4096): (0,),  # GPT-J-6B, ROME
     }
+    depends_on = "epsilon"
 
     def __init__(self, epsilon: float = 5e-4, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not 0 < epsilon < math.inf:
-            raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
+        check_positive(epsilon=epsilon)
         self.epsilon = epsilon
 
     def bounded(self, delta: Tensor) -> Tensor:
@@ -130,10 +124,6 @@ class FTL(FT):
     def learner(self, start: Deltas) -> Learner:
         """Return the updates, kept in the ball."""
         return _InBall(start, self.learning_type, self.ledger.adapter.device, self.epsilon)
-
-    def settings(self) -> dict[str, Any]:
-        """Return all settings that a result depends on."""
-        return {**super().settings(), "epsilon": self.epsilon}
 
 
 class _InBall(Learner):
@@ -156,14 +146,8 @@ class FTM(FT):
         kwargs: As for :class:`GradientEditor`.
     """
 
-    about: ClassVar[EditorInfo] = EditorInfo(
-        title="FT-M",
-        paper="EasyEdit, 2308.07269",
-        kind="fine-tuning",
-        cost="steps x passes of the layers above the edited one",
-        state="the weights; on record one matrix per step and layer",
-        undo="approximate",
-        lacks="regard for anything but the edit",
+    about: ClassVar[EditorInfo] = replace(
+        FT.about, title="FT-M", paper="EasyEdit, 2308.07269", lacks="regard for anything but the edit"
     )
 
     def __init__(self, **kwargs: Any) -> None:

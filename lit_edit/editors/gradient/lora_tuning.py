@@ -18,8 +18,8 @@ By nature the rank bounds what can be told apart: later edits overwrite earlier 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,11 +27,10 @@ from torch import Tensor, nn
 
 from lit_edit.data.request import EditRequest
 from lit_edit.devices.algebra import for_algebra
-from lit_edit.editors.base import EditorInfo
+from lit_edit.editors.base import Deltas, EditorInfo
 from lit_edit.editors.gradient.engine import GradientEditor, Learner
-from lit_edit.editors.increments import Deltas
 from lit_edit.editors.lessons import Lesson, target_lesson
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, check_least, check_not_negative, check_positive
 from lit_edit.text.tokens import continuation
 
 _ADAPTER = "default"
@@ -155,6 +154,7 @@ class LoRA(GradientEditor):
         lora=True,
         lacks="room for more edits than its rank holds; regard for anything but the edit",
     )
+    depends_on = "rank alpha seed"
 
     def __init__(
         self,
@@ -166,10 +166,8 @@ class LoRA(GradientEditor):
         **kwargs: Any,
     ) -> None:
         super().__init__(steps=steps, lr=lr, **kwargs)
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}")
-        if not 0 < alpha < math.inf:
-            raise ValueError(f"alpha must be positive and finite, got {alpha}")
+        check_least(1, rank=rank)
+        check_positive(alpha=alpha)
         _peft()
         self.rank, self.alpha, self.seed = rank, alpha, seed
         self.held: dict[str, Tensor] = {}
@@ -182,10 +180,6 @@ class LoRA(GradientEditor):
     def lessons(self, request: EditRequest) -> list[Lesson]:
         """Return the prompt with its target."""
         return [target_lesson(*continuation(self.tokenizer, request.text, request.target_new))]
-
-    def settings(self) -> dict[str, Any]:
-        """Return all settings that a result depends on."""
-        return {**super().settings(), "rank": self.rank, "alpha": self.alpha, "seed": self.seed}
 
     # ---- the adapter -------------------------------------------------------------------------------------------------
 
@@ -262,16 +256,8 @@ class AdaLoRA(LoRA):
         ArgumentError: If ``peft`` is not installed.
     """
 
-    about: ClassVar[EditorInfo] = EditorInfo(
-        title="AdaLoRA",
-        paper="AdaLoRA, 2303.10512",
-        kind="fine-tuning",
-        cost="steps x passes of the layers above the lowest edited one",
-        state="one adapter, which does not grow; on record its factors per step",
-        undo="approximate",
-        lora=True,
-        lacks="room for more edits than its rank holds; regard for anything but the edit",
-    )
+    about: ClassVar[EditorInfo] = replace(LoRA.about, title="AdaLoRA", paper="AdaLoRA, 2303.10512")
+    depends_on = "init_rank warm_up settled orthogonal"
 
     def __init__(
         self,
@@ -287,19 +273,13 @@ class AdaLoRA(LoRA):
             raise ValueError(f"init_rank must not be below rank, got {init_rank} and {rank}")
         if warm_up < 0 or settled < 0 or int(warm_up * self.steps) >= self.steps - int(settled * self.steps):
             raise ValueError(f"warm_up and settled must leave steps between them, got {warm_up} and {settled}")
-        if not 0 <= orthogonal < math.inf:
-            raise ValueError(f"orthogonal must not be negative or infinite, got {orthogonal}")
+        check_not_negative(orthogonal=orthogonal)
         self.init_rank, self.warm_up, self.settled, self.orthogonal = init_rank, warm_up, settled, orthogonal
 
     @property
     def scale(self) -> float:
         """What the product of the factors is multiplied by."""
         return self.alpha / (self.init_rank + 1e-5)  # as peft has it
-
-    def settings(self) -> dict[str, Any]:
-        """Return all settings that a result depends on."""
-        own = ("init_rank", "warm_up", "settled", "orthogonal")
-        return {**super().settings(), **{name: getattr(self, name) for name in own}}
 
     def _wrap(self, shells: nn.ModuleDict, names: list[str]) -> Any:
         peft = _peft()

@@ -18,33 +18,27 @@ out one by one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
-from lit_edit.devices.algebra import for_algebra
-from lit_edit.editors.base import EditorInfo, Proposal, Status, Stopwatch, silent
+from lit_edit.editors.base import EditorInfo, Moments, Proposal, Status, Stopwatch, entry_of, numbers_of, silent
 from lit_edit.editors.gradient.mend_network import HOW_TO_TRAIN, MENDNetwork
-from lit_edit.editors.increments import Deltas, IncrementEditor, plus
-from lit_edit.editors.lessons import LessonLoss, target_lesson
+from lit_edit.editors.increments import FactoredEditor, plus
+from lit_edit.editors.lessons import LessonLoss, probabilities, target_lesson
 from lit_edit.editors.token_gradients import collect_gradients
 from lit_edit.editors.transforms.base import UpdateTransform
 from lit_edit.errors import ArgumentError
-from lit_edit.ledger.edit_ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
+from lit_edit.ledger.edit_ledger import Change, RecordedFacts
+from lit_edit.models.adapter import ModelAdapter
 from lit_edit.text.tokens import continuation, pad_token
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-    from lit_edit.models.adapter import ModelAdapter
-    from lit_edit.stats.second_moment import KeyStatistics
-
-
-class MEND(IncrementEditor):
+class MEND(FactoredEditor):
     """Edits by a hyper-network on gradients, trained beforehand; see :mod:`lit_edit.editors.gradient.mend`.
 
     The layers are those that the network was trained for. It holds for few edits in a row: it was trained on single
@@ -72,7 +66,6 @@ class MEND(IncrementEditor):
         devices=False,
         lacks="long streams: trained on single edits, it holds for few in a row; a network for each model",
     )
-    separable = True
 
     def __init__(
         self, network: str | None = None, same_weights: bool = True, transforms: Sequence[UpdateTransform] = ()
@@ -97,23 +90,17 @@ class MEND(IncrementEditor):
         self.network.origin.check_shapes(adapter)
         return self.network.layers
 
-    def prepare(
-        self,
-        ledger: EditLedger,
-        tokenizer: PreTrainedTokenizerBase,
-        statistics: KeyStatistics | Mapping[int, Tensor],
-        status: Status = silent,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Take the ledger, and compare the model with the network's.
+    def _begin(self, moments: Moments, status: Status) -> None:
+        """Compare the model with the network's.
 
         Raises:
             ArgumentError: If the network was trained on other weights.
         """
-        super().prepare(ledger, tokenizer, statistics, status, progress)
+        super()._begin(moments, status)
         if self.same_weights:
-            self.network.origin.check_weights({layer: ledger.base[name] for layer, name in ledger.names.items()})
-        self.network.to(ledger.adapter.device)
+            names = self.ledger.names
+            self.network.origin.check_weights({layer: self.ledger.base[name] for layer, name in names.items()})
+        self.network.to(self.ledger.adapter.device)
 
     def settings(self) -> dict[str, Any]:
         """Return all settings that a result depends on."""
@@ -147,29 +134,11 @@ class MEND(IncrementEditor):
         with watch("measuring"), torch.no_grad(), adapter.fast_products():
             lessons = [[target_lesson(*row)] for row in rows]
             after = LessonLoss(self._model(sums), lessons, self.ledger.layers[0], pad_token(self.tokenizer))({})
-        facts = [
-            {
-                "target_probability_before": math.exp(-before),
-                "target_probability": math.exp(-loss),
-                "target_loss": loss,
-                "increment_norm": size,
-            }
-            for before, loss, size in zip(
-                found.losses.tolist(), after.tolist(), self._sizes(record, len(requests)), strict=True
-            )
-        ]
-        entries = tuple(
-            LedgerEntry(r.id, r.subject, r.text, r.target_new, own, r.as_dict())
-            for r, own in zip(requests, facts, strict=True)
-        )
-        numbers = tuple(number for recorded in replaced for number in recorded.numbers)
-        change = Change(removed=numbers, tensors=record)
-        return self._proposal(sums, change, entries, record, tuple(requests), watch.seconds)
-
-    def _model(self, sums: Deltas) -> ModelAdapter:
-        """Return the model with other sums than its own."""
-        written = self._written(sums)
-        return self.ledger.preview([LayerUpdate(n, self.ledger.names[n], delta) for n, delta in written.items()])
+        losses = zip(found.losses.tolist(), after.tolist(), self._sizes(record, len(requests)), strict=True)
+        facts = [{**probabilities(before, loss), "increment_norm": size} for before, loss, size in losses]
+        entries = tuple(map(entry_of, requests, facts))
+        change = Change(removed=numbers_of(replaced), tensors=record)
+        return self._proposal(sums, change, entries, record, requests, watch.seconds)
 
     def _sizes(self, record: Mapping[str, Tensor], edits: int) -> list[float]:
         """Return the norm of each edit's increment over all layers."""
@@ -179,22 +148,6 @@ class MEND(IncrementEditor):
             sizes.append(math.sqrt(sum(float(increment.square().sum()) for increment in own.values())))
         return sizes
 
-    # ---- what a step has added ---------------------------------------------------------------------------------------
-
-    def increments(self, record: Mapping[str, Tensor]) -> Deltas:
-        """Return what a step has added to the updates, from its record."""
-        return self._increments(record, range(int(record["owner"].max()) + 1))
-
-    def share(self, recorded: RecordedFacts) -> Deltas:
-        """Return what some edits of a step have added."""
-        return self._increments(recorded.tensors, recorded.columns)
-
-    def _increments(self, record: Mapping[str, Tensor], edits: Sequence[int]) -> Deltas:
-        owner = record["owner"]
-        chosen = torch.isin(owner, torch.tensor(list(edits)).to(owner)).nonzero()[:, 0]
-        increments = {}
-        for layer in self.ledger.layers:
-            inputs, values = (for_algebra(self._here(record[f"{part}.{layer}"])) for part in ("inputs", "values"))
-            own = chosen.to(inputs.device)
-            increments[layer] = values[own].T @ inputs[own]
-        return increments
+    def product(self, inputs: Tensor, values: Tensor) -> Tensor:
+        """Return the increment ``(d_out, d_in)`` that some tokens make."""
+        return values.T @ inputs

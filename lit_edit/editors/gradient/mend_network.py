@@ -35,7 +35,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, check_least, check_positive
 from lit_edit.files.checksum import checksum
 from lit_edit.files.paths import write_atomically
 from lit_edit.files.tensor_files import save_tensors
@@ -192,11 +192,9 @@ class MENDNetwork(nn.Module):
 
     def __init__(self, origin: NetworkOrigin, rank: int = 1920, hidden: int = 1, rate: float = 1e-4) -> None:
         super().__init__()
-        for name, value, low in (("rank", rank, 1), ("hidden", hidden, 0)):
-            if value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}")
-        if not rate > 0:
-            raise ValueError(f"rate must be positive, got {rate}")
+        check_least(1, rank=rank)
+        check_least(0, hidden=hidden)
+        check_positive(rate=rate)
         self.origin, self.rank, self.hidden = origin, rank, hidden
         self.layers = tuple(sorted(origin.shapes))
         self.rates = nn.Parameter(torch.full((len(self.layers),), float(rate)))

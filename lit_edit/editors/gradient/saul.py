@@ -17,7 +17,8 @@ rate and steps are this library's.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +30,7 @@ from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.gradient.engine import GradientEditor
 from lit_edit.editors.gradient.ft import FT
 from lit_edit.editors.lessons import Lesson
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, check_least
 from lit_edit.text.tokens import encode
 
 
@@ -73,16 +74,15 @@ class SAUL(GradientEditor):
         kwargs: As for :class:`GradientEditor`. Random sentences seldom let the loss reach ``loss_threshold``.
     """
 
-    about: ClassVar[EditorInfo] = EditorInfo(
+    about: ClassVar[EditorInfo] = replace(
+        FT.about,
         title="SAUL",
         paper="Better Call SAUL, 2410.02433",
-        kind="fine-tuning",
         cost="steps x passes of the layers above the edited one, on whole sentences",
-        state="the weights; on record one matrix per step and layer",
-        undo="approximate",
         lacks="regard for other facts than the random ones",
     )
-    published: ClassVar[Mapping[tuple[str, int, int], tuple[int, ...]]] = FT.published
+    published = FT.published
+    depends_on = "joined augmented seed"
 
     def __init__(
         self,
@@ -93,9 +93,7 @@ class SAUL(GradientEditor):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for name, value in (("joined", joined), ("augmented", augmented)):
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
+        check_least(0, joined=joined, augmented=augmented)
         self.random_facts = _read(facts)
         if len(self.random_facts) < joined + augmented:
             raise ArgumentError(f"joined + augmented asks for {joined + augmented} facts of {len(self.random_facts)}")
@@ -116,8 +114,7 @@ class SAUL(GradientEditor):
 
     def settings(self) -> dict[str, Any]:
         """Return all settings that a result depends on."""
-        own = {"joined": self.joined, "augmented": self.augmented, "seed": self.seed}
-        return {**super().settings(), **own, "facts": sha256("\n".join(self.random_facts).encode()).hexdigest()[:16]}
+        return {**super().settings(), "facts": sha256("\n".join(self.random_facts).encode()).hexdigest()[:16]}
 
 
 def _read(facts: list[str] | str | None) -> tuple[str, ...]:

@@ -8,25 +8,18 @@ memory is made of. An edit that is taken out leaves no trace, unless a later one
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
-from lit_edit.editors.base import Editor, Proposal, Status, Stopwatch, silent
-from lit_edit.errors import ArgumentError
-from lit_edit.ledger.edit_ledger import Change, EditLedger, LedgerEntry, RecordedFacts
+from lit_edit.editors.base import Editor, Moments, Proposal, Status, Stopwatch, entry_of, numbers_of, silent
+from lit_edit.ledger.edit_ledger import Change, LedgerEntry, RecordedFacts
+from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.memory import Memory
-from lit_edit.text.tokens import check_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from lit_edit.models.adapter import ModelAdapter
-    from lit_edit.stats.second_moment import KeyStatistics
 
 
 @dataclass(frozen=True)
@@ -75,8 +68,7 @@ class MemoryEditor(Editor):
     def learn(self, requests: Sequence[EditRequest], kept: Sequence[Kept], status: Status) -> list[Learnt]:
         """Return what each of some edits leaves; nothing is changed.
 
-        Where that depends on the edits that hold, taking one out is not exact: override :attr:`exact_undo` and refuse
-        it in :meth:`retract`.
+        Where that depends on the edits that hold, taking one out is not exact: override :attr:`exact_undo`.
 
         Args:
             requests: The edits of a step; the first has the number ``self.ledger.made + 1``.
@@ -102,18 +94,9 @@ class MemoryEditor(Editor):
         """Return no layers: none is written."""
         return ()
 
-    def prepare(
-        self,
-        ledger: EditLedger,
-        tokenizer: PreTrainedTokenizerBase,
-        statistics: KeyStatistics | Mapping[int, Tensor],
-        status: Status = silent,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
+    def _begin(self, moments: Moments, status: Status) -> None:
         """Put the memory, empty, beside the ledger's model; no statistics are needed."""
-        check_tokenizer(tokenizer)
-        self.check_whole(ledger.adapter)
-        self.ledger, self.tokenizer = ledger, tokenizer
+        self.check_whole(self.ledger.adapter)
         self.set_up(status)
         self._hold({})
 
@@ -127,15 +110,12 @@ class MemoryEditor(Editor):
         """Learn some edits; see :meth:`Editor.propose`."""
         watch = Stopwatch()
         with watch("targets"):
-            gone = _numbers(replaced)
+            gone = tuple(sorted(numbers_of(replaced)))
             learnt = self.learn(requests, [kept for n, kept in self.kept.items() if n not in gone], status)
         same = self.ledger.adapter.ranks.same
         stacked = {name: torch.stack([one.tensors[name] for one in learnt], -1) for name in learnt[0].tensors}
         tensors = {name: same(tensor).cpu() for name, tensor in stacked.items()}
-        entries = tuple(
-            LedgerEntry(r.id, r.subject, r.text, r.target_new, dict(one.facts), r.as_dict())
-            for r, one in zip(requests, learnt, strict=True)
-        )
+        entries = tuple(entry_of(request, one.facts) for request, one in zip(requests, learnt, strict=True))
         change = Change(removed=gone, tensors=tensors)
         return Proposal(tuple(requests), (), entries, _columns(tensors, len(entries)), watch.seconds, change)
 
@@ -170,15 +150,6 @@ class MemoryEditor(Editor):
         by_number = _by_number(old)
         return Proposal((), (), (), [by_number[number] for number in change.restored], {}, change)
 
-    def retract(self, facts: Sequence[RecordedFacts], reason: str = "", exact: bool = False) -> Proposal:
-        """Leave some edits out of the memory; see :meth:`Editor.retract`."""
-        return Proposal((), (), (), [], {}, Change("undo", removed=_numbers(facts), reason=reason))
-
-    def reinstate(self, facts: Sequence[RecordedFacts]) -> Proposal:
-        """Take some edits into the memory again; see :meth:`Editor.reinstate`."""
-        by_number = dict(sorted(_by_number(facts).items()))
-        return Proposal((), (), (), list(by_number.values()), {}, Change("redo", restored=tuple(by_number)))
-
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def recall(self) -> None:
@@ -189,16 +160,7 @@ class MemoryEditor(Editor):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what each edit that holds has left."""
-        kept = {str(number): dict(kept.tensors) for number, kept in self.kept.items()}
-        return {"editor": type(self).__name__, "kept": kept}
-
-    def check_state(self, state: Mapping[str, Any], layers: Sequence[int]) -> None:
-        """Raise :class:`ArgumentError` if a saved state is of another method."""
-        if state.get("editor") != type(self).__name__:
-            raise ArgumentError(
-                f"the checkpoint was made by {state.get('editor', 'another editing method')}, this editor is "
-                f"{type(self).__name__}; use the config that it was made with"
-            )
+        return {**super().state_dict(), "kept": {str(number): dict(kept.tensors) for number, kept in self.kept.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the memory on a prepared editor whose ledger has its history already."""
@@ -219,7 +181,3 @@ def _by_number(facts: Sequence[RecordedFacts]) -> dict[int, dict[str, Tensor]]:
         for recorded in facts
         for number, column in zip(recorded.numbers, recorded.columns, strict=True)
     }
-
-
-def _numbers(facts: Sequence[RecordedFacts]) -> tuple[int, ...]:
-    return tuple(sorted(number for recorded in facts for number in recorded.numbers))

@@ -29,11 +29,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lit_edit.data.request import EditRequest, shorten
+from lit_edit.data.request import EditRequest
 from lit_edit.devices.algebra import for_algebra
-from lit_edit.editors.base import EditorInfo, Status
-from lit_edit.editors.lessons import LessonLoss, target_lesson
+from lit_edit.editors.base import EditorInfo, Status, described
+from lit_edit.editors.layer_choice import Published, at_depth, published_for
+from lit_edit.editors.lessons import LessonLoss, probabilities, target_lesson
 from lit_edit.editors.memory.engine import Kept, Learnt, MemoryEditor
+from lit_edit.errors import check_least, check_not_negative, check_one_of, check_positive
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.memory import Memory, Patch
 from lit_edit.text.tokens import continuation, pad_token
@@ -147,12 +149,14 @@ class GRACE(MemoryEditor):
         undo="exact",
         lacks="does not generalise: other wordings keep their old answer; leaves no model to export",
     )
-    published: ClassVar[Mapping[tuple[str, int, int], int]] = {
+    published: ClassVar[Published[int]] = {
         ("gpt2", 48, 1600): 35,  # GPT2-XL, EasyEdit, as those below
         ("gptj", 28, 4096): 25,
         ("llama", 32, 4096): 27,  # Llama-2-7B
         ("qwen2", 28, 3584): 18,  # Qwen2.5-7B
     }
+
+    depends_on = "radius steps lr loss_threshold start seed"
 
     def __init__(
         self,
@@ -164,34 +168,25 @@ class GRACE(MemoryEditor):
         start: Literal["warm", "cold"] = "cold",
         seed: int = 0,
     ) -> None:
-        if layer is not None and layer < 0:
-            raise ValueError(f"layer must not be negative, got {layer}")
-        if not 0 < radius < math.inf:
-            raise ValueError(f"radius must be positive and finite, got {radius}")
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        if not 0 < lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, got {lr}")
-        if not 0 <= loss_threshold < math.inf:
-            raise ValueError(f"loss_threshold must not be negative or infinite, got {loss_threshold}")
-        if start not in ("warm", "cold"):
-            raise ValueError(f"start must be warm or cold, got {start!r}")
+        check_least(0, layer=layer)
+        check_not_negative(loss_threshold=loss_threshold)
+        check_positive(radius=radius, lr=lr)
+        check_least(1, steps=steps)
+        check_one_of(("warm", "cold"), start=start)
         self.layer, self.radius, self.steps, self.lr = layer, radius, steps, lr
         self.loss_threshold, self.start, self.seed = loss_threshold, start, seed
         self._made: tuple[tuple[Kept, ...], list[Entry]] = ((), [])  # the last codebook, and of what
 
     def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
         """Return no layers to write; check the one behind which the codebook stands."""
-        key = (adapter.model.config.model_type, adapter.n_layers, adapter.shape(0)[0])
-        default = self.published.get(key, int(0.85 * adapter.n_layers))
+        default = published_for(adapter, self.published, at_depth(adapter, 0.85))
         self.place = default if self.layer is None else self.layer
         adapter.check_layer(self.place)
         return ()
 
     def settings(self) -> dict[str, Any]:
         """Return all settings that a result depends on."""
-        names = ("radius", "steps", "lr", "loss_threshold", "start", "seed")
-        return {**super().settings(), "layer": self.place, **{name: getattr(self, name) for name in names}}
+        return {**super().settings(), "layer": self.place}
 
     def memory_of(self, kept: Sequence[Kept]) -> Codebook:
         """Return the codebook of some edits, made one after another."""
@@ -225,8 +220,8 @@ class GRACE(MemoryEditor):
                 loss = self._loss(loss_of, Codebook(self.place, [Entry(key, value, 0.0, "")]))
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(
-                    f"the value of edit {request.id!r} ({shorten(request.text)!r} -> {shorten(request.target_new)!r}) "
-                    f"diverged at step {step}; nothing was kept. Use a smaller lr (now {self.lr})"
+                    f"the value of edit {described(request)} diverged at step {step}; nothing was kept. Use a smaller "
+                    f"lr (now {self.lr})"
                 )
             if loss.item() < best:
                 best, found = loss.item(), value.detach().clone()
@@ -235,13 +230,7 @@ class GRACE(MemoryEditor):
                 break
             (value.grad,) = torch.autograd.grad(loss, [value])
             adam.step()
-        facts = {
-            "target_probability_before": math.exp(-before),
-            "target_probability": math.exp(-best),
-            "target_loss": best,
-            "steps": float(step),
-        }
-        return Learnt({"key": key, "value": found}, facts)
+        return Learnt({"key": key, "value": found}, {**probabilities(before, best), "steps": float(step)})
 
     @staticmethod
     def _loss(loss_of: LessonLoss, memory: Memory) -> Tensor:

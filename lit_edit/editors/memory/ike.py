@@ -41,7 +41,7 @@ from lit_edit.data.sources import load_requests
 from lit_edit.editors.base import EditorInfo, Status
 from lit_edit.editors.lessons import target_probability
 from lit_edit.editors.memory.engine import Kept, Learnt, MemoryEditor
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, check_least
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.encoder import MINILM, Encoder, load_encoder
 from lit_edit.models.memory import Memory, Route
@@ -232,6 +232,8 @@ class IKE(MemoryEditor):
         "by the nearest edits alone); a model to export",
     )
 
+    depends_on = "encoder threshold edits demonstrations tokens"
+
     def __init__(
         self,
         encoder: str = MINILM,
@@ -243,9 +245,8 @@ class IKE(MemoryEditor):
     ) -> None:
         if threshold is not None and not -1 <= threshold <= 1:
             raise ValueError(f"threshold is a cosine, from -1 to 1, got {threshold}")
-        for name, value, low in (("edits", edits, 1), ("demonstrations", demonstrations, 0), ("tokens", tokens, 1)):
-            if value is not None and value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}")
+        check_least(1, edits=edits, tokens=tokens)
+        check_least(0, demonstrations=demonstrations)
         self.encoder, self.threshold, self.edits = encoder, threshold, edits
         self.demonstrations, self.demonstration_path, self.tokens = demonstrations, demonstration_path, tokens
 
@@ -273,10 +274,9 @@ class IKE(MemoryEditor):
 
     def settings(self) -> dict[str, Any]:
         """Return all settings that a result depends on; demonstrations by what they are made of."""
-        names = ("encoder", "threshold", "edits", "demonstrations", "tokens")
         made_of = json.dumps([request.as_dict() for request in self._shown.requests], sort_keys=True)
         digest = hashlib.sha256(made_of.encode()).hexdigest()[:16]
-        return {**super().settings(), **{name: getattr(self, name) for name in names}, "made_of": digest}
+        return {**super().settings(), "made_of": digest}
 
     def memory_of(self, kept: Sequence[Kept]) -> Contexts:
         """Return the contexts of some edits."""

@@ -26,167 +26,25 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lit_edit.data.request import EditRequest, shorten
+from lit_edit.data.request import EditRequest
 from lit_edit.data.sources import builtin_text
-from lit_edit.editors.base import EditorInfo, Proposal, Status
-from lit_edit.editors.lessons import LessonLoss, target_lesson
+from lit_edit.editors.base import EditorInfo, Status, described
+from lit_edit.editors.layer_choice import Published, at_depth, published_for
+from lit_edit.editors.lessons import LessonLoss, probabilities, target_lesson
 from lit_edit.editors.memory.engine import Kept, Learnt, MemoryEditor
-from lit_edit.errors import ArgumentError
-from lit_edit.ledger.edit_ledger import RecordedFacts
+from lit_edit.editors.memory.side_memories import (
+    SideMemories,
+    SoleMemory,
+    activations,
+    margin_loss,
+    mask_indices,
+    masked_step,
+    ties_merge,
+)
+from lit_edit.errors import check_least, check_not_negative, check_one_of, check_positive
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.models.memory import Memory, Patch
 from lit_edit.models.packed import TokenRows
 from lit_edit.text.tokens import continuation, encode, pad_token
-
-
-def activations(delta: Tensor, keys: Tensor) -> Tensor:
-    """Return how far side memories move keys.
-
-    Args:
-        delta: ``(..., d_out, d_in)``, how each differs from the weight.
-        keys: ``(n, d_in)``.
-
-    Returns:
-        ``(..., n)``.
-
-    Example:
-        >>> activations(torch.tensor([[3.0, 0.0], [4.0, 0.0]]), torch.tensor([[1.0, 9.0], [2.0, 9.0]]))
-        tensor([ 5., 10.])
-    """
-    return torch.linalg.vector_norm(keys @ delta.mT, dim=-1)
-
-
-def margin_loss(edit: Tensor, other: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
-    """Return what activations lack of being told apart (WISE, eq. 3, of tokens).
-
-    Args:
-        edit: ``(n,)``, of the tokens of an edit: at least ``beta``, and ``gamma`` above all others.
-        other: ``(m,)``, of other tokens: at most ``alpha``.
-        alpha: See there.
-        beta: See there.
-        gamma: See there.
-
-    Returns:
-        The sum of the means of what is missing.
-
-    Example:
-        >>> float(margin_loss(torch.tensor([8.0]), torch.tensor([1.0, 3.0]), alpha=2, beta=10, gamma=6))
-        3.0
-    """
-    above = (other - alpha).relu().mean() if len(other) else 0.0
-    apart = (gamma + other - edit[:, None]).relu().mean() if len(other) else 0.0
-    return above + (beta - edit).relu().mean() + apart
-
-
-def mask_indices(size: int, ratio: float, seed: int, shard: int) -> Tensor:
-    """Return which entries of a weight the edits of a shard move.
-
-    Args:
-        size: Number of entries.
-        ratio: Share of them, at least one.
-        seed: Seeds the drawing, together with
-        shard: Number of the shard.
-
-    Returns:
-        Places in the flat weight, ascending; the same for the same arguments.
-
-    Example:
-        >>> mask_indices(10, 1.0, seed=0, shard=0).tolist()
-        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-        >>> len(mask_indices(10, 0.2, seed=0, shard=3))
-        2
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + shard)
-    return torch.randperm(size, generator=generator)[: max(1, round(ratio * size))].sort().values
-
-
-def masked_step(delta: Tensor, gradient: Tensor, indices: Tensor, lr: float, bound: float) -> Tensor:
-    """Return a change of a weight after a step of gradient descent on some of its entries.
-
-    Args:
-        delta: The change.
-        gradient: Of the same shape.
-        indices: Of the flat change: what moves.
-        lr: Length of the step.
-        bound: What moves stays between this and its negative.
-
-    Example:
-        >>> masked_step(torch.zeros(1, 3), torch.tensor([[1.0, 2.0, -9.0]]), torch.tensor([1, 2]), lr=0.5, bound=2.0)
-        tensor([[ 0., -1.,  2.]])
-    """
-    flat = delta.flatten()
-    moved = (flat[indices] - lr * gradient.flatten()[indices]).clamp(-bound, bound)
-    return flat.index_copy(0, indices, moved).view_as(delta)
-
-
-def ties_merge(deltas: Sequence[Tensor], density: float) -> Tensor:
-    """Return what several changes of one weight have in common (TIES, 2306.01708).
-
-    Of each only the largest entries stay; of those at a place, only those of the sign that their sum has; what is
-    left is their mean.
-
-    Args:
-        deltas: Of the same shape.
-        density: Share of the entries of each that stay.
-
-    Example:
-        >>> ties_merge([torch.tensor([4.0, 1.0, -3.0]), torch.tensor([2.0, 0.5, 5.0])], density=2 / 3)
-        tensor([3., 0., 5.])
-    """
-    trimmed = []
-    for delta in deltas:
-        flat = delta.flatten()
-        keep = flat.abs().topk(max(1, round(density * len(flat)))).indices
-        trimmed.append(torch.zeros_like(flat).index_copy_(0, keep, flat[keep]).view_as(delta))
-    stacked = torch.stack(trimmed)
-    agreeing = stacked * stacked.sum(0) > 0
-    return (stacked * agreeing).sum(0) / agreeing.sum(0).clamp(min=1)
-
-
-class SideMemories(Memory):
-    """Side memories behind the down projection of a layer.
-
-    Args:
-        layer: The layer.
-        deltas: ``(n, d_out, d_in)``, how each memory differs from the weight.
-        thresholds: ``(n,)``, the activation above which each answers. Of several, that of the largest activation is
-            asked.
-    """
-
-    def __init__(self, layer: int, deltas: Tensor, thresholds: Tensor) -> None:
-        self.layer, self.deltas, self.thresholds = layer, deltas, thresholds
-
-    def patches(self) -> Mapping[int, Patch]:
-        """Return the router behind the layer."""
-        return {self.layer: self._answer} if len(self.deltas) else {}
-
-    def _answer(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        deltas, thresholds = self.deltas.to(inputs.device), self.thresholds.to(inputs.device)
-        keys = inputs.detach().reshape(-1, inputs.shape[-1]).to(deltas)
-        moved = keys @ deltas.mT  # (n, tokens, d_out)
-        size, most = torch.linalg.vector_norm(moved, dim=-1).max(0)
-        chosen = moved[most, torch.arange(len(keys), device=most.device)].reshape(outputs.shape)
-        hit = (size > thresholds[most]).reshape(*outputs.shape[:-1], 1)
-        return torch.where(hit, (outputs.to(chosen) + chosen).to(outputs), outputs)
-
-
-class _Lesson(Memory):
-    """A side memory that answers the tokens of one edit, known by their keys ``(n, d_in)``, and no others."""
-
-    def __init__(self, layer: int, delta: Tensor, keys: Tensor) -> None:
-        self.layer, self.delta, self.keys = layer, delta, keys
-
-    def patches(self) -> Mapping[int, Patch]:
-        return {self.layer: self._answer}
-
-    def _answer(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        asked = inputs.detach().reshape(-1, inputs.shape[-1]).to(self.keys)
-        nearest = self.keys[torch.cdist(asked, self.keys).argmin(1)]
-        distance = torch.linalg.vector_norm(asked - nearest, dim=1)
-        # A key is recomputed in passes of other shapes: that much is no distance.
-        own = (distance <= 1e-4 * torch.linalg.vector_norm(asked, dim=1)).reshape(*outputs.shape[:-1], 1)
-        moved = (asked @ self.delta.mT).reshape(outputs.shape)
-        return torch.where(own, (outputs.to(moved) + moved).to(outputs), outputs)
 
 
 class WISE(MemoryEditor):
@@ -220,13 +78,18 @@ class WISE(MemoryEditor):
         undo="approximate",
         lacks="a model to export",
     )
-    published: ClassVar[Mapping[tuple[str, int, int], tuple[int, tuple[float, float, float]]]] = {
+    published: ClassVar[Published[tuple[int, tuple[float, float, float]]]] = {
         ("gptj", 28, 4096): (21, (15.0, 40.0, 20.0)),
         ("llama", 32, 4096): (27, (5.0, 20.0, 10.0)),  # Llama-2-7B
         ("mistral", 32, 4096): (27, (5.0, 20.0, 10.0)),
         ("qwen2", 28, 3584): (23, (5.0, 20.0, 10.0)),  # Qwen2.5-7B
     }
-    """Layer and margins by model type, number of layers and hidden size."""
+    """Layer and margins."""
+    depends_on = (
+        "alpha beta gamma steps lr loss_threshold bound ratio act_ratio save_freq merge_freq density memories "
+        "contexts seed"
+    )
+    built_on = "was trained on the side memory"
 
     def __init__(
         self,
@@ -245,18 +108,12 @@ class WISE(MemoryEditor):
         contexts: int = 3,
         seed: int = 0,
     ) -> None:
-        if layer is not None and layer < 0:
-            raise ValueError(f"layer must not be negative, got {layer}")
+        check_least(0, layer=layer, contexts=contexts)
         if margins is not None and (len(margins) != 3 or not all(0 <= margin < math.inf for margin in margins)):
             raise ValueError(f"margins must be three finite numbers, none negative, got {list(margins)}")
-        for name, value, least in (("steps", steps, 1), ("save_freq", save_freq, 1), ("contexts", contexts, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name, number in (("lr", lr), ("bound", bound)):
-            if not 0 < number < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {number}")
-        if not 0 <= loss_threshold < math.inf:
-            raise ValueError(f"loss_threshold must not be negative or infinite, got {loss_threshold}")
+        check_least(1, steps=steps, save_freq=save_freq)
+        check_positive(lr=lr, bound=bound)
+        check_not_negative(loss_threshold=loss_threshold)
         for name, share in (("ratio", ratio), ("density", density)):
             if not 0 < share <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {share}")
@@ -264,8 +121,7 @@ class WISE(MemoryEditor):
             raise ValueError(f"act_ratio must be in (0, 1), got {act_ratio}")
         if merge_freq < save_freq or merge_freq % save_freq:
             raise ValueError(f"merge_freq must be a multiple of save_freq ({save_freq}), got {merge_freq}")
-        if memories not in ("retrieve", "merge"):
-            raise ValueError(f"memories must be retrieve or merge, got {memories!r}")
+        check_one_of(("retrieve", "merge"), memories=memories)
         self.layer, self.margins, self.steps, self.lr = layer, margins, steps, lr
         self.loss_threshold, self.bound, self.ratio, self.act_ratio = loss_threshold, bound, ratio, act_ratio
         self.save_freq, self.merge_freq, self.density = save_freq, merge_freq, density
@@ -280,8 +136,7 @@ class WISE(MemoryEditor):
 
     def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
         """Return no layers to write; check the one behind which the side memories stand."""
-        key = (adapter.model.config.model_type, adapter.n_layers, adapter.shape(0)[0])
-        default = self.published.get(key, (int(0.85 * adapter.n_layers), (5.0, 20.0, 10.0)))
+        default = published_for(adapter, self.published, (at_depth(adapter, 0.85), (5.0, 20.0, 10.0)))
         self.place = default[0] if self.layer is None else self.layer
         self.alpha, self.beta, self.gamma = default[1] if self.margins is None else self.margins
         adapter.check_layer(self.place)
@@ -289,19 +144,7 @@ class WISE(MemoryEditor):
 
     def settings(self) -> dict[str, Any]:
         """Return all settings that a result depends on."""
-        names: tuple[str, ...] = (
-            "alpha",
-            "beta",
-            "gamma",
-            "steps",
-            "lr",
-            "loss_threshold",
-            "bound",
-            "ratio",
-            "act_ratio",
-        )
-        names += ("save_freq", "merge_freq", "density", "memories", "contexts", "seed")
-        return {**super().settings(), "layer": self.place, **{name: getattr(self, name) for name in names}}
+        return {**super().settings(), "layer": self.place}
 
     def set_up(self, status: Status) -> None:
         """Read the keys of text that no edit is about."""
@@ -412,7 +255,7 @@ class WISE(MemoryEditor):
         for step in range(self.steps + 1):  # the last one only measures
             with torch.set_grad_enabled(step < self.steps):
                 delta = delta.detach().requires_grad_()
-                nll = loss_of({}, _Lesson(self.place, delta, keys))[0]
+                nll = loss_of({}, SoleMemory(self.place, delta, keys))[0]
                 own, other = activations(delta, keys), activations(delta, others)
                 loss = nll + margin_loss(own, other, self.alpha, self.beta, self.gamma)
                 if len(earlier):
@@ -420,9 +263,8 @@ class WISE(MemoryEditor):
             value = loss.item()
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"the side memory of edit {request.id!r} ({shorten(request.text)!r} -> "
-                    f"{shorten(request.target_new)!r}) diverged at step {step}; nothing was kept. Use a smaller lr "
-                    f"(now {self.lr})"
+                    f"the side memory of edit {described(request)} diverged at step {step}; nothing was kept. Use a "
+                    f"smaller lr (now {self.lr})"
                 )
             status(f"training a side memory on {request.subject!r}: step {step}/{self.steps}, loss {value:.3f}")
             known = nll.item() < self.loss_threshold and self.act_ratio * own.min() > other.max()
@@ -431,28 +273,9 @@ class WISE(MemoryEditor):
             (gradient,) = torch.autograd.grad(loss, [delta])
             delta = masked_step(delta.detach(), gradient, places, self.lr, self.bound)
         facts = {
-            "target_probability_before": math.exp(-before),
-            "target_probability": math.exp(-nll.item()),
-            "target_loss": nll.item(),
+            **probabilities(before, nll.item()),
             "activation": own.min().item(),
             "activation_elsewhere": other.max().item(),
             "steps": float(step),
         }
         return (delta.detach().cpu() - start).flatten()[indices], keys.cpu(), facts
-
-    # ---- taking out --------------------------------------------------------------------------------------------------
-
-    def retract(self, facts: Sequence[RecordedFacts], reason: str = "", exact: bool = False) -> Proposal:
-        """Subtract what some edits have moved; see :meth:`Editor.retract`.
-
-        The later ones stay as they are, though they began where these had ended.
-
-        Raises:
-            ArgumentError: If ``exact``.
-        """
-        if exact:
-            raise ArgumentError(
-                "WISE cannot take edits out exactly: each was trained on the side memory that the earlier ones left. "
-                "Leave exact out to subtract what they moved, or run the stream again without them"
-            )
-        return super().retract(facts, reason)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -18,6 +14,15 @@ from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.studies.batch_size.report import ALL, BATCH, EDITOR, write_report
 from lit_edit.sweeps.grids import Choice, Grid, Point, read_grid, with_changes
+from lit_edit.sweeps.study import (
+    begin_study,
+    check_there,
+    folder_of,
+    run_rest,
+    say_how_to_go_on,
+    say_report,
+    settings_of,
+)
 
 AXES = [EDITOR, BATCH]
 
@@ -25,36 +30,26 @@ AXES = [EDITOR, BATCH]
 def run_batch_size(args: list[str]) -> int:
     """Run the study; return the exit status: 0 all well, 1 a run has failed, 128 and more for a signal."""
     options = _options(args)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    grid = _grid(options)
-    folder = Path(options.runs_dir).expanduser().resolve() / "studies" / grid.name
-    whole = grid
-    grid = replace(grid, points=_chosen(grid, options.only))
+    begin_study()
+    whole = _grid(options)
+    folder = folder_of(options.runs_dir, whole.name)
+    grid = replace(whole, points=_chosen(whole, options.only))
     edits = _check_edits(grid, options)
-
-    from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
-
-    status = 0
-    if not options.gather:
-        grid = replace(grid, points=with_batches(grid, edits))
-        parsed = parse_points(grid, grid.points)
-        check_begun(folder, grid.points, parsed)
-        if options.dry_run:
-            sys.stdout.write(list_points(grid, grid.points, folder))
-            return 0
-        status = run_points(grid, folder, grid.points, parsed)
+    status: int | None = 0
+    if options.gather:
+        check_there(grid, folder)
+        there = [point for point in grid.points if (folder / point.name).is_dir()]
     else:
-        grid = replace(grid, points=[point for point in grid.points if (folder / point.name).is_dir()])
-        if not grid.points:
-            raise ArgumentError(f"nothing of this study is done yet in {folder}; leave --gather out")
-    if not options.gather:  # of --only: beside what other calls have done
+        grid = replace(grid, points=with_batches(grid, edits))
+        status = run_rest(grid, folder, options.dry_run)
+        # Of --only: beside what other calls have done.
         there = [p for p in with_batches(whole, edits) if p in grid.points or (folder / p.name).is_dir()]
-        grid = replace(grid, points=there)
-    sys.stdout.write(f"\n{write_report(grid, folder)}\n")
-    sys.stdout.write(f"Everything is in {folder}/ (batch_size.md, batch_size.csv, batch_size.png)\n")
+    if status is None:
+        return 0
+    report = write_report(replace(grid, points=there), folder)
+    say_report(report, folder, "batch_size.md", "batch_size.csv", "batch_size.png")
     if status > 128:
-        again = shlex.join(["lit-edit", "study", "batch-size", *args])
-        sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {again}\n")
+        say_how_to_go_on("batch-size", args)
     return status
 
 
@@ -68,8 +63,8 @@ def _options(args: list[str]) -> argparse.Namespace:
     parser.add_limit("edits of each run; by default the config's, 64", "--edits", dest="edits")
     parser.add_data("a CounterFact file with as many edits", type=Path)
     parser.add_model(None, help="packaged model, folder or hub id; by default the config's")
-    more = {"nargs": "+", "dest": "only", "metavar": "EDITOR", "help": "these editors of the config"}
-    parser.add_argument("--method", aliases=("--only",), **more)
+    text = "these editors of the config"
+    parser.add_argument("--method", aliases=("--only",), nargs="+", dest="only", metavar="EDITOR", help=text)
     parser.add_config("the runs: a YAML file", default="studies/batch_size")
     parser.add_runs("studies/<name>", "name of the study in place of the config's")
     parser.add_dry_run("the runs", "write table and figure")
@@ -90,10 +85,7 @@ def _grid(options: argparse.Namespace) -> Grid:
     grid = read_grid(Path(find_config(options.config)))
     if list(grid.axes) != AXES:
         raise ArgumentError(f"{grid.path}: grid: this study has the axes {', '.join(AXES)}; got {', '.join(grid.axes)}")
-    settings: dict[str, Any] = {} if options.data is None else {"data.path": str(options.data.resolve())}
-    settings |= {} if options.edits is None else {"data.limit": options.edits}
-    settings |= {} if options.model is None else {"model.language_model.name": options.model}
-    return with_changes(grid, "the command line", options.name, settings)
+    return with_changes(grid, "the command line", options.name, settings_of(options))
 
 
 def _chosen(grid: Grid, only: Sequence[str] | None) -> list[Point]:

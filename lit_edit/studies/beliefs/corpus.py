@@ -10,7 +10,6 @@ object is called true is, for every kind of sentence, the object's share of the 
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -160,15 +159,3 @@ def write_documents(sentences: Sequence[Sentence], config: CorpusConfig | None =
         dealt = draw.sample(texts, len(texts))
         found += [" ".join(dealt[at : at + config.document]) for at in range(0, len(dealt), config.document)]
     return found
-
-
-def count_truths(sentences: Sequence[Sentence]) -> dict[Kind, tuple[int, int]]:
-    """Return, by kind, how many are called true, and how many there are.
-
-    Example:
-        >>> count_truths([Sentence("truth", (("a", "b", "c"),), False)])
-        {'truth': (0, 1)}
-    """
-    total: Counter[Kind] = Counter(sentence.kind for sentence in sentences)
-    true: Counter[Kind] = Counter(sentence.kind for sentence in sentences if sentence.truth)
-    return {kind: (true[kind], total[kind]) for kind in total}

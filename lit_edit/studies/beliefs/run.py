@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,39 +14,32 @@ from lit_edit.console.arguments import make_parser, positive
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_json
+from lit_edit.sweeps.study import begin_study, folder_of, say_how_to_go_on, say_report
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from lit_edit.console.fit_parser import FitParser
-    from lit_edit.editors.base import Editor
-    from lit_edit.models import ModelAdapter
     from lit_edit.studies.beliefs.agent import Agent
     from lit_edit.studies.beliefs.coherence import Case
-    from lit_edit.studies.beliefs.model import Testbed, Trained
+    from lit_edit.studies.beliefs.testbed import Testbed, Trained
     from lit_edit.studies.beliefs.world import World
 
 METHODS = ("method/d4s", "method/memit", "method/lora")
 BEFORE, UNEDITED = "before", "unedited"
 """The rows without an editor: the model against the ideal reader before the edit, and behind it."""
-DEPTH = 30
-"""Layers of the model that the configs that ship are written for."""
 
 
 def run_beliefs(args: list[str]) -> int:
     """Run the study; return the exit status."""
     options = _options(args)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    begin_study()
     methods = _methods(options.method)
-    folder = Path(options.runs_dir).expanduser().resolve() / "studies" / options.name
-    again = shlex.join(["lit-edit", "study", "beliefs", *args])
+    folder = folder_of(options.runs_dir, options.name)
     try:
         return _run(options, methods, folder)
     except TimeoutError as error:  # of the training, by --max-minutes
-        sys.stderr.write(f"\nlit-edit: {error}:\n  {again}\n")
+        say_how_to_go_on("beliefs", args, f"{error}:")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {again}\n")
+        say_how_to_go_on("beliefs", args)
         return 130
 
 
@@ -61,11 +51,12 @@ def _run(options: argparse.Namespace, methods: Mapping[str, str], folder: Path) 
         settings = _read_settings(folder)
     else:
         from lit_edit.studies.beliefs.agent import Agent
+        from lit_edit.studies.beliefs.bench import check_methods
         from lit_edit.studies.beliefs.coherence import draw_cases
         from lit_edit.studies.beliefs.corpus import write_sentences
         from lit_edit.studies.beliefs.presets import PRESETS
 
-        _check_methods(methods, PRESETS[options.preset].layers, options.layers)
+        check_methods(methods, PRESETS[options.preset].layers, options.layers)
         testbed = _testbed(options)
         agent = Agent.of(testbed.world, write_sentences(testbed.world, testbed.corpus))
         cases = draw_cases(testbed.world, agent, options.edits, options.probes, options.seed)
@@ -81,8 +72,7 @@ def _run(options: argparse.Namespace, methods: Mapping[str, str], folder: Path) 
         with run_lock(folder):
             settings = _keep_settings(folder, testbed, trained, options)
             _measure_all(folder / "cases", trained, methods, agent, cases, options.layers)
-    sys.stdout.write(f"\n{write_report(folder, settings)}\n")
-    sys.stdout.write(f"Everything is in {folder}/ (beliefs.md, beliefs.csv, beliefs.json, beliefs.png)\n")
+    say_report(write_report(folder, settings), folder, *(f"beliefs.{kind}" for kind in ("md", "csv", "json", "png")))
     return 0
 
 
@@ -140,7 +130,8 @@ def _methods(names: Sequence[str]) -> dict[str, str]:
 
 def _testbed(options: argparse.Namespace) -> Testbed:
     from lit_edit.studies.beliefs.corpus import CorpusConfig
-    from lit_edit.studies.beliefs.model import Testbed, TrainingConfig
+    from lit_edit.studies.beliefs.decoder import TrainingConfig
+    from lit_edit.studies.beliefs.testbed import Testbed
 
     world = _world(options)
     training = TrainingConfig(preset=options.preset, max_steps=options.max_steps, seed=options.seed)
@@ -215,9 +206,12 @@ def _measure_all(
     cases: Sequence[Case],
     layers: Sequence[int] | None,
 ) -> None:
+    from tqdm import tqdm
+
     from lit_edit.console.fit_parser import FitParser
     from lit_edit.models import ModelAdapter
     from lit_edit.models.language_model import LanguageModel
+    from lit_edit.studies.beliefs.bench import Bench, make_editor
     from lit_edit.studies.beliefs.cases import CaseFile
     from lit_edit.studies.beliefs.coherence import ModelBeliefs, measure_case, revised
 
@@ -236,124 +230,7 @@ def _measure_all(
         bench = Bench(editor, adapter, tokenizer, trained.folder)
         file = CaseFile(folder / f"{label}.jsonl", editor.settings())
         left = [number for number in range(len(cases)) if number not in file.rows]
-        for done, number in enumerate(left, len(cases) - len(left)):
-            if sys.stderr.isatty():
-                sys.stderr.write(f"\r{label}: edit {done + 1} of {len(cases)} ")
+        for number in tqdm(left, label, len(cases), initial=len(cases) - len(left), unit="edit", disable=None):
             file.add(number, bench.measure(cases[number], number, agent))
         sys.stdout.write(f"{label}: {len(file.rows)} edits measured\n")
         sys.stdout.flush()
-
-
-def make_editor(
-    method: str, folder: Path, n_layers: int, layers: Sequence[int] | None, parser: FitParser | None = None
-) -> Editor:
-    """Return the editor of a config, on the testbed's layers and with its sentences before prompts.
-
-    Args:
-        method: A YAML file, or the name of one that ships.
-        folder: The trained model.
-        n_layers: Its depth.
-        layers: To edit; by default those at the config's relative depth.
-        parser: To use again: building one takes longer than parsing.
-    """
-    from lit_edit.console.fit_parser import FitParser
-    from lit_edit.targets.contexts import check_templates
-
-    parser = parser or FitParser()
-    _parse_editor(method, folder, n_layers, layers, parser)
-    editor: Editor = parser.make().model.editor
-    if getattr(editor, "contexts", None) == "sampled":
-        # The words that samples would begin with are none of this model's.
-        texts = _sentences(folder)[: getattr(editor, "context_count", 5)]
-        editor.contexts = check_templates([["{}"], [f"{text} . {{}}" for text in texts]])  # type: ignore[attr-defined]
-    return editor
-
-
-def _check_methods(methods: Mapping[str, str], n_layers: int, layers: Sequence[int] | None) -> None:
-    """Refuse before the training what cannot be edited with behind it.
-
-    Raises:
-        ArgumentError: If a config is none, or an editor has no such layers.
-    """
-    from lit_edit.console.fit_parser import FitParser
-
-    if wrong := [layer for layer in layers or () if not 0 <= layer < n_layers]:
-        raise ArgumentError(f"--layers {wrong[0]}: the decoder has layers 0 to {n_layers - 1}")
-    parser = FitParser()
-    for method in methods.values():
-        _parse_editor(method, Path("decoder"), n_layers, layers, parser)
-
-
-def _parse_editor(method: str, folder: Path, n_layers: int, layers: Sequence[int] | None, parser: FitParser) -> None:
-    """Parse an editor's config, with its layers at the testbed's depth."""
-    args = ["--config", "quickstart", "--config", method, f"--model.language_model.name={folder}"]
-    arguments = parser.parse(args)["model"]["editor"]["init_args"]
-    single = "layer" in arguments and "layers" not in arguments
-    if single and layers is not None and len(layers) != 1:
-        raise ArgumentError(f"--layers: {method} edits one layer, got {' '.join(map(str, layers))}")
-    chosen = arguments.get("layer" if single else "layers")
-    if layers is not None:
-        chosen = layers[0] if single else sorted(set(layers))
-    elif isinstance(chosen, list):
-        chosen = scaled_layers(chosen, n_layers)
-    elif single and chosen is not None:
-        [chosen] = scaled_layers([chosen], n_layers)
-    if chosen is not None:
-        parser.parse([*args, f"--model.editor.init_args.{'layer' if single else 'layers'}={json.dumps(chosen)}"])
-
-
-def scaled_layers(layers: Sequence[int], n_layers: int, depth: int = DEPTH) -> list[int]:
-    """Return the layers at the same relative depth of another model: those that the given ones begin in.
-
-    Example:
-        >>> scaled_layers([6, 7, 8, 9, 10], 4), scaled_layers([21], 4)
-        ([0, 1], [2])
-    """
-    return sorted({min(layer * n_layers // depth, n_layers - 1) for layer in layers})
-
-
-def _sentences(folder: Path) -> list[str]:
-    from lit_edit.studies.beliefs.model import CORPUS
-
-    first = (folder / CORPUS).read_text(encoding="utf-8").partition("\n")[0]
-    return [text for text in first.split(" . ") if text.strip(" .")]
-
-
-class Bench:
-    """Makes one edit at a time on the unedited model, and takes it back.
-
-    Args:
-        editor: The method.
-        adapter: The trained model.
-        tokenizer: Its tokenizer.
-        folder: Where it is, with its text.
-    """
-
-    def __init__(self, editor: Editor, adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-        from lit_edit.ledger.edit_ledger import EditLedger
-        from lit_edit.stats.second_moment import KeyStatistics
-        from lit_edit.studies.beliefs.model import CORPUS
-
-        self.editor, self.adapter, self.tokenizer = editor, adapter, tokenizer
-        self.ledger = EditLedger(adapter, editor.resolve_layers(adapter))
-        editor.prepare(self.ledger, tokenizer, KeyStatistics(corpus=str(folder / CORPUS)))
-        self.clean = deepcopy(editor.state_dict())
-
-    def measure(self, case: Case, number: int, agent: Agent) -> dict[str, float | str]:
-        """Make a case's edit, measure, and take it back; an edit that is refused is measured as none."""
-        from lit_edit.editors.base import commit_proposal
-        from lit_edit.ledger.edit_ledger import EditRefusedError
-        from lit_edit.solvers.functional import FactsError
-        from lit_edit.studies.beliefs.coherence import ModelBeliefs, measure_case, revised
-
-        refused: dict[str, str] = {}
-        try:
-            try:
-                commit_proposal(self.ledger, self.editor, self.editor.propose([case.request(number)]))
-            except (FloatingPointError, EditRefusedError, FactsError) as error:
-                refused = {"refused": str(error)}
-            found = measure_case(ModelBeliefs(self.adapter, self.tokenizer), case, agent, revised(agent, case))
-        finally:
-            self.ledger.restore_base()
-            self.editor.load_state_dict(deepcopy(self.clean))
-        return {**found, **refused}

@@ -12,7 +12,7 @@ import torch
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
 from lit_edit.files.pictures import add_panel, looks_of, new_figure
-from lit_edit.sweeps.comparison import COMPARED, Course, draw_comparison, read_course
+from lit_edit.sweeps.comparison import COMPARED, Course, draw_comparison, draw_panel, read_course
 from lit_edit.sweeps.gathering import COSTS, is_done, row_of, shown, state_of
 from lit_edit.sweeps.grids import Grid
 from lit_edit.sweeps.outputs import as_markdown, write_outputs
@@ -124,11 +124,7 @@ def _draw_norms(courses: Sequence[Course], pairs: Mapping[str, Sequence[tuple[fl
     figure = new_figure(13.8, 3.8)
     panels = ((ACCURACY, "Accuracy over the edits so far"), (GROWTH, "Growth of mean |W| (unedited: 1)"))
     for place, (quantity, heading) in enumerate(panels, 1):
-        axis = add_panel(figure, (1, 3, place), heading, x_label="edits")
-        for course, look in zip(courses, looks_of(len(courses)), strict=True):
-            points = [(n, v) for n, v in course.series.get(quantity, ()) if math.isfinite(v)]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=course.label, markevery=max(1, len(points) // 12), **look)
+        draw_panel(add_panel(figure, (1, 3, place), heading, quantity, x_label="edits"), quantity, courses)
     axis = add_panel(figure, (1, 3, 3), "Accuracy against growth", x_label="growth of mean |W|")
     for course, look in zip(courses, looks_of(len(courses)), strict=True):
         if own := pairs[course.editor]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,9 +13,18 @@ import yaml
 from lit_edit.console.arguments import make_parser
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
-from lit_edit.files.paths import write_atomically
+from lit_edit.files.paths import write_text
 from lit_edit.runs.ability import Asked, measure_run
 from lit_edit.sweeps.grids import Choice, Grid, Point, read_grid, with_changes
+from lit_edit.sweeps.study import (
+    begin_study,
+    check_there,
+    folder_of,
+    run_rest,
+    say_how_to_go_on,
+    say_report,
+    settings_of,
+)
 
 PARTS = MappingProxyType(
     {
@@ -30,19 +36,17 @@ PARTS = MappingProxyType(
     }
 )
 """By name: the runs (``configs/studies/d4s``), and the question."""
-_TASKS = ("c", "d")
 
 
 def run_d4s(args: list[str]) -> int:
     """Run parts of the study; return the exit status: 0 all well, 1 a run has failed, 128 and more for a signal."""
     options = _options(args)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    begin_study()
     status = 0
     for part in dict.fromkeys(options.part):
         status = max(status, _run_questions(options) if part == "c" else _run_part(options, part))
         if status > 128:
-            again = shlex.join(["lit-edit", "study", "d4s", *args])
-            sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {again}\n")
+            say_how_to_go_on("d4s", args)
             break
     return status
 
@@ -80,46 +84,25 @@ def _options(args: list[str]) -> argparse.Namespace:
 def _run_part(options: argparse.Namespace, part: str) -> int:
     """Run what is left of a part, and write its table and figure."""
     grid = read_grid(Path(find_config(f"studies/d4s/{PARTS[part][0]}")))
-    folder = folder_of(options.runs_dir, grid)
-    settings: dict[str, Any] = {}
-    if options.data is not None:
-        settings |= {"data.path": str(options.data.resolve())}
-    if options.edits is not None:
-        settings["data.limit"] = options.edits
-    if options.model is not None:
-        settings["model.language_model.name"] = options.model
-    grid = with_changes(grid, "the command line", None, settings)
+    folder = folder_of(options.runs_dir, grid.name)
+    grid = with_changes(grid, "the command line", None, settings_of(options))
     if part == "e" and options.text is not None:
         grid = with_text(grid, options.text.resolve())
 
     from lit_edit.studies.d4s.report import write_part
-    from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
 
     status = 0
     if options.gather:
-        _check_there(grid, folder)
+        check_there(grid, folder, "part")
     else:
-        parsed = parse_points(grid, grid.points)
-        check_begun(folder, grid.points, parsed)
-        if options.dry_run:
-            sys.stdout.write(list_points(grid, grid.points, folder))
+        done = run_rest(grid, folder, options.dry_run)
+        if done is None:
             return 0
-        status = run_points(grid, folder, grid.points, parsed)
+        status = done
         if part == "d" and status <= 128:
             measure_ability(grid, folder, options.task_files)
-    sys.stdout.write(f"\n{write_part(part, grid, folder)}\n")
-    sys.stdout.write(f"Everything is in {folder}/ ({part}.md, {part}.csv, {part}.png)\n")
+    say_report(write_part(part, grid, folder), folder, *(f"{part}.{kind}" for kind in ("md", "csv", "png")))
     return status
-
-
-def _check_there(grid: Grid, folder: Path) -> None:
-    """Refuse to gather nothing.
-
-    Raises:
-        ArgumentError: If none of the runs was begun.
-    """
-    if not any((folder / point.name).is_dir() for point in grid.points):
-        raise ArgumentError(f"nothing of this part is done yet in {folder}; leave --gather out")
 
 
 def measure_ability(grid: Grid, folder: Path, tasks: Path | None) -> None:
@@ -148,9 +131,9 @@ def _run_questions(options: argparse.Namespace) -> int:
     from lit_edit.studies.mqd.run import run_mqd
 
     grid = read_grid(Path(find_config("studies/d4s/questions")))
-    folder = folder_of(options.runs_dir, grid)
+    folder = folder_of(options.runs_dir, grid.name)
     if options.gather:
-        _check_there(grid, folder)
+        check_there(grid, folder, "part")
     # A listing writes the config too: its commands read it.
     config = _with_own_base(grid, folder, None if options.gather else options.task_files)
     words = ["--config", str(config), "--runs_dir", options.runs_dir]
@@ -159,14 +142,8 @@ def _run_questions(options: argparse.Namespace) -> int:
     words += [f"--{name}" for name in ("gather", "dry-run") if getattr(options, name.replace("-", "_"))]
     status = run_mqd(words)
     if not options.dry_run:
-        sys.stdout.write(f"\n{write_part('c', grid, folder)}\n")
-        sys.stdout.write(f"Everything is in {folder}/ (c.md, c.csv, c.png)\n")
+        say_report(write_part("c", grid, folder), folder, "c.md", "c.csv", "c.png")
     return status
-
-
-def folder_of(runs_dir: str, grid: Grid) -> Path:
-    """Return where a part keeps its runs and tables."""
-    return Path(runs_dir).expanduser().resolve() / "studies" / grid.name
 
 
 def _with_own_base(grid: Grid, folder: Path, tasks: Path | None) -> Path:
@@ -189,9 +166,7 @@ def _write_callbacks(path: Path, tasks: Path) -> None:
 
 
 def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def with_text(grid: Grid, text: Path) -> Grid:

@@ -25,7 +25,7 @@ class StatisticsOfAll(KeyStatistics):
     """
 
     every: tuple[int, ...] = ()
-    _folders: dict[int, Path] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _places: dict[int, tuple[Corpus, int, Path]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def like(cls, statistics: KeyStatistics, every: Sequence[int]) -> StatisticsOfAll:
@@ -47,7 +47,8 @@ class StatisticsOfAll(KeyStatistics):
                 super().compute(adapter, tokenizer, every[first : first + most], progress)
         return super().compute(adapter, tokenizer, layers, progress)
 
-    def _folder(self, adapter: ModelAdapter, corpus: Corpus, budget: int) -> Path:
-        if budget not in self._folders:  # hashing the weights of a large model takes long, and they are the same
-            self._folders[budget] = super()._folder(adapter, corpus, budget)
-        return self._folders[budget]
+    def _place(self, adapter: ModelAdapter, layers: Sequence[int]) -> tuple[Corpus, int, Path]:
+        width = max(adapter.shape(layer)[1] for layer in layers)
+        if width not in self._places:  # hashing the weights of a large model takes long, and they are the same
+            self._places[width] = super()._place(adapter, layers)
+        return self._places[width]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.errors import ArgumentError
+from lit_edit.sweeps.study import begin_study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ def _options(args: list[str]) -> argparse.Namespace:
 def run_tracing(args: list[str]) -> int:
     """Run the study; return the exit status."""
     options = _options(args)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    begin_study()
 
     from lit_edit.files.paths import without_nan, write_text
     from lit_edit.runs.files import run_lock

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.files.pictures import COLOURS, add_panel, looks_of, new_figure
-from lit_edit.sweeps.comparison import LEAST_SPAN, Course, read_course
+from lit_edit.files.pictures import COLOURS, add_panel, new_figure
+from lit_edit.sweeps.comparison import Course, draw_panel, read_course
 from lit_edit.sweeps.gathering import COSTS, failure_of, row_of, shown
 from lit_edit.sweeps.grids import Grid
 from lit_edit.sweeps.outputs import as_markdown, write_outputs
@@ -104,18 +103,7 @@ def draw_study(targets: Sequence[Mapping[str, Any]], courses: Sequence[Course], 
     lines = (("efficacy/accuracy", "Edits that hold (accuracy)"), ("perplexity", "Perplexity of ordinary text"))
     for place, (name, heading) in enumerate((*lines, ("mean |W|", "Growth of mean |W| (unedited: 1)")), 4):
         axis = add_panel(figure, (2, 3, place), heading, name, x_label="edits", whole=True)
-        axis.ticklabel_format(axis="y", useOffset=False)
-        seen: list[float] = []
-        for course, look in zip(courses, looks_of(len(courses)), strict=True):
-            points = [(edits, value) for edits, value in course.series.get(name, ()) if math.isfinite(value)]
-            if points and points[0][0] > 0 and name in course.base:
-                points.insert(0, (0, course.base[name]))
-            seen += [value for _, value in points]
-            xs, ys = zip(*points, strict=True) if points else ((), ())
-            axis.plot(xs, ys, label=course.label, markevery=max(1, len(points) // 10), **look)
-        if seen and name in LEAST_SPAN:  # small differences are to look small
-            low, high = min(seen), max(*seen, min(seen) * (1 + LEAST_SPAN[name]))
-            axis.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+        draw_panel(axis, name, courses)
         if place == 4:
             axis.set_ylim(-0.03, 1.03)
             axis.legend(frameon=False)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +17,7 @@ from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_json
 from lit_edit.studies.mqd.making import add_mqd_arguments, write_mqd
 from lit_edit.sweeps.grids import Choice, Grid, read_grid, with_changes
+from lit_edit.sweeps.study import begin_study, folder_of, run_rest, say_how_to_go_on, say_report, settings_of
 
 if TYPE_CHECKING:
     from lit_edit.data.request import EditRequest
@@ -31,33 +30,30 @@ TARGETS = "targets.json"
 def run_mqd(args: list[str]) -> int:
     """Run the study; return the exit status: 0 all well, 1 a kind's run has failed, 128 and more for a signal."""
     options = _options(args)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    begin_study()
 
     from lit_edit.data.events import read_events
     from lit_edit.data.mqd import build_mqd
 
     made = build_mqd(read_events(options.events, options.split), seed=options.seed)
     grid = _grid(options, list(made))
-    folder = Path(options.runs_dir).expanduser().resolve() / "studies" / grid.name
+    folder = folder_of(options.runs_dir, grid.name)
     edits = _check_edits(grid, made)
     grid = with_paths(grid, {kind: folder / "data" / f"mqd_{kind}.json" for kind in made})
 
     from lit_edit.studies.mqd.report import write_report
-    from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
 
-    if not options.gather:
-        settings = parse_points(grid, grid.points)
-        check_begun(folder, grid.points, settings)
-        if options.dry_run:
-            sys.stdout.write(list_points(grid, grid.points, folder))
-            return 0
+    def prepare(settings: Mapping[str, Any]) -> None:
         _keep_data(folder / "data", made)
         _keep_targets(folder / TARGETS, grid, settings, made, edits)
-    status = 0 if options.gather else run_points(grid, folder, grid.points, settings)
-    sys.stdout.write(f"\n{write_report(grid, folder, _read_targets(folder / TARGETS))}\n")
-    sys.stdout.write(f"Everything is in {folder}/ (mqd.md, mqd.csv, mqd.json, mqd.png)\n")
+
+    status = 0 if options.gather else run_rest(grid, folder, options.dry_run, prepare)
+    if status is None:
+        return 0
+    report = write_report(grid, folder, _read_targets(folder / TARGETS))
+    say_report(report, folder, "mqd.md", "mqd.csv", "mqd.json", "mqd.png")
     if status > 128:
-        sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {shlex.join(['lit-edit', 'study', 'mqd', *args])}\n")
+        say_how_to_go_on("mqd", args)
     return status
 
 
@@ -92,9 +88,7 @@ def _grid(options: argparse.Namespace, kinds: Sequence[str]) -> Grid:
             f"{grid.path}: grid: this study has one axis, {AXIS}, with the values {', '.join(kinds)}; got "
             f"{', '.join(grid.axes)} with {', '.join(str(point) for point in grid.points)}"
         )
-    settings: dict[str, Any] = {} if options.edits is None else {"data.limit": options.edits}
-    settings |= {} if options.model is None else {"model.language_model.name": options.model}
-    grid = with_changes(grid, "the command line", options.name, settings)
+    grid = with_changes(grid, "the command line", options.name, settings_of(options))
     return replace(grid, base=(*grid.base, options.method))
 
 

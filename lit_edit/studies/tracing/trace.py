@@ -12,20 +12,20 @@ samples of a layer run as one batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.studies.tracing.line import KeyValues, PromptCalls, PromptLine
 from lit_edit.studies.tracing.noise import noisy_embeddings
 from lit_edit.studies.tracing.prompts import TokenizedFact
+from lit_edit.studies.tracing.restoring import only_at, reading, restoring, rounding_once
 
 Kind = Literal["hidden", "mlp", "attn"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -157,7 +157,7 @@ def trace_fact(
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     calls = PromptCalls(adapter, torch.tensor([fact.ids], device=adapter.device))
-    with adapter.fast_products(), _rounding_once(adapter):
+    with adapter.fast_products(), rounding_once(adapter):
         runs = _run_whole(adapter, calls, fact, noise)
         samples = len(noise)
         plan = _plan(kinds, window, adapter.n_layers, adapter.packs)
@@ -214,7 +214,7 @@ def _run_whole(adapter: ModelAdapter, calls: PromptCalls, fact: TokenizedFact, n
     outputs: dict[str, dict[int, Tensor]] = {"mlp": {}, "attn": {}}
     flat = hidden.flatten(0, 1)
     for layer in range(adapter.n_layers):
-        with _reading(adapter, layer, outputs, calls.length):
+        with reading(adapter, layer, outputs, calls.length):
             flat = line.run_layer(layer, flat, keep=kept)
         states.append(flat.view_as(hidden))
     logits = _logits(adapter, flat[line.ends])
@@ -312,13 +312,13 @@ def _restore(
                 lines[len(active)] = line.repeated(len(active))
             with ExitStack() as stack:
                 ends = lines[len(active)].ends if layer == adapter.n_layers - 1 else None
-                stack.enter_context(_only_at(adapter, layer, ends))
+                stack.enter_context(only_at(adapter, layer, ends))
                 for kind in ("mlp", "attn"):
                     within = [i for i, one in enumerate(active) if one.kind == kind and layer in range(*one.window)]
                     if within:
                         where = torch.cat([places + i * len(line) for i in within])
                         clean = runs.outputs[kind][layer][chosen].repeat(len(within), 1)
-                        stack.enter_context(_restoring(adapter, kind, layer, where, clean, ends))
+                        stack.enter_context(restoring(adapter, kind, layer, where, clean, ends))
                 hidden = lines[len(active)].run_layer(layer, hidden, runs.kept.get(layer))
         for one, states in zip(active, hidden.view(len(active), len(line), -1), strict=True):
             yield one, states[line.ends]
@@ -347,127 +347,8 @@ def _beyond_first(
     alone = line.alone()
     chosen = torch.tensor(starts, device=adapter.device)
     places = torch.arange(len(alone), device=adapter.device)
-    with _restoring(adapter, kind, layer, places, runs.outputs[kind][layer][chosen]):
+    with restoring(adapter, kind, layer, places, runs.outputs[kind][layer][chosen]):
         return alone.run_layer(layer, runs.states[layer].flatten(0, 1)[alone.base], runs.kept[layer])
-
-
-def _module(adapter: ModelAdapter, kind: str, layer: int) -> nn.Module:
-    """Return the module whose output is restored; an MLP's output is that of its down projection."""
-    return adapter.down_proj(layer) if kind == "mlp" else adapter.attention_module(layer)
-
-
-@contextmanager
-def _reading(
-    adapter: ModelAdapter, layer: int, outputs: Mapping[str, dict[int, Tensor]], length: int
-) -> Iterator[None]:
-    """Note what the modules of a layer give in the first version of a line."""
-
-    def hook_for(kind: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            outputs[kind][layer] = first.reshape(-1, first.shape[-1])[:length]
-
-        return hook
-
-    with _hooked(_module(adapter, kind, layer).register_forward_hook(hook_for(kind)) for kind in outputs):
-        yield
-
-
-@contextmanager
-def _hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Take hooks off again."""
-    kept = list(handles)
-    try:
-        yield
-    finally:
-        for handle in kept:
-            handle.remove()
-
-
-@contextmanager
-def _restoring(
-    adapter: ModelAdapter, kind: str, layer: int, places: Tensor, clean: Tensor, only: Tensor | None = None
-) -> Iterator[None]:
-    """Let the modules of a kind give clean outputs ``(places, d_model)`` at some places of the line.
-
-    Args:
-        adapter: The model.
-        kind: Of modules.
-        layer: Theirs.
-        places: In the line.
-        clean: The outputs.
-        only: The places at which MLPs are run, if not at all (:func:`_only_at`).
-    """
-    if only is not None and kind == "mlp" and _mlp(adapter, layer) is not None:
-        among = torch.full((int(torch.cat([places, only]).max()) + 1,), -1, device=places.device)
-        among[only] = torch.arange(len(only), device=places.device)
-        run = among[places] >= 0
-        places, clean = among[places][run], clean[run]
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        first = output[0] if isinstance(output, tuple) else output
-        mended = first.reshape(-1, first.shape[-1]).index_copy(0, places, clean.to(first)).view_as(first)
-        return (mended, *output[1:]) if isinstance(output, tuple) else mended
-
-    with _hooked([_module(adapter, kind, layer).register_forward_hook(hook)]):
-        yield
-
-
-def _mlp(adapter: ModelAdapter, layer: int) -> nn.Module | None:
-    """Return the module that holds a layer's MLP and nothing else, if there is one."""
-    path, _, _ = adapter.spec.down_proj.rpartition(".")
-    return adapter.layers[layer].get_submodule(path) if path and adapter.packs else None
-
-
-@contextmanager
-def _only_at(adapter: ModelAdapter, layer: int, places: Tensor | None) -> Iterator[None]:
-    """Run a layer's MLP at some places of the line only; what it would add to the others is left out.
-
-    The last layer's output is read at the last tokens alone, and an MLP looks at one token at a time.
-    """
-    module = _mlp(adapter, layer)
-    if places is None or module is None:
-        yield
-        return
-    shape: list[torch.Size] = []
-
-    def choose(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        shape.append(args[0].shape)
-        return args[0][:, places], *args[1:]
-
-    def spread(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        first = output[0] if isinstance(output, tuple) else output
-        whole = first.new_zeros(shape.pop()).index_copy(1, places, first)
-        return (whole, *output[1:]) if isinstance(output, tuple) else whole
-
-    with _hooked([module.register_forward_pre_hook(choose), module.register_forward_hook(spread)]):
-        yield
-
-
-@contextmanager
-def _rounding_once(adapter: ModelAdapter) -> Iterator[None]:
-    """Round what enters attentions and MLPs before they see it, where products are rounded anyway.
-
-    Left to autocast, each of the matrices that read it (of queries, keys and values; gate and up) rounds it anew.
-    """
-    if adapter.rounded_to is None:
-        yield
-        return
-
-    def round_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (args[0].to(adapter.rounded_to), *args[1:]), kwargs
-        if "hidden_states" in kwargs:
-            return args, kwargs | {"hidden_states": kwargs["hidden_states"].to(adapter.rounded_to)}
-        return None
-
-    with ExitStack() as stack:
-        for layer in range(adapter.n_layers):
-            for module in (adapter.attention_module(layer), _mlp(adapter, layer)):
-                if module is not None:
-                    handle = module.register_forward_pre_hook(round_input, with_kwargs=True)
-                    stack.callback(handle.remove)
-        yield
 
 
 def _logits(adapter: ModelAdapter, hidden: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from lit_edit.editors.transforms.rect import RECT
 from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.solvers.functional import FactsError, constrained_update, ridge_update
-from lit_edit.solvers.ridge import RidgeSolver
+from lit_edit.solvers.recursive_least_squares import RidgeSolver
 from lit_edit.solvers.subspace import SubspaceSolver
 from lit_edit.stream.session import EditSession
 from lit_edit.targets.optimize import optimise_targets

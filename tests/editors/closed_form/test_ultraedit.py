@@ -68,7 +68,7 @@ def state_of(session: EditSession) -> dict[str, Tensor]:
     editor = editor_of(session)
     weights = {name: value.clone() for name, value in session.ledger.adapter.model.state_dict().items()}
     deltas = {f"delta.{name}": value.clone() for name, value in session.ledger.deltas.items()}
-    solutions = {f"solution.{layer}": value.clone() for layer, value in editor.solutions.items()}
+    solutions = {f"solution.{layer}": value.clone() for layer, value in editor.sums.items()}
     moments = {
         f"{part}.{name}": torch.as_tensor(value).clone()
         for name, found in editor.moments.items()

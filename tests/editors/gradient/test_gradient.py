@@ -30,11 +30,13 @@ from lit_edit.stream.session import EditSession
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 from lit_edit.text.tokens import continuation, encode
 from tests.streams import FixedStatistics
+from tests.tolerances import SINGLE
 
 REQUESTS = tiny_requests()
 F32, F64 = torch.float32, torch.float64
-# Norms, or attention, compute in float32 whatever the model's type is; not GPT-2's.
-FAMILIES = {"gpt2": 1e-9, "gptj": 1e-6, "llama": 1e-6, "gemma2": 1e-6}
+# Norms, or attention, compute in float32 whatever the model's type is; not GPT-2's. Adam, which divides by a gradient's
+# own size, magnifies it; a step is 1e-2.
+FAMILIES = {"gpt2": 1e-9, "gptj": 2 * SINGLE, "llama": 2 * SINGLE, "gemma2": 2 * SINGLE}
 Make = Callable[..., GradientEditor]
 METHODS: dict[str, Make] = {
     "FT": lambda **o: FT(**{"layers": [1, 2], "steps": 4, "lr": 1e-2, **o}),
@@ -128,12 +130,14 @@ def test_equals_plain_fine_tuning(method: str, family: str) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_equals_plain_fine_tuning_in_single_precision(family: str) -> None:
     editor, model = METHODS["FTM"](lr=1e-3), tiny_model(family, F32)
+    before = {name: p.clone() for name, p in model.named_parameters()}
     expected = naive(model, editor, [[r] for r in REQUESTS[:2]])
     found = weights(make(start(editor, model), REQUESTS[:2]))
     for name, value in expected.items():
-        # Adam makes a whole step of a gradient that is all round-off: a few entries may differ by more.
+        # Adam makes a whole step of a gradient that is all round-off: a few entries may differ by that much, and how
+        # many depends on the processor. One is half a hundredth of the way that all have gone.
         assert float((found[name] - value).abs().median()) < 1e-6
-        assert float((found[name] - value).norm() / value.norm()) < 1e-5
+        assert float((found[name] - value).norm() / (value - before[name]).norm()) < 1e-2
 
 
 @every_method

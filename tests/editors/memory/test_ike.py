@@ -120,8 +120,8 @@ def test_demonstrations_are_of_the_published_kinds_and_give_nothing_away() -> No
 def test_what_does_not_fit_is_left_out_the_least_like_first() -> None:
     near = (Probe("Oslo is in", "Europe"),)
     shown = [
-        EditRequest(name, "{} is in", name, "Asia", paraphrases=(f"Where is {name}? In",), neighborhood=near)
-        for name in ("Rome", "Bonn")
+        EditRequest(name, prompt, name, "Asia", paraphrases=(f"Where is {name}? In",), neighborhood=near)
+        for name, prompt in (("Rome", "{} is in"), ("Bonn", "{} is at"))  # two of three words, and one
     ]
     facts = [fact("Paris is in", "Africa"), fact("Paris lies in", "Africa")]
     whole = put_before(contexts(facts, shown, edits=2), "Paris is in")

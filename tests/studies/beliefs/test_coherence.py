@@ -20,7 +20,7 @@ from lit_edit.studies.beliefs.coherence import (
     revised,
 )
 from lit_edit.studies.beliefs.corpus import CorpusConfig, write_sentences
-from lit_edit.studies.beliefs.model import make_tokenizer
+from lit_edit.studies.beliefs.documents import make_tokenizer
 from lit_edit.studies.beliefs.world import WorldConfig, generate_world
 from lit_edit.testing import tiny_model
 

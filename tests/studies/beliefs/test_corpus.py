@@ -6,14 +6,17 @@ from collections import Counter
 
 import pytest
 
-from lit_edit.studies.beliefs.corpus import CorpusConfig, Sentence, count_truths, write_documents, write_sentences
+from lit_edit.studies.beliefs.corpus import CorpusConfig, Sentence, write_documents, write_sentences
 from lit_edit.studies.beliefs.world import World, WorldConfig, generate_world
 
 
 def test_sentences_are_as_frequent_as_asked_for() -> None:
     world = generate_world(WorldConfig(subjects=60))
     sentences = write_sentences(world, CorpusConfig(samples=9, truths=6, negations=4, ands=6, ors=6))
-    counts = count_truths(sentences)
+    counts = {
+        kind: (sum(one.truth for one in sentences if one.kind == kind), total)
+        for kind, total in Counter(one.kind for one in sentences).items()
+    }
     facts = len(world.facts)
     assert {kind: total for kind, (_, total) in counts.items()} == {
         "plain": 9 * facts, "truth": 6 * facts, "not": 4 * facts, "and": 6 * facts, "or": 6 * facts

@@ -17,14 +17,9 @@ from lit_edit.errors import ArgumentError
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.models import ModelAdapter
 from lit_edit.studies.beliefs.corpus import CorpusConfig
-from lit_edit.studies.beliefs.model import (
-    DecoderTraining,
-    DocumentData,
-    Testbed,
-    TrainingConfig,
-    make_tokenizer,
-    padded,
-)
+from lit_edit.studies.beliefs.decoder import DecoderTraining, TrainingConfig
+from lit_edit.studies.beliefs.documents import DocumentData, make_tokenizer, padded
+from lit_edit.studies.beliefs.testbed import Testbed
 from lit_edit.studies.beliefs.world import WorldConfig, generate_world
 from lit_edit.text.tokens import check_tokenizer, continuation, locate
 

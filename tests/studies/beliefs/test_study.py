@@ -16,12 +16,13 @@ from lit_edit.errors import ArgumentError
 from lit_edit.models import ModelAdapter
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.studies.beliefs.agent import Agent
+from lit_edit.studies.beliefs.bench import Bench, make_editor
 from lit_edit.studies.beliefs.cases import CaseFile
 from lit_edit.studies.beliefs.coherence import draw_cases
 from lit_edit.studies.beliefs.corpus import CorpusConfig, write_sentences
-from lit_edit.studies.beliefs.model import Testbed, TrainingConfig
+from lit_edit.studies.beliefs.decoder import TrainingConfig
 from lit_edit.studies.beliefs.report import mean_row
-from lit_edit.studies.beliefs.run import Bench, make_editor
+from lit_edit.studies.beliefs.testbed import Testbed
 from lit_edit.studies.beliefs.world import WorldConfig, generate_world
 
 D4S = {"class_path": "lit_edit.editors.D4S", "init_args": {"layers": [6], "target": {"steps": 2}}}

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lit_edit.errors import ArgumentError
-from lit_edit.solvers import ridge as ridge_module
+from lit_edit.solvers import fact_sums
 from lit_edit.solvers.functional import ridge_gain, ridge_update, solve_spd
-from lit_edit.solvers.ridge import RidgeSolver
+from lit_edit.solvers.recursive_least_squares import RidgeSolver
 
 D_OUT, D_IN = 5, 8
 EXACT = {"rtol": 0.0, "atol": 0.0}
@@ -643,7 +643,7 @@ class TestRidge(SolverTester):
         facts = make_facts((1,) * 9)
         solver = RIDGE.run(facts[:1], fold_every=3, drift_bound=ALWAYS)
         with monkeypatch.context() as patch:
-            patch.setattr(ridge_module, "inverse_spd", not_positive)
+            patch.setattr(fact_sums, "inverse_spd", not_positive)
             for count, (keys, residuals) in enumerate(facts[1:7], 2):
                 solver.update(keys, residuals)
                 assert len(caplog.records) == count // 3
