@@ -75,7 +75,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     ability = [mean_accuracy(summary, stage) for stage in ("base", "final")]
     before, after = summary["base"]["perplexity"], summary["final"]["perplexity"]
     change = f" ({after / before - 1:+.1%})" if before and after else ""
-    told = None if after is None else f"{_number(after, 1)}{change}"
+    told = None if after is None else f"{after:.1f}{change}"
     rows = [
         *((f"{kind} {name}", [_number(stage[kind].get(name)) for stage in stages]) for kind, name in _ROWS),
         ("score (harmonic mean of success)", [_number(stage["score"]) for stage in stages]),

@@ -25,9 +25,15 @@ class EditProgressBar(TQDMProgressBar):
 
     def init_train_tqdm(self) -> Tqdm:
         """Return the bar, with room for text behind it."""
-        bar = super().init_train_tqdm()
-        bar.bar_format = "{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining} {postfix}"
-        return bar
+        return Tqdm(
+            desc="edits",
+            position=2 * self.process_position,
+            disable=self.is_disabled,
+            dynamic_ncols=True,
+            file=sys.stderr,  # standard output is for what is to be kept
+            smoothing=0,
+            bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining} {postfix}",
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar and listen to the stream."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.terminal import write_json
 
 
 def run_ask(args: list[str]) -> None:
@@ -13,6 +14,7 @@ def run_ask(args: list[str]) -> None:
     parser.add_argument("prompt", nargs="+", type=_prompt, help="one or more prompts, each in quotes")
     parser.add_run()
     parser.add_argument("--tokens", type=positive, default=20, help="length of the continuation")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     options = parser.parse_args(args)
 
     from rich.console import Console
@@ -25,8 +27,11 @@ def run_ask(args: list[str]) -> None:
     before = [continue_greedily(run.ledger.adapter, run.tokenizer, p, options.tokens) for p in options.prompt]
     run.apply()
     after = [continue_greedily(run.ledger.adapter, run.tokenizer, p, options.tokens) for p in options.prompt]
-    headings = ("prompt", "base model", f"after {len(run.entries)} edits")
-    Console().print(table_of(headings, zip(options.prompt, before, after, strict=True), show_lines=True))
+    rows = list(zip(options.prompt, before, after, strict=True))
+    if options.json:
+        write_json([{"prompt": prompt, "base": base, "edited": edited} for prompt, base, edited in rows])
+        return
+    Console().print(table_of(("prompt", "base model", f"after {len(run.entries)} edits"), rows, show_lines=True))
 
 
 def _prompt(text: str) -> str:

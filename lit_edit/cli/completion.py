@@ -53,6 +53,10 @@ def fit_options(command: str) -> CommandParser:
         parser.add_argument("--resume", choices=("never", "auto"), default="never", help=text)
         parser.add_argument("--continue", metavar="RUN", complete=run_folders, help="begin with the edits of this run")
         parser.add_argument("--overwrite", metavar="true", help="delete an earlier run of this name")
+    parser.add_argument(
+        "--quiet", action="store_true", help="no bars and tables; warnings, errors, the folder at the end"
+    )
+    parser.add_argument("--json", action="store_true", help="the same, and one JSON object on standard output")
     parser.add_argument("--ckpt_path", metavar="FILE", help="go on from, or measure, this checkpoint")
     parser.add_argument("--print_config", action="store_true", help="show all settings as they are, and end")
     return parser

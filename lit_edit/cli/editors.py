@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from dataclasses import asdict
 from difflib import get_close_matches
 from typing import Any
@@ -15,6 +13,7 @@ from lit_edit.console.arguments import make_parser
 from lit_edit.console.catalogue import HOME, KnownEditor, known_editors
 from lit_edit.console.configs import config_root
 from lit_edit.console.tables import print_whole, table_of
+from lit_edit.console.terminal import write_json
 from lit_edit.data.request import shorten
 from lit_edit.errors import ArgumentError
 
@@ -30,7 +29,7 @@ def run_editors(args: list[str]) -> None:
     chosen = editors if options.name is None else [find_editor(options.name, editors)]
     if options.json:
         found = [as_data(editor) for editor in chosen]
-        sys.stdout.write(json.dumps(found if options.name is None else found[0], indent=2, ensure_ascii=False) + "\n")
+        write_json(found if options.name is None else found[0])
     elif options.name is None:
         _list(chosen)
     else:

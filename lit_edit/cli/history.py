@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import CommandParser, make_parser, positive
+from lit_edit.console.terminal import write_json
 
 if TYPE_CHECKING:
-    from lit_edit.ledger.history import EditHistory, LedgerEntry
+    from lit_edit.ledger.history import EditHistory
     from lit_edit.runs.folder import ChangingRun
+    from lit_edit.runs.reading import EditLog
 
 
 def run_undo(args: list[str]) -> None:
@@ -39,19 +41,20 @@ def run_undo(args: list[str]) -> None:
         off = 0.0 if options.exact or editor.exact_undo else _how_far(run, numbers)
         before = _answers(run, numbers)
         run.session.undo(numbers, exact=options.exact)
-        _finish(run, options, numbers, before, "taken out")
         later = any(entry.number > min(numbers) for entry in run.session.ledger.entries)
-    if later and not off and not options.exact and not editor.exact_undo:
-        sys.stdout.write(
-            f"What {type(editor).__name__} had written for these is out. Later edits were made on a model that had "
-            "them, and what they wrote stays as it is.\n"
-        )
-    if off:
-        sys.stdout.write(
-            f"Later edits were made on a model that had these: without them their keys and residuals move by up to "
-            f"{off:.1%}, so the weights may be off by about that share of the later edits' updates. undo --exact makes "
-            "the later edits again; model.editor.init_args.keys=base makes undo exact from the start\n"
-        )
+        note = ""
+        if later and not off and not options.exact and not editor.exact_undo:
+            note = (
+                f"What {type(editor).__name__} had written for these is out. Later edits were made on a model that had "
+                "them, and what they wrote stays as it is."
+            )
+        if off:
+            note = (
+                f"Later edits were made on a model that had these: without them their keys and residuals move by up to "
+                f"{off:.1%}, so the weights may be off by about that share of the later edits' updates. undo --exact "
+                "makes the later edits again; model.editor.init_args.keys=base makes undo exact from the start"
+            )
+        _finish(run, options, numbers, before, "taken out", note)
 
 
 def run_redo(args: list[str]) -> None:
@@ -67,67 +70,71 @@ def run_redo(args: list[str]) -> None:
     with open_for_change(options.run) as run:
         before = _answers(run, numbers)
         run.session.redo(numbers)
-        _finish(run, options, numbers, before, "put back")
-        if not run.session.editor.exact_undo:
-            sys.stdout.write(
+        note = (
+            ""
+            if run.session.editor.exact_undo
+            else (
                 "The facts are back as they were recorded. Where other edits were taken out or made again meanwhile, "
-                "the weights are near those of before, not equal to them.\n"
+                "the weights are near those of before, not equal to them."
             )
+        )
+        _finish(run, options, numbers, before, "put back", note)
 
 
 def run_log(args: list[str]) -> None:
     """List the edits of a run."""
-    parser = make_parser("log", "List the edits of a run, also while it runs: what was written, and whether it holds.")
+    parser = make_parser(
+        "log", "List the edits of a run, also while it runs: what was written, whether it holds, and if not, why."
+    )
     parser.add_run()
     parser.add_argument("--subject", default=None, help="only edits of this subject")
     parser.add_argument("--last", type=positive, default=None, metavar="N", help="only the last N")
-    parser.add_argument("--json", action="store_true", help="a JSON object per line instead of a table")
+    parser.add_argument("--failed", action="store_true", help="only edits that do not hold, with the likely reason")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     options = parser.parse_args(args)
-
-    import json
 
     from rich.console import Console
 
-    from lit_edit.files.paths import without_nan
-    from lit_edit.ledger.journal import Journal
-    from lit_edit.runs.files import edit_rows, journal_path
-    from lit_edit.runs.reading import read_history
+    from lit_edit.runs.holding import explain, failures, headline
+    from lit_edit.runs.reading import read_log
 
-    history = read_history(options.run)
-    entries = [e for e in history.made if options.subject is None or e.subject.casefold() == options.subject.casefold()]
-    entries = entries[-options.last :] if options.last else entries
+    log = read_log(options.run)
+    subject = None if options.subject is None else options.subject.casefold()
+    wanted = [row["number"] for row in log.rows if subject in (None, row["subject"].casefold())]
+    chosen = set(wanted[-options.last :] if options.last else wanted)
+    all_of_them = options.subject is None and options.last is None  # of refused edits the subject is not known
+    shown = [v for v in log.verdicts if v.number in chosen or (v.number is None and all_of_them)]
+    shown = [verdict for verdict in shown if verdict.failed] if options.failed else shown
     if options.json:
-        numbers = {entry.number for entry in entries}
-        for row in without_nan(edit_rows(history, {})):
-            if row["number"] in numbers:
-                sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+        write_json([row for row in log.as_list() if (row["number"], row["id"]) in {(v.number, v.id) for v in shown}])
         return
-    records = Journal(journal_path(options.run.expanduser()), writable=False).records
-    times = {entry["number"]: record["time"] for record in records for entry in record.get("entries", ())}
     console = Console()
-    console.print(_table(history, entries, times))
-    for name, reason in history.refused:
-        console.print(f"not made: {name}: {reason}", markup=False, highlight=False)
-    console.print(f"{len(history.made)} edits made, {len(history.live)} hold", highlight=False)
+    if not options.failed:
+        console.print(_table(log, {verdict.number for verdict in shown}))
+    for line in (line for verdict in failures(shown) for line in explain(verdict)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(headline(log.verdicts), markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(history: EditHistory, entries: Sequence[LedgerEntry], times: dict[int, str]) -> Any:
+def _table(log: EditLog, numbers: set[int | None]) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
     table = Table()
     for column in ("#", "id", "prompt", "new object", "p", "made", "state"):
         table.add_column(column, justify="right" if column in ("#", "p") else "left", overflow="fold")
-    for entry in entries:
-        probability = entry.facts.get("target_probability")
+    for row, verdict in zip(log.rows, log.verdicts, strict=False):  # behind the edits made stand those refused
+        if row["number"] not in numbers:
+            continue
+        probability = row.get("target_probability")
         table.add_row(
-            str(entry.number),
-            escape(entry.id),
-            escape(entry.prompt),
-            escape(entry.target_new),
+            str(row["number"]),
+            escape(row["id"]),
+            escape(row["prompt"]),
+            escape(row["target_new"]),
             "" if probability is None else f"{probability:.2f}",
-            times.get(entry.number, "")[:19].replace("T", " "),
-            escape(history.undone.get(entry.number, "holds")),
+            log.times.get(row["number"], "")[:19].replace("T", " "),
+            verdict.state,
         )
     return table
 
@@ -150,6 +157,7 @@ def _choose(parser: CommandParser, which: str) -> None:
         action="store_false",
         help="do not measure the model again (summary.json then says that it is of an earlier state)",
     )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
 def _chosen(options: argparse.Namespace, history: EditHistory, hold: bool) -> list[int]:
@@ -221,7 +229,7 @@ def _answers(run: ChangingRun, numbers: Sequence[int]) -> list[str]:
 
 
 def _finish(
-    run: ChangingRun, options: argparse.Namespace, numbers: Sequence[int], before: list[str], what: str
+    run: ChangingRun, options: argparse.Namespace, numbers: Sequence[int], before: list[str], what: str, note: str
 ) -> None:
     """Write the run's files, measure, and show what has changed."""
     from rich.console import Console
@@ -235,14 +243,19 @@ def _finish(
     run.write()  # last: a process that dies before is found out by it
     if (run.folder / "report.html").is_file():
         write_report(run.folder)
-    rows = [
-        (number, run.session.ledger.history.entry(number).prompt, old, new)
-        for number, old, new in zip(numbers, before, _answers(run, numbers), strict=False)
-    ]
+    prompts = [run.session.ledger.history.entry(number).prompt for number in numbers]
+    rows, there = list(zip(numbers, prompts, before, _answers(run, numbers), strict=False)), len(run.stream.ledger)
+    names = ("number", "prompt", "before", "now")
+    if options.json:
+        answers = [dict(zip(names, row, strict=True)) for row in rows]
+        write_json({"edits": list(numbers), "answers": answers, "in_model": there, "final": final, "note": note})
+        return
     console = Console()
-    title = f"{len(numbers)} edits {what}, {len(run.stream.ledger)} hold"
-    console.print(table_of(("#", "prompt", "before", "now"), rows, title=title))
+    title = f"{len(numbers)} edits {what}, {there} in the model"
+    console.print(table_of(("#", *names[1:]), rows, title=title))
     if final is not None:
         kinds = (("efficacy", "success"), ("generalization", "success"), ("locality", "agreement"))
         told = [f"{kind} {name} {final[kind][name]:.3f}" for kind, name in kinds if final[kind].get(name) is not None]
-        console.print(f"measured over the {len(run.stream.ledger)} that hold: {', '.join(told)}", highlight=False)
+        console.print(f"measured over the {there} in the model: {', '.join(told)}", highlight=False)
+    if note:
+        sys.stdout.write(f"{note}\n")

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from lit_edit.console.arguments import make_parser
+from lit_edit.console.terminal import write_json
 
 
 def run_models(args: list[str]) -> None:
     """Show models, architectures and configs."""
-    make_parser("models", "List known models, what is cached, and the configs that ship.").parse_args(args)
+    parser = make_parser("models", "List known models, what is cached, and the configs that ship.")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    options = parser.parse_args(args)
 
     from rich.console import Console
 
@@ -20,11 +23,13 @@ def run_models(args: list[str]) -> None:
     from lit_edit.models.packaged import ENCODERS, PACKAGED
     from lit_edit.models.presets import PUBLISHED
 
+    models = (*PACKAGED.values(), *ENCODERS.values())
+    if options.json:
+        packaged = [{n: getattr(m, n) for n in ("name", "title", "licence", "size", "is_cached")} for m in models]
+        write_json({"packaged": packaged, "families": [spec.family for spec in SPECS], "configs": shipped_configs()})
+        return
     console = Console()
-    rows = [
-        (model.name, model.title, model.licence, "yes" if model.is_cached else f"no ({model.size})")
-        for model in (*PACKAGED.values(), *ENCODERS.values())
-    ]
+    rows = [(m.name, m.title, m.licence, "yes" if m.is_cached else f"no ({m.size})") for m in models]
     console.print(table_of(("name", "what", "licence", "cached"), rows, title="Packaged models"))
     families: dict[str, list[Any]] = {}
     for (kind, depth, width), layers in PUBLISHED.items():

@@ -14,13 +14,16 @@ from typing import Any
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from transformers.utils.logging import disable_progress_bar
 
-from lit_edit.callbacks import ReplicaCheck, ReplicaError, StopOnSignal, StoppedBySignal
+from lit_edit.callbacks import ClosingTable, ReplicaCheck, ReplicaError, StopOnSignal, StoppedBySignal
 from lit_edit.console.configs import changed_settings, check_settings
 from lit_edit.console.launching import WatchingLauncher
+from lit_edit.console.messages import quieten
 from lit_edit.console.processes import (
     Decision,
     check_launched,
@@ -32,6 +35,7 @@ from lit_edit.console.processes import (
     started_together,
 )
 from lit_edit.console.run_cli import TRAINER_DEFAULTS, RunCLI, time_stamp
+from lit_edit.console.terminal import write_json
 from lit_edit.data.datamodule import EditDataModule
 from lit_edit.devices.ranks import RankError
 from lit_edit.errors import ArgumentError, RunStoppedError, UserError
@@ -40,7 +44,7 @@ from lit_edit.runs.continuing import carry_over, check_source
 from lit_edit.runs.files import journal_path
 from lit_edit.runs.folder import find_checkpoint
 from lit_edit.runs.names import check_run_name, shown
-from lit_edit.runs.reading import has_ended
+from lit_edit.runs.reading import has_ended, read_outcome
 from lit_edit.runs.resuming import (
     adopt_journal,
     find_run,
@@ -82,6 +86,12 @@ class EditCLI(RunCLI):
             default=None,
             help="Folder of an earlier run whose edits this one begins with: the same model, edited further.",
         )
+        parser.add_argument(
+            "--quiet", action="store_true", help="No bars, no tables: warnings, errors, and the folder at the end."
+        )
+        parser.add_argument(
+            "--json", action="store_true", help="The same, and all that is on standard output is one JSON object."
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and say in a line what cannot be right."""
@@ -91,6 +101,9 @@ class EditCLI(RunCLI):
     def before_instantiate_classes(self) -> None:
         """Point everything that writes at the run folder."""
         config = self.config[self.subcommand]
+        self.as_json, self.quiet = config.pop("json"), config.pop("quiet")  # of this process, not of the run
+        self.quiet = self.quiet or self.as_json
+        quieten(self.quiet)
         trainer = config.trainer
         if trainer.callbacks is not None and not isinstance(trainer.callbacks, list):
             trainer.callbacks = [trainer.callbacks]
@@ -163,6 +176,8 @@ class EditCLI(RunCLI):
             together = "; several processes were started: set both to what was started" if started_together() else ""
             raise ArgumentError(f"{error} (the Trainer was given {given}){together}") from error
         check_launched(trainer)
+        if self.quiet:
+            _silence(trainer)
         if self.subcommand == "fit" and (trainer.world_size > 1 or SLURMEnvironment.detect()):
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
             present = {type(callback) for callback in callbacks}
@@ -200,6 +215,9 @@ class EditCLI(RunCLI):
         """Say where the results are."""
         if not leads():
             return
+        if self.quiet:
+            self._write_outcome()
+            return
         where = shown(self.run_folder)
         page = "; look at report.html there" if (self.run_folder / "report.html").is_file() else ""
         sys.stdout.write(
@@ -208,6 +226,13 @@ class EditCLI(RunCLI):
         )
         if self.model.ledger.layers:  # else the edits are not in the weights
             sys.stdout.write(f"  lit-edit export --run {where} --out my-edited-model\n")
+
+    def _write_outcome(self) -> None:
+        where = shown(self.run_folder)
+        if self.as_json:
+            write_json({**read_outcome(self.run_folder), "run": where})
+        else:
+            sys.stdout.write(f"{where}\n")
 
     def after_validate(self) -> None:
         """Print what was measured."""
@@ -225,12 +250,13 @@ class EditCLI(RunCLI):
         if not leads():
             return
         edits = len(self.model.ledger)
-        rows = [
-            (name.partition("/")[2].replace("/", " "), f"{float(value):.3f}")
-            for name, value in self.trainer.callback_metrics.items()
-            if "/" in name  # not the step
-        ]
-        title = f"{len(self.datamodule.requests)} facts on a model with {edits} edits"
+        measured = {n: float(value) for n, value in self.trainer.callback_metrics.items() if "/" in n}  # not the step
+        facts = len(self.datamodule.requests)
+        if self.as_json:
+            write_json({"facts": facts, "edits": edits, **measured})
+            return
+        rows = [(name.partition("/")[2].replace("/", " "), f"{value:.3f}") for name, value in measured.items()]
+        title = f"{facts} facts on a model with {edits} edits"
         Console().print(table_of(("metric", ">value"), rows, title=title))
 
     def _run_folder(self, config: Any) -> Path:
@@ -266,7 +292,10 @@ class EditCLI(RunCLI):
             mend_journal(folder)
             if has_ended(folder):
                 where = shown(folder)
-                sys.stdout.write(f"{where} has come to its end already: see {where}/summary.json\n")
+                if self.quiet:
+                    self._write_outcome()
+                else:
+                    sys.stdout.write(f"{where} has come to its end already: see {where}/summary.json\n")
                 self._ended = True
                 if not started_together():
                     raise SystemExit(0)
@@ -290,6 +319,16 @@ def check_checkpoint(path: Path) -> None:
         raise ArgumentError(f"--ckpt_path {error}") from None
     if not isinstance(saved, dict) or "lit_edit" not in saved:
         raise ArgumentError(f"--ckpt_path {path}: not a checkpoint of lit-edit")
+
+
+def _silence(trainer: Trainer) -> None:
+    """Take away what draws and writes to the screen while a stream runs, and at its end."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, ProgressBar):
+            callback.disable()
+    callbacks[:] = [callback for callback in callbacks if not isinstance(callback, ClosingTable)]
+    disable_progress_bar()
 
 
 def _make_absolute(editor: Any) -> None:

@@ -7,6 +7,8 @@ import logging
 import sys
 from typing import Any
 
+from lit_edit.files.paths import without_nan
+
 _LIBRARIES = (
     "datasets", "huggingface_hub", "lightning", "lightning.fabric", "lightning.pytorch", "torchmetrics", "transformers",
 )  # fmt: skip
@@ -52,5 +54,5 @@ def show_messages(level: int = logging.INFO) -> None:
 
 
 def write_json(value: Any) -> None:
-    """Write a value for programs to standard output."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write a value for programs to standard output; what is not finite is ``null``."""
+    sys.stdout.write(json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")

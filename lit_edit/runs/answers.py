@@ -57,7 +57,7 @@ def write_answers(
 def answers_of(
     history: EditHistory, results: Mapping[str, Mapping[str, EditResult]], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """Return :func:`answer_rows` in a tokenizer's words, with ``lookup``: tokens before the subject's last."""
+    """Return :func:`answer_rows` in words, with ``lookup``: how many tokens stand before the subject's last one."""
     from lit_edit.text.tokens import locate  # imports torch
 
     rows = answer_rows(history, results, lambda ids: str(tokenizer.decode(list(ids))))

@@ -97,7 +97,7 @@ def _earlier_rows(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def current_rows(folder: Path, history: EditHistory) -> list[dict[str, Any]]:
-    """Return :func:`edit_rows` of a run with its files' marks: those of the end only while it is as it was then."""
+    """Return :func:`edit_rows` with the marks of a run's files; those of the end only if its edits are as they were."""
     rows, kept = without_nan(edit_rows(history, {})), _earlier_rows(folder / "ledger" / "edits.jsonl")
     same = [(r["number"], r["status"]) for r in rows] == [(n, r.get("status")) for n, r in kept.items()]
     for row in rows:
@@ -108,7 +108,7 @@ def current_rows(folder: Path, history: EditHistory) -> list[dict[str, Any]]:
 
 
 def edit_rows(history: EditHistory, results: Results, missed: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
-    """Return one row per edit ever made: what was written, whether it holds, how sure its target is, its marks.
+    """Return one row per edit ever made: what was written, whether it is in the model, how sure it is, and its marks.
 
     ``missed`` gives ``missed_since``: after how many edits one was found not to hold, of those that held before.
     """

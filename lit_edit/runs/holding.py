@@ -81,10 +81,12 @@ def judge(edits: _ROWS, answers: _ROWS, records: _ROWS) -> list[Verdict]:
     context = _Context(edits, answers, records)
     made = [_judge(row, context) for row in edits]
     refused = [
-        Verdict(None, name, asked[0], asked[1], "refused", None, (record["reason"],))
+        Verdict(None, name, prompt, wanted, "refused", None, (record["reason"],))
         for record in records
         if record["kind"] == "refused"
-        for name, asked in zip(record["ids"], record.get("asked") or [("", "")] * len(record["ids"]), strict=True)
+        for name, (prompt, wanted) in zip(
+            record["ids"], record.get("asked") or [("", "")] * len(record["ids"]), strict=True
+        )
     ]
     return made + refused
 

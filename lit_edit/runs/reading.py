@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lit_edit.errors import UserError
 from lit_edit.ledger.history import EditHistory
 from lit_edit.ledger.journal import Journal
-from lit_edit.runs.files import journal_path
+from lit_edit.runs.answers import read_answers
+from lit_edit.runs.files import current_rows, journal_path
+from lit_edit.runs.holding import Verdict, counts, failures, judge
 
 
 class RunError(UserError):
@@ -40,9 +45,63 @@ def read_history(folder: Path) -> EditHistory:
     Raises:
         RunError: If there is no such run or it has no journal.
     """
+    return EditHistory.of(_records(folder))
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
     folder = folder.expanduser()
     if not folder.is_dir():
         raise RunError(f"there is no run folder {folder}")
     if not journal_path(folder).is_file():
         raise RunError(f"{folder} has no journal ({journal_path(folder)}): it is no run of this version of lit-edit")
-    return EditHistory.of(Journal(journal_path(folder), writable=False).records)
+    return Journal(journal_path(folder), writable=False).records
+
+
+@dataclass(frozen=True)
+class EditLog:
+    """The edits of a run, as its folder tells them.
+
+    Attributes:
+        rows: As in ``ledger/edits.jsonl``, one per edit ever made.
+        verdicts: What has become of them, and behind them of the edits that were refused.
+        times: By number: when an edit was made.
+    """
+
+    rows: list[dict[str, Any]]
+    verdicts: list[Verdict]
+    times: dict[int, str]
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """Return a row per edit with its verdict, for programs."""
+        rows = {row["number"]: row for row in self.rows}
+        return [{**rows.get(v.number, {}), **v.as_dict(), "time": self.times.get(v.number or 0)} for v in self.verdicts]
+
+
+def read_log(folder: Path) -> EditLog:
+    """Return what the folder of a run says of its edits, without opening a model or changing a file.
+
+    Raises:
+        RunError: If there is no such run or it has no journal.
+    """
+    records, folder = _records(folder), folder.expanduser()
+    rows = current_rows(folder, EditHistory.of(records))
+    times = {entry["number"]: record.get("time", "") for record in records for entry in record.get("entries", ())}
+    return EditLog(rows, judge(rows, read_answers(folder), records), times)
+
+
+def read_outcome(folder: Path) -> dict[str, Any]:
+    """Return what a program wants to know of a run: counts, the main numbers of its summary, and what does not hold.
+
+    Raises:
+        RunError: If there is no such run or it has no journal.
+    """
+    verdicts = read_log(folder).verdicts
+    path = folder.expanduser() / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {
+        "run": str(folder),
+        "ended": has_ended(folder.expanduser()),
+        "edits": counts(verdicts),
+        **{stage: summary.get(stage) for stage in ("base", "immediate", "final", "seconds")},
+        "failures": [verdict.as_dict() for verdict in failures(verdicts)],
+    }

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from importlib.metadata import PathDistribution, packages_distributions
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.conftest import ROOT
+from tests.packaging.lend import metadata_of
 from tests.test_imports import MODULES, imports
 
 FOLDERS = ("benchmarks", "callbacks", "configs", "docs", "lit_edit", "tests")
@@ -99,11 +100,10 @@ def test_git_ignores_nothing_that_is_packed() -> None:
 
 def test_what_is_imported_is_required(packed: tuple[Path, Path]) -> None:
     """By name, not because something else happens to require it: that may end with its next release."""
-    about = next(path for path in zipfile.Path(packed[0]).iterdir() if path.name.endswith(".dist-info"))
-    requirements = [Requirement(line) for line in PathDistribution(about).requires or []]
+    requirements = [Requirement(line) for line in metadata_of(packed[0]).requires or []]
     required = {canonicalize_name(r.name) for r in requirements if str(r.marker) != 'extra == "dev"'}
     providers = packages_distributions()
-    imported = {name for module in MODULES for name in imports(module) if name not in MODULES}
+    imported = {name for module in MODULES for name in imports(module, typing=False) if name not in MODULES}
     imported -= {"lit_edit", *sys.stdlib_module_names}
     assert "torch" in imported
     missing = [n for n in imported if not required & {canonicalize_name(p) for p in providers.get(n, [n])}]
