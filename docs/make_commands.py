@@ -44,13 +44,13 @@ def parser_of(command: Command, *words: str) -> CommandParser:
         found.append(parser)
         raise _FoundError
 
-    parse, CommandParser.parse_known_args = CommandParser.parse_known_args, stop  # type: ignore[method-assign]
+    parse, CommandParser.parse_known_args = CommandParser.parse_known_args, stop  # type: ignore[method-assign,assignment]
     try:
         command.load()(list(words))
     except _FoundError:
         return found[0]
     finally:
-        CommandParser.parse_known_args = parse  # type: ignore[method-assign]
+        CommandParser.parse_known_args = parse  # type: ignore[method-assign,assignment]
     raise AssertionError(f"{command.name} parses nothing")
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lit_edit.console.arguments import limit_option, make_parser, out_option, run_option, task_files_option
+from lit_edit.console.arguments import make_parser
 from lit_edit.errors import ArgumentError
 from lit_edit.runs.ability import Asked, Point, measure_run
 
@@ -29,18 +29,18 @@ def run_ability(args: list[str]) -> None:
         "Measure few-shot tasks on the model of a run, as it was after any number of its edits: nothing is edited "
         "again. What is measured already is not measured again.",
     )
-    run_option(parser)
+    parser.add_run()
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="by default all of them")
-    task_files_option(parser, "by default they come from the hub", "--folder")
+    parser.add_task_files("by default they come from the hub", "--folder")
     parser.add_argument(
         "--at", nargs="+", type=int, default=None, help="numbers of edits; by default 0 and all of them"
     )
     parser.add_argument(
         "--shots", type=int, default=0, help=f"answered items in front of each question, 0 to {RESERVED}"
     )
-    limit_option(parser, "items of each task (100 tell about ten points); 0 for all", type=int, default=100)
+    parser.add_limit("items of each task (100 tell about ten points); 0 for all", type=int, default=100)
     parser.add_argument("--likelihood", action="store_true", help="the likeliest option alone, not what the model says")
-    out_option(parser, "folder of the results; by default RUN/ability")
+    parser.add_out("folder of the results; by default RUN/ability")
     options = parser.parse_args(args)
     if not 0 <= options.shots <= RESERVED:
         raise ArgumentError(f"--shots must be 0 to {RESERVED}, the items that are kept for it, got {options.shots}")
@@ -63,21 +63,17 @@ def run_ability(args: list[str]) -> None:
 
 def ability_table(history: Sequence[Point]) -> Table:
     """Return accuracies by task and number of edits, and the change from the first to the last with its interval."""
-    from rich.table import Table
-
     from lit_edit.ability.course import summarise_ability
+    from lit_edit.console.tables import table_of
 
     changes = summarise_ability(history)["change"]
-    table = Table(title="accuracy of the likeliest option")
-    table.add_column("task")
-    for point in history:
-        table.add_column(f"after {point['edits']}" if point["edits"] else "before", justify="right", no_wrap=True)
-    if len(history) > 1:
-        table.add_column("change, 95 %", justify="right", no_wrap=True)
+    headings = ["task", *(f">after {point['edits']}" if point["edits"] else ">before" for point in history)]
+    headings += [">change, 95 %"] if len(history) > 1 else []
+    rows = []
     for task in history[0]["tasks"]:
         cells = [f"{point['tasks'][task]['likelihood']['accuracy']:.3f}" for point in history]
         if len(history) > 1:
             found = changes[task]["likelihood"]
             cells.append(f"{found['accuracy']:+.3f} ({found['accuracy_low']:+.3f} to {found['accuracy_high']:+.3f})")
-        table.add_row(task, *cells)
-    return table
+        rows.append((task, *cells))
+    return table_of(headings, rows, whole=True, title="accuracy of the likeliest option")

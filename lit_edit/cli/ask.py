@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lit_edit.console.arguments import make_parser, positive, run_option
+from lit_edit.console.arguments import make_parser, positive
 from lit_edit.console.terminal import write_json
 
 
@@ -12,15 +12,14 @@ def run_ask(args: list[str]) -> None:
     """Show the continuations of some prompts, of both models."""
     parser = make_parser("ask", "Show how the base model and the edited model of a run continue a prompt.")
     parser.add_argument("prompt", nargs="+", type=_prompt, help="one or more prompts, each in quotes")
-    run_option(parser)
+    parser.add_run()
     parser.add_argument("--tokens", type=positive, default=20, help="length of the continuation")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     options = parser.parse_args(args)
 
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
+    from lit_edit.console.tables import table_of
     from lit_edit.models.generation import continue_greedily
     from lit_edit.runs.folder import open_run
 
@@ -28,16 +27,11 @@ def run_ask(args: list[str]) -> None:
     before = [continue_greedily(run.ledger.adapter, run.tokenizer, p, options.tokens) for p in options.prompt]
     run.apply()
     after = [continue_greedily(run.ledger.adapter, run.tokenizer, p, options.tokens) for p in options.prompt]
+    rows = list(zip(options.prompt, before, after, strict=True))
     if options.json:
-        answers = zip(options.prompt, before, after, strict=True)
-        write_json([{"prompt": prompt, "base": base, "edited": edited} for prompt, base, edited in answers])
+        write_json([{"prompt": prompt, "base": base, "edited": edited} for prompt, base, edited in rows])
         return
-    table = Table(show_lines=True)
-    for column in ("prompt", "base model", f"after {len(run.entries)} edits"):
-        table.add_column(column)
-    for prompt, base, edited in zip(options.prompt, before, after, strict=True):
-        table.add_row(escape(prompt), escape(base), escape(edited))
-    Console().print(table)
+    Console().print(table_of(("prompt", "base model", f"after {len(run.entries)} edits"), rows, show_lines=True))
 
 
 def _prompt(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from types import MappingProxyType
 
-from lit_edit.console.arguments import limit_option, make_parser, out_option
+from lit_edit.console.arguments import make_parser
 from lit_edit.console.parts import choose_part
 from lit_edit.studies.mqd.making import add_mqd_arguments, write_mqd
 
@@ -36,8 +36,8 @@ def build_mqd_files(args: list[str]) -> None:
         "the same events in the same order; lit-edit fit reads each with --data.source file --data.path FILE.",
     )
     add_mqd_arguments(parser)
-    limit_option(parser, "requests of each kind; by default all that the events allow", "--count")
-    out_option(parser, "where the files are written", required=True, metavar="FOLDER")
+    parser.add_limit("requests of each kind; by default all that the events allow", "--count")
+    parser.add_out("where the files are written", required=True, metavar="FOLDER")
     options = parser.parse_args(args)
 
     from lit_edit.data.events import read_events

@@ -10,16 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import (
-    data_option,
-    limit_option,
-    make_parser,
-    method_option,
-    model_option,
-    out_option,
-    positive,
-    seed_option,
-)
+from lit_edit.console.arguments import make_parser, positive
 from lit_edit.studies.layers.method import BASE, Method
 
 if TYPE_CHECKING:
@@ -44,15 +35,14 @@ def _options(args: list[str]) -> argparse.Namespace:
         "In OUT: results.jsonl (the trials, as they come), layers.png, and proposal.yaml for lit-edit fit --config "
         f"{BASE} --config OUT/proposal.yaml. docs/choose_layers.md explains them."
     )
-    model_option(parser)
-    data_option(
-        parser,
+    parser.add_model()
+    parser.add_data(
         "edits with target_true, paraphrases and neighborhood, CounterFact for one; 'builtin': facts that come "
         "with lit-edit",
         default="builtin",
     )
-    method_option(parser, "method/d4s")
-    limit_option(parser, "edits to choose by", "--edits", default=12)
+    parser.add_method("method/d4s")
+    parser.add_limit("edits to choose by", "--edits", default=12)
     parser.add_argument("--held-out", type=positive, default=12, help="edits to compare choice and default on")
     parser.add_argument(
         "--widths",
@@ -64,8 +54,8 @@ def _options(args: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--stride", type=_stride, default=None, help="distance of the first grid's layers; auto: an eighth of the depth"
     )
-    seed_option(parser, "of the draw of the edits, and of the method")
-    out_option(parser, "folder to write to (default: runs/layers/MODEL)")
+    parser.add_seed("of the draw of the edits, and of the method")
+    parser.add_out("folder to write to (default: runs/layers/MODEL)")
     return parser.parse_args(args)
 
 

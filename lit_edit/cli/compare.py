@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.cli.sweep import changes_again, command_again, folder_of
-from lit_edit.console.arguments import config_option, make_parser, runs_options
+from lit_edit.console.arguments import make_parser
 from lit_edit.console.configs import find_config
 from lit_edit.console.words import read_settings
 from lit_edit.data.request import shorten
@@ -72,16 +72,14 @@ def _options(args: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         "--model gpt2-xl. Everything is in RUNS_DIR/sweeps/<name>/: compare.md, .csv, .json and "
         ".png, and the editors' runs. lit-edit sweep takes the same file (--array slurm)."
     )
-    config_option(parser, "the editors: a YAML file", required=True)
-    runs_options(parser, "sweeps/<name>", "name of the comparison in place of the config's")
-    help_ = "these editors; --dry-run lists them"
-    parser.add_argument("--method", aliases=("--only",), nargs="+", dest="only", metavar="NAME", help=help_)
+    parser.add_config("the editors: a YAML file", required=True)
+    parser.add_runs("sweeps/<name>", "name of the comparison in place of the config's")
+    text = "these editors; --dry-run lists them"
+    parser.add_argument("--method", aliases=("--only",), nargs="+", dest="only", metavar="NAME", help=text)
     parser.add_argument(
         "--measure", choices=["success", "accuracy"], default="success", help="what the figure shows of the edits"
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="list editors and their commands; run nothing")
-    what.add_argument("--gather", action="store_true", help="write table and figure of what is there; run nothing")
+    parser.add_dry_run("editors", "write table and figure")
     options, rest = parser.parse_known_args(args)
     return options, read_settings(parser, rest)
 
@@ -161,22 +159,27 @@ def _report(grid: Grid, folder: Path, measure: str) -> None:
 def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table for a terminal: as that of ``compare.md``, with success and accuracy in one cell."""
     from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
 
+    from lit_edit.console.tables import table_of
     from lit_edit.sweeps.comparison import shown
     from lit_edit.sweeps.gathering import COSTS
 
-    table = Table(title=f"{name}: success / accuracy", title_justify="left", box=SIMPLE)
-    for heading in (AXIS, "state", "edits", "efficacy", "right after\nthe edit", "generalization", "locality"):
-        table.add_column(heading, justify="left" if heading in (AXIS, "state") else "right", no_wrap=True)
-    for heading in ("agreement", "perplexity", "mean |W|", "seconds\nper edit"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings: tuple[str, ...] = (
+        AXIS,
+        "state",
+        ">edits",
+        ">efficacy",
+        ">right after\nthe edit",
+        ">generalization",
+        ">locality",
+    )
+    headings += (">agreement", ">perplexity", ">mean |W|", ">seconds\nper edit")
+    found = []
     for line in shown(rows):
         pairs = [
             f"{line[f'{kind} success{when}']} / {line[f'{kind} accuracy{when}']}"
             for kind, when in (("efficacy", ""), ("efficacy", " at the edit"), ("generalization", ""), ("locality", ""))
         ]
-        cells = (line[AXIS], line["state"], line["edits"], *pairs, line["agreement"], *(line[name] for name in COSTS))
-        table.add_row(*map(Text, cells))
-    return table
+        cells = (line["agreement"], *(line[name] for name in COSTS))
+        found.append((line[AXIS], line["state"], line["edits"], *pairs, *cells))
+    return table_of(headings, found, whole=True, title=f"{name}: success / accuracy", box=SIMPLE)

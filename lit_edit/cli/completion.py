@@ -14,20 +14,7 @@ from types import MappingProxyType
 from lit_edit.cli.build import DATA_SETS
 from lit_edit.cli.registry import BY_NAME
 from lit_edit.cli.study import STUDIES
-from lit_edit.console.arguments import (
-    CommandParser,
-    config_option,
-    data_option,
-    layers_option,
-    limit_option,
-    make_parser,
-    method_option,
-    model_option,
-    out_option,
-    run_folders,
-    runs_options,
-    seed_option,
-)
+from lit_edit.console.arguments import CommandParser, make_parser, run_folders
 
 SHELLS = ("bash", "zsh", "fish")
 PARTS = MappingProxyType({"build": DATA_SETS, "study": STUDIES})
@@ -52,20 +39,24 @@ def run_completion(args: list[str]) -> None:
 def fit_options(command: str) -> CommandParser:
     """Return the options of ``fit``, ``validate`` or ``test`` that are not settings of a class."""
     parser = make_parser(command, BY_NAME[command].line, settings=True)
-    config_option(parser, "settings, a YAML file", action="append", default=None)
-    data_option(parser, "the edits: a file (JSON, JSONL or CSV), or builtin", default=None)
-    limit_option(parser, "make at most so many")
-    model_option(parser, None)
-    method_option(parser, None)
-    layers_option(parser, "which to edit")
-    out_option(parser, "the run's folder: --runs_dir and --run_name in one")
-    seed_option(parser, "of everything that is drawn")
-    runs_options(parser, "<name>", "name of the run; by default the time")
+    parser.add_config("settings, a YAML file", action="append", default=None)
+    parser.add_data("the edits: a file (JSON, JSONL or CSV), or builtin", default=None)
+    parser.add_limit("make at most so many")
+    parser.add_model(None)
+    parser.add_method(None)
+    parser.add_layers("which to edit")
+    parser.add_out("the run's folder: --runs_dir and --run_name in one")
+    parser.add_seed("of everything that is drawn")
+    parser.add_runs("<name>", "name of the run; by default the time")
     if command == "fit":
         text = "go on where an earlier run of this name was cut, if there is one"
         parser.add_argument("--resume", choices=("never", "auto"), default="never", help=text)
         parser.add_argument("--continue", metavar="RUN", complete=run_folders, help="begin with the edits of this run")
         parser.add_argument("--overwrite", metavar="true", help="delete an earlier run of this name")
+    parser.add_argument(
+        "--quiet", action="store_true", help="no bars and tables; warnings, errors, the folder at the end"
+    )
+    parser.add_argument("--json", action="store_true", help="the same, and one JSON object on standard output")
     parser.add_argument("--ckpt_path", metavar="FILE", help="go on from, or measure, this checkpoint")
     parser.add_argument("--print_config", action="store_true", help="show all settings as they are, and end")
     return parser

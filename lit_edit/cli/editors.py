@@ -12,7 +12,7 @@ import yaml
 from lit_edit.console.arguments import make_parser
 from lit_edit.console.catalogue import HOME, KnownEditor, known_editors
 from lit_edit.console.configs import config_root
-from lit_edit.console.tables import print_whole
+from lit_edit.console.tables import print_whole, table_of
 from lit_edit.console.terminal import write_json
 from lit_edit.data.request import shorten
 from lit_edit.errors import ArgumentError
@@ -84,18 +84,14 @@ def configs_of(name: str) -> list[str]:
 
 
 def _list(editors: list[KnownEditor]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="Editors; lit-edit editors NAME shows one in full", title_justify="left")
-    for column in ("name", "method", "paper", "kind", "batch", "undo", "LoRA\nexport", "several\ndevices"):
-        table.add_column(column, no_wrap=True)
+    rows = []
     for editor in editors:
         about = editor.about
         paper = "\n".join(re.findall(r"arXiv [\d.]*\d", about["paper"])) or about["paper"]
         can = (_yes(about["batch"]), about["undo"], _yes(about["lora"]), _yes(about["devices"]))
-        table.add_row(*map(Text, (editor.name, about["title"], paper, about["kind"], *can)))
-    print_whole(table)
+        rows.append((editor.name, about["title"], paper, about["kind"], *can))
+    headings = ("name", "method", "paper", "kind", "batch", "undo", "LoRA\nexport", "several\ndevices")
+    print_whole(table_of(headings, rows, whole=True, title="Editors; lit-edit editors NAME shows one in full"))
 
 
 def _show(editor: KnownEditor) -> None:
@@ -122,12 +118,11 @@ def _show(editor: KnownEditor) -> None:
         ("configs", ", ".join(configs) or "none ships"),
     ):
         facts.add_row(name, Text(value))
-    table = Table(title="Settings, below model.editor.init_args", title_justify="left")
-    for column in ("name", "default", "type"):
-        table.add_column(column, overflow="fold")
-    for setting in editor.settings:
-        default = "must be given" if setting.default is None else setting.default
-        table.add_row(setting.name, Text(default), Text(setting.type))
+    settings = [
+        (setting.name, "must be given" if setting.default is None else setting.default, setting.type)
+        for setting in editor.settings
+    ]
+    table = table_of(("name", "default", "type"), settings, title="Settings, below model.editor.init_args")
     use = f"lit-edit fit --config counterfact --config {configs[0]}" if configs else ""
     print_whole(Padding(Text(editor.summary), (0, 0, 1, 0)), Padding(facts, (0, 0, 1, 0)), table, Text(use))
 

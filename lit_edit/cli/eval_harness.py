@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_edit.console.arguments import limit_option, make_parser, positive, run_option
+from lit_edit.console.arguments import make_parser, positive
 from lit_edit.errors import ArgumentError
 
 log = logging.getLogger(__name__)
@@ -26,9 +26,9 @@ def run_eval_harness(args: list[str]) -> None:
     parser = make_parser(
         "eval-harness", "Measure the base model and the edited model of a run with lm-eval (lit-edit[harness])."
     )
-    run_option(parser)
+    parser.add_run()
     parser.add_argument("--tasks", required=True, nargs="+", help="lm-eval's names: sst2 mrpc cola rte mmlu hellaswag")
-    limit_option(parser, "items of each task; by default all")
+    parser.add_limit("items of each task; by default all")
     parser.add_argument("--shots", type=int, default=None, help="examples per item; by default as the task has it")
     parser.add_argument("--batch_size", type=positive, default=8, help="rows that the model sees at a time")
     parser.add_argument("--include_path", type=Path, default=None, help="a folder with tasks of your own (YAML)")
@@ -173,17 +173,15 @@ def _number(value: Any) -> float | None:
 
 def result_table(rows: Sequence[Mapping[str, Any]], edits: int) -> Any:
     """Return the rows as a table for a terminal."""
-    from rich.markup import escape
-    from rich.table import Table
+    from lit_edit.console.tables import table_of
 
-    table = Table(title=f"lm-eval, {edits} edits", title_justify="left")
-    for column in ("task", "metric", "base", "edited", "change"):
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right", no_wrap=True)
+    found = []
     for row in rows:
         cells = [_cell(row.get(which), row.get(f"{which}_stderr")) for which in ("base", "edited")]
         change = "–" if row["change"] is None else f"{row['change']:+.4f}"
-        table.add_row(escape(row["task"]), escape(row["metric"]), *cells, change)
-    return table
+        found.append((row["task"], row["metric"], *cells, change))
+    headings = ("task", "metric", ">base", ">edited", ">change")
+    return table_of(headings, found, whole=True, title=f"lm-eval, {edits} edits")
 
 
 def _cell(value: float | None, error: float | None) -> str:

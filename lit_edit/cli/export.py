@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import make_parser, model_option, out_option, positive, run_option
+from lit_edit.console.arguments import make_parser, positive
 
 if TYPE_CHECKING:
     from lit_edit.export.lora import LowRank
@@ -28,7 +28,7 @@ _ROWS = (
 def run_export(args: list[str]) -> None:
     """Write what a run edited as a model, as a file of deltas, or as an adapter."""
     parser = make_parser("export", "Take away what a run edited.")
-    run_option(parser)
+    parser.add_run()
     parser.add_argument(
         "--as",
         dest="kind",
@@ -37,7 +37,7 @@ def run_export(args: list[str]) -> None:
         help="a Hugging Face folder with the whole edited model; one file with what was added to the weights, for "
         "lit-edit apply; or a LoRA adapter for peft",
     )
-    out_option(parser, "a new folder (for a delta, a new file); by default in the run folder")
+    parser.add_out("a new folder (for a delta, a new file); by default in the run folder")
     parser.add_argument(
         "--rank", type=positive, default=None, help="largest rank of the adapter; by default as large as it takes"
     )
@@ -60,8 +60,8 @@ def run_apply(args: list[str]) -> None:
     """Write an exported delta into its base model and keep the result as a Hugging Face folder."""
     parser = make_parser("apply", "Write an exported delta into the model it was made on.")
     parser.add_argument("--delta", required=True, type=Path, help="a file that lit-edit export --as delta wrote")
-    model_option(parser, None, required=True, help="the base model: packaged model, folder or hub id")
-    out_option(parser, "a new folder; by default that of the file, without its suffix")
+    parser.add_model(None, required=True, help="the base model: packaged model, folder or hub id")
+    parser.add_out("a new folder; by default that of the file, without its suffix")
     options = parser.parse_args(args)
 
     from lit_edit.export.delta import edit_with, read_delta
@@ -132,17 +132,13 @@ def _show_cost(run: OpenRun, parts: Mapping[str, LowRank], rank: int) -> None:
         return
 
     from rich.console import Console
-    from rich.table import Table
 
+    from lit_edit.console.tables import table_of
     from lit_edit.export.lora import measure_truncation
 
     summaries = measure_truncation(run.ledger, run.tokenizer, requests, parts)
-    table = Table(title=f"{len(requests)} edits", title_justify="left")
-    for column in ("", "edited model", f"rank {rank}"):
-        table.add_column(column, justify="left" if not column else "right")
-    for kind, name in _ROWS:
-        table.add_row(f"{kind} {name}", *(_number(summary[kind].get(name)) for summary in summaries))
-    Console().print(table)
+    rows = [(f"{kind} {name}", *(_number(summary[kind].get(name)) for summary in summaries)) for kind, name in _ROWS]
+    Console().print(table_of(("", ">edited model", f">rank {rank}"), rows, title=f"{len(requests)} edits"))
 
 
 def _number(value: Any) -> str:

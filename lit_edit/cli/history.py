@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import CommandParser, make_parser, positive, run_option
+from lit_edit.console.arguments import CommandParser, make_parser, positive
 from lit_edit.console.terminal import write_json
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def run_log(args: list[str]) -> None:
     parser = make_parser(
         "log", "List the edits of a run, also while it runs: what was written, whether it holds, and if not, why."
     )
-    run_option(parser)
+    parser.add_run()
     parser.add_argument("--subject", default=None, help="only edits of this subject")
     parser.add_argument("--last", type=positive, default=None, metavar="N", help="only the last N")
     parser.add_argument("--failed", action="store_true", help="only edits that do not hold, with the likely reason")
@@ -140,7 +140,7 @@ def _table(log: EditLog, numbers: set[int | None]) -> Any:
 
 
 def _choose(parser: CommandParser, which: str) -> None:
-    run_option(parser)
+    parser.add_run()
     parser.add_argument(
         "--edit",
         action="append",
@@ -233,9 +233,8 @@ def _finish(
 ) -> None:
     """Write the run's files, measure, and show what has changed."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
+    from lit_edit.console.tables import table_of
     from lit_edit.report import write_report
     from lit_edit.runs.files import update_summary
 
@@ -245,19 +244,15 @@ def _finish(
     if (run.folder / "report.html").is_file():
         write_report(run.folder)
     prompts = [run.session.ledger.history.entry(number).prompt for number in numbers]
-    now, there = _answers(run, numbers), len(run.stream.ledger)
+    rows, there = list(zip(numbers, prompts, before, _answers(run, numbers), strict=False)), len(run.stream.ledger)
+    names = ("number", "prompt", "before", "now")
     if options.json:
-        names = ("number", "prompt", "before", "now")
-        answers = [dict(zip(names, row, strict=True)) for row in zip(numbers, prompts, before, now, strict=False)]
+        answers = [dict(zip(names, row, strict=True)) for row in rows]
         write_json({"edits": list(numbers), "answers": answers, "in_model": there, "final": final, "note": note})
         return
-    table = Table(title=f"{len(numbers)} edits {what}, {there} in the model", title_justify="left")
-    for column in ("#", "prompt", "before", "now"):
-        table.add_column(column, overflow="fold")
-    for number, prompt, old, new in zip(numbers, prompts, before, now, strict=False):
-        table.add_row(str(number), escape(prompt), escape(old), escape(new))
     console = Console()
-    console.print(table)
+    title = f"{len(numbers)} edits {what}, {there} in the model"
+    console.print(table_of(("#", *names[1:]), rows, title=title))
     if final is not None:
         kinds = (("efficacy", "success"), ("generalization", "success"), ("locality", "agreement"))
         told = [f"{kind} {name} {final[kind][name]:.3f}" for kind, name in kinds if final[kind].get(name) is not None]

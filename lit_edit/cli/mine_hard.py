@@ -12,15 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import (
-    data_option,
-    limit_option,
-    make_parser,
-    method_option,
-    model_option,
-    out_option,
-    positive,
-)
+from lit_edit.console.arguments import make_parser, positive
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_atomically, write_json
 
@@ -85,10 +77,10 @@ def _parser() -> argparse.ArgumentParser:
         "Settings are named as for lit-edit fit, for example --model.editor.init_args.layers [5]. In OUT: "
         "records.jsonl (all edits, as they come), hard.json (the hard ones, as lit-edit fit reads them), worst.md."
     )
-    method_option(parser, "method/rome")
-    model_option(parser, None, help="packaged model, folder or hub id; by default smollm2-135m")
-    data_option(parser, "edits, as for lit-edit fit; by default the built-in", type=Path)
-    limit_option(parser, "try at most so many")
+    parser.add_method("method/rome")
+    parser.add_model(None, help="packaged model, folder or hub id; by default smollm2-135m")
+    parser.add_data("edits, as for lit-edit fit; by default the built-in", type=Path)
+    parser.add_limit("try at most so many")
     parser.add_argument("--offset", type=int, default=0, help="leave out so many at the beginning")
     parser.add_argument(
         "--texts",
@@ -104,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "--factor", type=float, default=2.0, help="hard: perplexity is above so many times that of the base"
     )
     which.add_argument("--keep", type=positive, default=None, help="hard: so many of the worst, whatever they do")
-    out_option(parser, "folder to write to (default: runs/hard/METHOD-MODEL)")
+    parser.add_out("folder to write to (default: runs/hard/METHOD-MODEL)")
     return parser
 
 

@@ -15,9 +15,9 @@ def run_models(args: list[str]) -> None:
     options = parser.parse_args(args)
 
     from rich.console import Console
-    from rich.table import Table
 
     from lit_edit.console.configs import shipped_configs
+    from lit_edit.console.tables import table_of
     from lit_edit.files.paths import cache_dir
     from lit_edit.models.families import SPECS
     from lit_edit.models.packaged import ENCODERS, PACKAGED
@@ -29,21 +29,14 @@ def run_models(args: list[str]) -> None:
         write_json({"packaged": packaged, "families": [spec.family for spec in SPECS], "configs": shipped_configs()})
         return
     console = Console()
-    table = Table(title="Packaged models", title_justify="left")
-    for column in ("name", "what", "licence", "cached"):
-        table.add_column(column)
-    for model in models:
-        table.add_row(model.name, model.title, model.licence, "yes" if model.is_cached else f"no ({model.size})")
-    console.print(table)
+    rows = [(m.name, m.title, m.licence, "yes" if m.is_cached else f"no ({m.size})") for m in models]
+    console.print(table_of(("name", "what", "licence", "cached"), rows, title="Packaged models"))
     families: dict[str, list[Any]] = {}
     for (kind, depth, width), layers in PUBLISHED.items():
         families.setdefault(kind, []).append(f"{depth} layers of {width}: {layers[0]}–{layers[-1]}")
-    table = Table(title="Architectures (any hub id or folder of these)", title_justify="left")
-    table.add_column("family")
-    table.add_column("sizes with published edit layers")
-    for spec in SPECS:
-        table.add_row(spec.family, "; ".join(families.get(spec.family, [])))
-    console.print(table)
+    sizes = [(spec.family, "; ".join(families.get(spec.family, []))) for spec in SPECS]
+    title = "Architectures (any hub id or folder of these)"
+    console.print(table_of(("family", "sizes with published edit layers"), sizes, title=title))
     console.print(f"cache: {cache_dir()}", highlight=False)
     published = [name.split("/")[1:] for name in shipped_configs() if name.startswith("published/")]
     rest = [name for name in shipped_configs() if not name.startswith("published/")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lit_edit.console.arguments import make_parser, out_option, run_option
+from lit_edit.console.arguments import make_parser
 
 
 def run_report(args: list[str]) -> None:
@@ -16,8 +16,8 @@ def run_report(args: list[str]) -> None:
         "fit does so at its end; this makes it anew, also of a run that was killed. Several runs are compared.",
     )
     more = {"nargs": "+", "dest": "runs", "metavar": "RUN", "help": "one run folder or more: runs/x"}
-    run_option(parser, aliases=("--runs",), **more)
-    out_option(parser, "the file; report.html in the run's folder, or compared.html here")
+    parser.add_run(aliases=("--runs",), **more)
+    parser.add_out("the file; report.html in the run's folder, or compared.html here")
     options = parser.parse_args(args)
 
     from lit_edit.errors import ArgumentError

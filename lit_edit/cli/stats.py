@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from lit_edit.console.arguments import layers_option, make_parser, model_option, seed_option
+from lit_edit.console.arguments import make_parser
 
 
 def run_stats(args: list[str]) -> None:
@@ -12,14 +12,14 @@ def run_stats(args: list[str]) -> None:
     parser = make_parser(
         "stats", "Compute the second moments of the keys ahead of a run; they are kept and found again."
     )
-    model_option(parser)
-    layers_option(parser, "layers; by default the model's preset")
+    parser.add_model()
+    parser.add_layers("layers; by default the model's preset")
     text = "'sampled', a text file, or a hub data set id"
     parser.add_argument("--corpus", aliases=("--model.statistics.corpus",), default="sampled", help=text)
     parser.add_argument(
         "--tokens", type=int, default=20_000, help="tokens to read; never fewer than ten per key dimension"
     )
-    seed_option(parser, "seed of sampled text")
+    parser.add_seed("seed of sampled text")
     parser.add_argument("--force", action="store_true", help="compute anew even if kept")
     options = parser.parse_args(args)
 

@@ -8,9 +8,10 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from lit_edit.console.arguments import config_option, make_parser, runs_options
+from lit_edit.console.arguments import make_parser
 from lit_edit.console.configs import find_config
 from lit_edit.console.words import read_settings
 from lit_edit.errors import ArgumentError
@@ -46,7 +47,9 @@ srun --cpus-per-task="${{SLURM_CPUS_PER_TASK:-1}}" {command} --only "$SLURM_ARRA
 def run_sweep(args: list[str]) -> int:
     """Run a sweep; return the exit status: 0 all well, 1 a point has failed, 128 and more for a signal."""
     options, settings = _options(args)
-    grid = with_changes(read_grid(Path(find_config(options.config))), "the command line", options.name, settings)
+    grid = read_grid(Path(find_config(options.config)))
+    method = () if options.method is None else (options.method,)
+    grid = with_changes(replace(grid, base=(*grid.base, *method)), "the command line", options.name, settings)
     folder = folder_of(grid, options.runs_dir)
     chosen = _chosen(grid, options.only)
 
@@ -61,7 +64,8 @@ def run_sweep(args: list[str]) -> int:
     if options.dry_run:
         sys.stdout.write(list_points(grid, chosen, folder))
         return 0
-    again = command_again("sweep", options.config, options.runs_dir, *changes_again(options.name, settings))
+    words = [*(f"--method={name}" for name in method), *changes_again(options.name, settings)]
+    again = command_again("sweep", options.config, options.runs_dir, *words)
     if options.array:
         script = write_script(grid, folder, again)
         sys.stdout.write(f"{len(grid.points)} points; set their resources in the script, then\n  sbatch {script}\n")
@@ -87,15 +91,13 @@ def _options(args: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         usage="%(prog)s --config CONFIG [options] [--NAME.OF.A.SETTING VALUE ...]",
         epilog="Settings are named as for lit-edit fit and hold for every point: --limit 100, --model NAME.",
     )
-    config_option(parser, "the grid: a YAML file", required=True)
-    runs_options(parser, "sweeps/<name>", "name of the sweep in place of the grid's")
+    parser.add_config("the grid: a YAML file", required=True)
+    parser.add_runs("sweeps/<name>", "name of the sweep in place of the grid's")
+    parser.add_method(None, help="the editor of points for which the grid names none: rome, or a YAML file")
     parser.add_argument(
         "--only", type=_indexes, default=None, metavar="INDEX[,INDEX]", help="these points; --dry-run lists them"
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="list points and their commands; run nothing")
-    what.add_argument("--gather", action="store_true", help="gather the table; run nothing")
-    what.add_argument(
+    parser.add_dry_run("points", "write the table").add_argument(
         "--array", choices=["slurm"], default=None, help="write a script that runs the points as a SLURM array"
     )
     options, rest = parser.parse_known_args(args)

@@ -13,15 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_edit.console.arguments import (
-    data_option,
-    limit_option,
-    make_parser,
-    model_option,
-    out_option,
-    positive,
-    seed_option,
-)
+from lit_edit.console.arguments import make_parser, positive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,14 +39,13 @@ def _parser() -> argparse.ArgumentParser:
         "In OUT: facts.jsonl (the finished facts, as they come), effects, average and fraction_restored (.csv, and "
         ".parquet), average.png, facts/*.png. docs/tracing.md explains them."
     )
-    data_option(
-        parser,
+    parser.add_data(
         "facts as JSON, JSONL or CSV with prompt, subject, attribute (known_1000.json of ROME), or CounterFact; "
         "'known_facts': such a file in the working folder; 'builtin': thirty facts that come with lit-edit",
         default="builtin",
     )
-    model_option(parser)
-    limit_option(parser, "trace so many facts that the model knows", default=50)
+    parser.add_model()
+    parser.add_limit("trace so many facts that the model knows", default=50)
     parser.add_argument(
         "--kinds",
         nargs="+",
@@ -69,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--window", type=positive, default=10, help="layers restored together (mlp, attn), around the layer named"
     )
-    seed_option(parser, "seed of the noise")
+    parser.add_seed("seed of the noise")
     parser.add_argument(
         "--precision",
         choices=["fastest", "exact"],
@@ -82,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="facts traced at a time, by threads that share the cores (default: up to 4 on a CPU, 1 on a GPU)",
     )
-    out_option(parser, "folder to write to (default: runs/traces/MODEL)")
+    parser.add_out("folder to write to (default: runs/traces/MODEL)")
     parser.add_argument("--no-fact-figures", action="store_true", help="draw the averages only")
     return parser
 
@@ -211,26 +202,23 @@ def _draw(
 
 def _report(traces: Sequence[FactTrace], averages: Sequence[AverageEffect], out: Path, files: Sequence[str]) -> None:
     from rich.box import SIMPLE
-    from rich.table import Table
 
-    from lit_edit.console.tables import print_whole
+    from lit_edit.console.tables import print_whole, table_of
     from lit_edit.studies.tracing.prompts import ROLES
     from lit_edit.studies.tracing.summary import total_effect
 
     effect, error = total_effect(traces)
     sys.stdout.write(f"{len(traces)} facts; average total effect {_with_error(effect, error)}\n")
-    table = Table(title="Highest average indirect effect (at layer)", title_justify="left", box=SIMPLE)
-    kinds = list(traces[0].restored)
-    for heading in ("token", *kinds):
-        table.add_column(heading, no_wrap=True)
+    kinds, rows = list(traces[0].restored), []
     for role in ROLES:
         cells = []
         for kind in kinds:
             found = [a for a in averages if (a.kind, a.role) == (kind, role)]
             best = max(found, key=lambda a: a.effect, default=None)
             cells.append("" if best is None else f"{_with_error(best.effect, best.error)} ({best.layer})")
-        table.add_row(role, *cells)
-    print_whole(table)
+        rows.append((role, *cells))
+    title = "Highest average indirect effect (at layer)"
+    print_whole(table_of(("token", *kinds), rows, whole=True, title=title, box=SIMPLE))
     facts = ", facts/" if (out / "facts").is_dir() else ""
     sys.stdout.write(f"Everything is in {out}/ (facts.jsonl, {', '.join(files)}, average.png{facts})\n")
 

@@ -66,6 +66,73 @@ class CommandParser(argparse.ArgumentParser):
             action.completer = lambda **_: complete()  # type: ignore[attr-defined] # argcomplete's name
         return action
 
+    # ---- one name for one thing
+
+    def add_run(self, **more: Any) -> None:
+        """Add ``--run``: the folder of a run."""
+        more = {"type": Path, "help": "the run folder, for example runs/x", **more}
+        self.add_argument("--run", required=True, complete=run_folders, **more)
+
+    def add_data(self, text: str, *aliases: str, **more: Any) -> None:
+        """Add ``--data``: the edits, facts or events that a command reads."""
+        self.add_argument("--data", aliases=("--data.path", *aliases), **{"metavar": "FILE", "help": text, **more})
+
+    def add_limit(self, text: str, *aliases: str, **more: Any) -> None:
+        """Add ``--limit``: how many of them."""
+        more = {"type": positive, "default": None, "metavar": "N", "help": text, **more}
+        self.add_argument("--limit", aliases=("--data.limit", *aliases), **more)
+
+    def add_out(self, text: str, **more: Any) -> None:
+        """Add ``--out``: the file or folder that is written."""
+        self.add_argument("--out", aliases=("--to",), **{"type": Path, "default": None, "help": text, **more})
+
+    def add_task_files(self, text: str, *aliases: str) -> None:
+        """Add ``--task_files``: a folder with the items of each task."""
+        more: dict[str, Any] = {"type": Path, "default": None, "metavar": "FOLDER", "help": f"a file per task; {text}"}
+        self.add_argument("--task_files", aliases=aliases, **more)
+
+    def add_runs(self, where: str, text: str | None = None, default: str | None = None) -> None:
+        """Add ``--runs_dir``, where run folders are made, and, if it may be chosen, ``--run_name`` (as ``name``)."""
+        self.add_argument("--runs_dir", default="runs", help=f"everything goes to RUNS_DIR/{where}")
+        if text is not None:
+            self.add_argument(
+                "--run_name", aliases=("--name",), dest="name", metavar="NAME", default=default, help=text
+            )
+
+    def add_dry_run(self, runs: str, written: str) -> Any:
+        """Add ``--dry-run`` and ``--gather``; return their group, for others that exclude them."""
+        group = self.add_mutually_exclusive_group()
+        group.add_argument("--dry-run", action="store_true", help=f"list {runs} and their commands; run nothing")
+        group.add_argument("--gather", action="store_true", help=f"{written} of what is there; run nothing")
+        return group
+
+    def add_model(self, default: str | None = "smollm2-135m", **more: Any) -> None:
+        """Add ``--model``: a packaged one, a folder or a hub id."""
+        more = {"help": "packaged model, folder or hub id", "default": default, **more}
+        self.add_argument("--model", aliases=("--model.language_model.name",), complete=packaged_models, **more)
+
+    def add_method(self, default: Any, **more: Any) -> None:
+        """Add ``--method``: an editor with its settings."""
+        more = {"help": "the editor: rome, or a YAML file like those of configs/method", **more}
+        self.add_argument("--method", type=method_config, default=default, complete=methods, **more)
+
+    def add_layers(self, text: str) -> None:
+        """Add ``--layers``: ``6 7``, ``6,7`` or ``[6,7]``."""
+        more: dict[str, Any] = {"metavar": "LAYER", "default": None, "help": text}
+        self.add_argument("--layers", nargs="+", action=_Layers, aliases=(f"--{LAYERS}",), **more)
+
+    def add_config(self, text: str, **more: Any) -> None:
+        """Add ``--config``: a YAML file or the name of one that ships."""
+        self.add_argument(
+            "--config", complete=shipped_configs, **{"help": f"{text}, or the name of one that ships", **more}
+        )
+
+    def add_seed(self, text: str) -> None:
+        """Add ``--seed``."""
+        self.add_argument("--seed", type=int, default=0, aliases=("--seed_everything",), help=text)
+
+    # ---- parsing
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, with every spelling of a name."""
         if "_ARGCOMPLETE" in os.environ and not self._answers:
@@ -139,74 +206,6 @@ def no_such_option(name: str, known: Iterable[str]) -> str:
 
 def _plain(name: str) -> str:
     return name.replace("_", "-")
-
-
-# ---- one name for one thing ---------------------------------------------------------------------------------------
-
-
-def run_option(parser: CommandParser, **more: Any) -> None:
-    """Add ``--run``: the folder of a run."""
-    more = {"type": Path, "help": "the run folder, for example runs/x", **more}
-    parser.add_argument("--run", required=True, complete=run_folders, **more)
-
-
-def data_option(parser: CommandParser, text: str, *aliases: str, **more: Any) -> None:
-    """Add ``--data``: the edits, facts or events that a command reads."""
-    parser.add_argument("--data", aliases=("--data.path", *aliases), **{"metavar": "FILE", "help": text, **more})
-
-
-def limit_option(parser: CommandParser, text: str, *aliases: str, **more: Any) -> None:
-    """Add ``--limit``: how many of them."""
-    more = {"type": positive, "default": None, "metavar": "N", "help": text, **more}
-    parser.add_argument("--limit", aliases=("--data.limit", *aliases), **more)
-
-
-def out_option(parser: CommandParser, text: str, **more: Any) -> None:
-    """Add ``--out``: the file or folder that is written."""
-    parser.add_argument("--out", aliases=("--to",), **{"type": Path, "default": None, "help": text, **more})
-
-
-def task_files_option(parser: CommandParser, text: str, *aliases: str) -> None:
-    """Add ``--task_files``: a folder with the items of each task."""
-    more: dict[str, Any] = {"type": Path, "default": None, "metavar": "FOLDER", "help": f"a file per task; {text}"}
-    parser.add_argument("--task_files", aliases=aliases, **more)
-
-
-def runs_options(parser: CommandParser, where: str, text: str | None = None, default: str | None = None) -> None:
-    """Add ``--runs_dir``, below which run folders are made, and ``--run_name``, if it may be chosen, as ``name``."""
-    parser.add_argument("--runs_dir", default="runs", help=f"everything goes to RUNS_DIR/{where}")
-    if text is not None:
-        parser.add_argument("--run_name", aliases=("--name",), dest="name", metavar="NAME", default=default, help=text)
-
-
-def model_option(parser: CommandParser, default: str | None = "smollm2-135m", **more: Any) -> None:
-    """Add ``--model``: a packaged one, a folder or a hub id."""
-    more = {"help": "packaged model, folder or hub id", "default": default, **more}
-    parser.add_argument("--model", aliases=("--model.language_model.name",), complete=packaged_models, **more)
-
-
-def method_option(parser: CommandParser, default: Any, **more: Any) -> None:
-    """Add ``--method``: an editor with its settings."""
-    more = {"help": "the editor: rome, or a YAML file like those of configs/method", **more}
-    parser.add_argument("--method", type=method_config, default=default, complete=methods, **more)
-
-
-def layers_option(parser: CommandParser, text: str) -> None:
-    """Add ``--layers``: ``6 7``, ``6,7`` or ``[6,7]``."""
-    more: dict[str, Any] = {"metavar": "LAYER", "default": None, "help": text}
-    parser.add_argument("--layers", nargs="+", action=_Layers, aliases=(f"--{LAYERS}",), **more)
-
-
-def config_option(parser: CommandParser, text: str, **more: Any) -> None:
-    """Add ``--config``: a YAML file or the name of one that ships."""
-    parser.add_argument(
-        "--config", complete=shipped_configs, **{"help": f"{text}, or the name of one that ships", **more}
-    )
-
-
-def seed_option(parser: CommandParser, text: str) -> None:
-    """Add ``--seed``."""
-    parser.add_argument("--seed", type=int, default=0, aliases=("--seed_everything",), help=text)
 
 
 class _Layers(argparse.Action):

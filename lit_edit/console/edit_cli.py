@@ -244,23 +244,20 @@ class EditCLI(RunCLI):
 
     def _print_measured(self) -> None:
         from rich.console import Console
-        from rich.table import Table
+
+        from lit_edit.console.tables import table_of
 
         if not leads():
             return
         edits = len(self.model.ledger)
         measured = {n: float(value) for n, value in self.trainer.callback_metrics.items() if "/" in n}  # not the step
+        facts = len(self.datamodule.requests)
         if self.as_json:
-            write_json({"facts": len(self.datamodule.requests), "edits": edits, **measured})
+            write_json({"facts": facts, "edits": edits, **measured})
             return
-        table = Table(
-            title=f"{len(self.datamodule.requests)} facts on a model with {edits} edits", title_justify="left"
-        )
-        table.add_column("metric")
-        table.add_column("value", justify="right")
-        for name, value in measured.items():
-            table.add_row(name.partition("/")[2].replace("/", " "), f"{value:.3f}")
-        Console().print(table)
+        rows = [(name.partition("/")[2].replace("/", " "), f"{value:.3f}") for name, value in measured.items()]
+        title = f"{facts} facts on a model with {edits} edits"
+        Console().print(table_of(("metric", ">value"), rows, title=title))
 
     def _run_folder(self, config: Any) -> Path:
         if (told := handed_down()) is not None:

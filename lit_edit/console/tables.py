@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any, Literal
+
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
+
+
+def table_of(headings: Iterable[str], rows: Iterable[Iterable[Any]], whole: bool = False, **more: Any) -> Table:
+    """Return a table.
+
+    Args:
+        headings: Of the columns; ``>`` before one sets its cells to the right.
+        rows: Their cells: anything with a text, taken as it is (brackets are no markup); ``None`` is a dash.
+        whole: No cell is ever cut or wrapped.
+        more: As for :class:`rich.table.Table`.
+    """
+    table = Table(**{"title_justify": "left", **more})
+    for heading in headings:
+        justify: Literal["left", "right"] = "right" if heading[:1] == ">" else "left"
+        table.add_column(heading.removeprefix(">"), justify=justify, no_wrap=whole, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("–" if cell is None else str(cell)) for cell in row))
+    return table
 
 
 def print_whole(*things: RenderableType) -> None:

@@ -123,6 +123,6 @@ def test_the_options_that_are_offered_are_those_that_are_taken(command: str) -> 
 
         with pytest.raises(RuntimeError):
             Parser(command)
-        taken = {"--ckpt_path", "--config", "--print_config", "--runs_dir", "--run_name", *SHORT}
+        taken = {"--ckpt_path", "--quiet", "--json", "--config", "--print_config", "--runs_dir", "--run_name", *SHORT}
     offered = {name for name in fit_options(command)._option_string_actions if name.startswith("--")}
     assert offered - {"--help"} <= taken | {"--print_config"}

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lit_edit.cli.main import HELP, main
+from tests.cli.test_registry import imported_by
 
 FAST = [
     "--model.editor.init_args.layers=[1,2]",
@@ -369,6 +370,18 @@ def test_nothing_heavy_is_imported_for_the_help() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
+
+
+def test_log_and_report_of_a_run_do_without_torch(finished: Path) -> None:
+    calls = [
+        ["log", "--run", str(finished)],
+        ["log", "--run", str(finished), "--json"],
+        ["report", "--run", str(finished)],
+    ]
+    found = imported_by(calls, finished.parent)
+    assert {call: heavy for call, (_, heavy) in found.items() if heavy} == {}
+    assert {status for status, _ in found.values()} == {0}
+    assert "Vienna" in (finished / "report.html").read_text()
 
 
 def test_a_config_of_another_run_leaves_that_run_alone(finished: Path, run_in: Any, tmp_path: Path) -> None:

@@ -379,6 +379,25 @@ def test_a_dry_run_lists_commands_that_parse(
     assert not (tmp_path / "runs").exists()
 
 
+def test_settings_of_the_command_line_hold_for_all_points(
+    pretended: Pretended, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "seeds.yaml").write_text("base: [quickstart]\ngrid:\n  data.shuffle_seed: [0, 1]\n")
+    (tmp_path / "facts.csv").write_text("")
+    changed = ["--method", "memit", "--limit", "1", "--data", "facts.csv", "--run_name", "other"]
+    assert main(["sweep", "--config", "seeds.yaml", "--dry-run", *changed]) == 0
+    for line in capsys.readouterr().out.splitlines()[1::2]:
+        settings = FitParser().parse(shlex.split(line)[2:])
+        assert settings["model"]["editor"]["class_path"] == "lit_edit.editors.MEMIT"
+        assert settings["data"]["limit"] == 1
+        assert (settings["data"]["source"], settings["data"]["path"]) == ("file", str(tmp_path / "facts.csv"))
+        assert settings["runs_dir"] == str(tmp_path / "runs" / "sweeps" / "other")
+    assert main(["sweep", "--config", "seeds.yaml", "--array", "slurm", *changed]) == 0
+    script = (tmp_path / "runs" / "sweeps" / "other" / "sweep.sbatch").read_text()
+    assert "--method=method/memit --run_name other --data.limit=1 --data.source=file" in script
+    assert f"--data.path={tmp_path}/facts.csv" in script
+
+
 def test_a_table_of_damaged_runs(pretended: Pretended, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "--config", "small.yaml"]) == 0
     folder = tmp_path / "runs" / "sweeps" / "small"

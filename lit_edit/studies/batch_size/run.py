@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from lit_edit.console.arguments import config_option, data_option, limit_option, make_parser, model_option, runs_options
+from lit_edit.console.arguments import make_parser
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.studies.batch_size.report import ALL, BATCH, EDITOR, write_report
@@ -60,16 +60,14 @@ def _options(args: list[str]) -> argparse.Namespace:
         "(steps of 1), MEMIT, EMMET, AlphaEdit and D4S, each a 'lit-edit fit' of its own; one table and one figure. "
         "What is done is not done again; what was cut goes on.",
     )
-    limit_option(parser, "edits of each run; by default the config's, 64", "--edits", dest="edits")
-    data_option(parser, "a CounterFact file with as many edits", type=Path)
-    model_option(parser, None, help="packaged model, folder or hub id; by default the config's")
-    help_ = "these editors of the config"
-    parser.add_argument("--method", aliases=("--only",), nargs="+", dest="only", metavar="EDITOR", help=help_)
-    config_option(parser, "the runs: a YAML file", default="studies/batch_size")
-    runs_options(parser, "studies/<name>", "name of the study in place of the config's")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="list the runs and their commands; run nothing")
-    what.add_argument("--gather", action="store_true", help="write table and figure of what is there; run nothing")
+    parser.add_limit("edits of each run; by default the config's, 64", "--edits", dest="edits")
+    parser.add_data("a CounterFact file with as many edits", type=Path)
+    parser.add_model(None, help="packaged model, folder or hub id; by default the config's")
+    text = "these editors of the config"
+    parser.add_argument("--method", aliases=("--only",), nargs="+", dest="only", metavar="EDITOR", help=text)
+    parser.add_config("the runs: a YAML file", default="studies/batch_size")
+    parser.add_runs("studies/<name>", "name of the study in place of the config's")
+    parser.add_dry_run("the runs", "write table and figure")
     options = parser.parse_args(args)
     if options.data is None and not options.gather:
         raise ArgumentError("--data is missing: a CounterFact file with as many edits as a run makes")

@@ -10,16 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import (
-    data_option,
-    layers_option,
-    limit_option,
-    make_parser,
-    method_option,
-    positive,
-    runs_options,
-    seed_option,
-)
+from lit_edit.console.arguments import make_parser, positive
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_json
@@ -96,18 +87,18 @@ def _options(args: list[str]) -> argparse.Namespace:
         "not done again; what was cut goes on.",
     )
     add = parser.add_argument
-    limit_option(parser, "edits, each on the unedited model", "--edits", dest="edits", default=50)
-    method_option(parser, list(METHODS), nargs="+", help="the editors: rome, or YAML files like configs/method/*")
-    layers_option(parser, "layers to edit; by default at the config's relative depth")
+    parser.add_limit("edits, each on the unedited model", "--edits", dest="edits", default=50)
+    parser.add_method(list(METHODS), nargs="+", help="the editors: rome, or YAML files like configs/method/*")
+    parser.add_layers("layers to edit; by default at the config's relative depth")
     add("--probes", type=positive, default=10, help="other subjects' facts asked behind an edit, of each of two kinds")
     add("--subjects", type=positive, default=None, help="of the generated world (200), with five facts each")
-    data_option(parser, "make the world of these: subject, relation, object with tabs", "--triples", dest="triples")
+    parser.add_data("make the world of these: subject, relation, object with tabs", "--triples", dest="triples")
     add("--facts", type=positive, default=None, help="facts taken of --data, at most (1000)")
     add("--preset", choices=tuple(PRESETS), default="base", help="size of the decoder")
     add("--max-steps", type=positive, default=3000, help="steps of the training, at most")
     add("--max-minutes", type=float, default=None, help="stop the training after so long; given again, it goes on")
-    seed_option(parser, "seed of world, text, training, and edits")
-    runs_options(parser, "studies/<name>", "name of the study", default="beliefs")
+    parser.add_seed("seed of world, text, training, and edits")
+    parser.add_runs("studies/<name>", "name of the study", default="beliefs")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--train-only", action="store_true", help="train the model, and measure nothing")
     what.add_argument("--gather", action="store_true", help="write table and figure of what is there; run nothing")

@@ -10,14 +10,7 @@ from typing import Any
 
 import yaml
 
-from lit_edit.console.arguments import (
-    data_option,
-    limit_option,
-    make_parser,
-    model_option,
-    runs_options,
-    task_files_option,
-)
+from lit_edit.console.arguments import make_parser
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_text
@@ -66,20 +59,17 @@ def _options(args: list[str]) -> argparse.Namespace:
     )
     parser.epilog = "parts: " + "; ".join(f"{name}: {question}" for name, (_, question) in PARTS.items())
     parser.add_argument("--part", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="by default all of them")
-    data_option(parser, "a CounterFact file (all parts but c)", type=Path)
-    task_files_option(parser, "parts c and d", "--tasks")
+    parser.add_data("a CounterFact file (all parts but c)", type=Path)
+    parser.add_task_files("parts c and d", "--tasks")
     more: dict[str, Any] = {"type": Path, "help": "plain text for key statistics, a line more in part e"}
     parser.add_argument("--corpus", aliases=("--text",), dest="text", metavar="FILE", **more)
-    limit_option(parser, "edits of each run; by default the config's", "--edits", dest="edits")
-    model_option(
-        parser,
+    parser.add_limit("edits of each run; by default the config's", "--edits", dest="edits")
+    parser.add_model(
         None,
         help="packaged model, folder or hub id, edited at the layers of the methods' configs; by default the config's",
     )
-    runs_options(parser, "studies/d4s-...")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="list the runs and their commands; run nothing")
-    what.add_argument("--gather", action="store_true", help="write tables and figures of what is there; run nothing")
+    parser.add_runs("studies/d4s-...")
+    parser.add_dry_run("the runs", "write tables and figures")
     options = parser.parse_args(args)
     for name, path in (("data", options.data), ("corpus", options.text)):
         if path is not None and not path.is_file():

@@ -11,16 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import (
-    data_option,
-    layers_option,
-    limit_option,
-    make_parser,
-    method_option,
-    out_option,
-    positive,
-    seed_option,
-)
+from lit_edit.console.arguments import make_parser, positive
 from lit_edit.errors import ArgumentError
 from lit_edit.sweeps.study import begin_study
 
@@ -43,14 +34,14 @@ def _options(args: list[str]) -> argparse.Namespace:
         "and by both. What is done is not done again; what was cut goes on.",
     )
     parser.add_argument("--trace", type=Path, required=True, metavar="FOLDER", help="of a finished 'lit-edit trace'")
-    data_option(parser, "the facts that were traced, as given there", default="builtin")
-    method_option(parser, "method/rome")
-    layers_option(parser, "to edit at (default: about eight over the depth)")
+    parser.add_data("the facts that were traced, as given there", default="builtin")
+    parser.add_method("method/rome")
+    parser.add_layers("to edit at (default: about eight over the depth)")
     parser.add_argument("--width", type=positive, default=1, help="layers edited together, around each")
     parser.add_argument("--kind", default="mlp", choices=["hidden", "mlp", "attn"], help="of tracing effect")
-    limit_option(parser, "edit so many of the facts")
-    seed_option(parser, "of the new objects, and of the method")
-    out_option(parser, "folder to write to (default: runs/studies/tracing-NAME)")
+    parser.add_limit("edit so many of the facts")
+    parser.add_seed("of the new objects, and of the method")
+    parser.add_out("folder to write to (default: runs/studies/tracing-NAME)")
     return parser.parse_args(args)
 
 

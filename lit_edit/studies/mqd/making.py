@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_edit.console.arguments import CommandParser, data_option, seed_option
+from lit_edit.console.arguments import CommandParser
 from lit_edit.files.paths import write_json
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ def add_mqd_arguments(parser: CommandParser) -> None:
         "tuples in ATOMIC's form: a file with tabs between head, relation and tail, or the id (owner/name) of a "
         "hub data set with these columns; by default the events that ship"
     )
-    data_option(parser, text, "--events", dest="events", metavar="FILE|ID")
+    parser.add_data(text, "--events", dest="events", metavar="FILE|ID")
     parser.add_argument("--split", default="train", help="split of the hub data set")
-    seed_option(parser, "seed of order, wrong answers, and places of right ones")
+    parser.add_seed("seed of order, wrong answers, and places of right ones")
 
 
 def write_mqd(folder: Path, made: Mapping[str, Sequence[EditRequest]]) -> dict[str, Path]:

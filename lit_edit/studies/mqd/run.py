@@ -11,14 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.console.arguments import (
-    config_option,
-    limit_option,
-    make_parser,
-    method_option,
-    model_option,
-    runs_options,
-)
+from lit_edit.console.arguments import make_parser
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_json
@@ -72,15 +65,13 @@ def _options(args: list[str]) -> argparse.Namespace:
         "'lit-edit fit' of its own, and writes one table and one figure. What is done is not done again; what was cut "
         "goes on.",
     )
-    limit_option(parser, "edits of each kind; by default the config's, 20", "--edits", dest="edits")
-    model_option(parser, None, help="packaged model, folder or hub id; by default the config's")
-    method_option(parser, "method/d4s")
+    parser.add_limit("edits of each kind; by default the config's, 20", "--edits", dest="edits")
+    parser.add_model(None, help="packaged model, folder or hub id; by default the config's")
+    parser.add_method("method/d4s")
     add_mqd_arguments(parser)
-    config_option(parser, "the three runs: a YAML file", default="studies/mqd")
-    runs_options(parser, "studies/<name>", "name of the study in place of the config's")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="list the runs and their commands; run nothing")
-    what.add_argument("--gather", action="store_true", help="write table and figure of what is there; run nothing")
+    parser.add_config("the three runs: a YAML file", default="studies/mqd")
+    parser.add_runs("studies/<name>", "name of the study in place of the config's")
+    parser.add_dry_run("the runs", "write table and figure")
     return parser.parse_args(args)
 
 
