@@ -280,8 +280,7 @@ def _commands(failed: Sequence[Verdict], run: str) -> list[str]:
     if missed:
         commands += [
             f"lit-edit undo --run {run} --edit {','.join(missed[:_EDITS])}",
-            f"lit-edit fit --config {run}/config.yaml --continue {run} --run_name NAME --data.source facts "
-            "--data.path FILE",
+            f"lit-edit fit --config {run}/config.yaml --continue {run} --data FILE --run_name NAME",
         ]
     if any(verdict.state == "undone" for verdict in failed):
         commands.append(f"lit-edit redo --run {run} --edit N")
