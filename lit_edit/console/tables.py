@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
-from rich.text import Text
 
 
 def table_of(headings: Iterable[str], rows: Iterable[Iterable[Any]], whole: bool = False, **more: Any) -> Table:
@@ -25,7 +25,7 @@ def table_of(headings: Iterable[str], rows: Iterable[Iterable[Any]], whole: bool
         justify: Literal["left", "right"] = "right" if heading[:1] == ">" else "left"
         table.add_column(heading.removeprefix(">"), justify=justify, no_wrap=whole, overflow="fold")
     for row in rows:
-        table.add_row(*(Text("–" if cell is None else str(cell)) for cell in row))
+        table.add_row(*("–" if cell is None else escape(str(cell)) for cell in row))
     return table
 
 

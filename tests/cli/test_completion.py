@@ -71,7 +71,7 @@ def test_shells_complete_commands_configs_and_runs(ask: object) -> None:
 def test_bash_completes_the_rest(ask: object) -> None:
     assert callable(ask)
     assert {"fit", "study", "completion"} <= ask("lit-edit ")
-    assert ask("lit-edit ask --") == {"--help", "--run", "--tokens"}
+    assert {"--help", "--run", "--tokens"} <= ask("lit-edit ask --")
     assert {"mqd", "d4s", "beliefs"} <= ask("lit-edit study ")
     assert ask("lit-edit build mqd --o") == {"--out"}
     assert ask("lit-edit fit --method memit_s") == {"memit_seq"}

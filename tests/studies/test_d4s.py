@@ -141,8 +141,8 @@ def test_nothing_done_yet_is_said(tmp_path: Path) -> None:
         (["--part", "b", "--gather", "--runs_dir", "{file}.d"], "nothing of this part is done yet in"),
         (["--part", "c", "--gather", "--runs_dir", "{file}.d"], "nothing of this part is done yet in"),
         (["--part", "a", "--data", "none.json"], "--data none.json: no such file"),
-        (["--part", "d", "--data", "{file}", "--tasks", "none"], "--tasks none: no such folder"),
-        (["--part", "e", "--data", "{file}", "--text", "none.txt"], "--text none.txt: no such file"),
+        (["--part", "d", "--data", "{file}", "--tasks", "none"], "--task_files none: no such folder"),
+        (["--part", "e", "--data", "{file}", "--text", "none.txt"], "--corpus none.txt: no such file"),
     ],
 )
 def test_what_is_missing_is_named(
