@@ -40,7 +40,7 @@ from lit_edit.files.checksum import checksum
 from lit_edit.files.paths import write_atomically
 from lit_edit.files.tensor_files import save_tensors
 from lit_edit.solvers.functional import FactsError
-from lit_edit.solvers.lifelong import RunningMoments, merge_moments, normalise
+from lit_edit.solvers.lifelong_normalization import RunningMoments, merge_moments, normalise
 
 if TYPE_CHECKING:
     from lit_edit.models.adapter import ModelAdapter

@@ -26,7 +26,13 @@ from lit_edit.ledger.journal import Journal
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.solvers.functional import FactsError
-from lit_edit.solvers.lifelong import RunningMoments, merge_moments, normalise, pseudo_values, ridge_increment
+from lit_edit.solvers.lifelong_normalization import (
+    RunningMoments,
+    merge_moments,
+    normalise,
+    pseudo_values,
+    ridge_increment,
+)
 from lit_edit.stream.session import EditSession
 from lit_edit.testing import TINY_CONFIGS, tiny_model, tiny_requests, tiny_tokenizer
 from lit_edit.text.tokens import continuation
