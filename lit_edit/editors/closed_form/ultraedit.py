@@ -59,7 +59,8 @@ class UltraEdit(FactoredEditor):
         ridge_scale: Whether :math:`r` is ``absolute``, as published, or ``relative`` to the mean of :math:`\|h\|^2` in
             the step.
         warm_up: As if the moments had seen so many rows of mean zero before
-            (:func:`~.solvers.lifelong_normalization.normalise`); 0 as published, where a first edit of a single token is normalised to nothing.
+            (:func:`~.solvers.lifelong_normalization.normalise`); 0 as published,
+            where a first edit of a single token is normalised to nothing.
         per_layer: Keep moments per layer; else, as published, all layers of the same shape share them.
         transforms: What is done to updates before they are written, in order.
 
