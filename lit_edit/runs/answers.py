@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,9 +62,10 @@ def answers_of(
     from lit_edit.text.tokens import locate  # imports torch
 
     rows = answer_rows(history, results, lambda ids: str(tokenizer.decode(list(ids))))
-    for row in rows:
+    for row in rows if getattr(tokenizer, "is_fast", False) else ():  # the others do not say where a token lies
         request = EditRequest.from_dict(history.entry(row["number"]).request)
-        row["lookup"] = locate(tokenizer, request.text, request.subject_span).lookup
+        with suppress(DataError):  # of editors that look no subject up, it may have no token of its own
+            row["lookup"] = locate(tokenizer, request.text, request.subject_span).lookup
     return rows
 
 
