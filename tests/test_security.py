@@ -189,7 +189,7 @@ def test_nothing_is_unpickled_at_work(tmp_path: Path, tiny_folder: Path) -> None
     args += ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"]
     code = f"""
 import sys
-import lit_edit.cli.fit, lit_edit.callbacks, lit_edit.cli.export
+import lit_edit.console.edit_cli, lit_edit.callbacks, lit_edit.cli.export
 from lit_edit.cli.main import main
 seen = []
 sys.addaudithook(lambda event, given: seen.append(given) if event.startswith("pickle.") else None)

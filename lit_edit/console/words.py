@@ -22,6 +22,31 @@ _SAME = MappingProxyType({"--seed": "seed_everything", "--name": "run_name", "--
 _CLASS_OR_CONFIG = re.compile(r"\.ya?ml$|^\{|^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\.[A-Z]\w*$")
 
 
+OPTIONS = (
+    *SHORT, *_SAME, "--config", "--trainer", "--run_name", "--runs_dir", "--resume", "--continue", "--overwrite",
+    "--quiet", "--json", "--seed_everything", "--ckpt_path", "--weights_only", "--train", "--print_config", "--help",
+)  # fmt: skip
+"""What the arguments of ``fit`` may begin with, up to the first point."""
+
+
+def check_names(command: str, args: Sequence[str]) -> None:
+    """Refuse an option that there cannot be, before anything heavy is imported; the parser knows the others.
+
+    Raises:
+        ArgumentError: If an option's name begins like none of :data:`OPTIONS`; names the nearest.
+
+    Example:
+        >>> check_names("fit", ["--data.limit", "3", "--run-name=x"])
+    """
+    for word in args:
+        name = re.split(r"[.=]", word)[0].replace("-", "_").replace("__", "--", 1)
+        if word.startswith("--") and len(name) > 2 and not any(option.startswith(name) for option in OPTIONS):
+            raise ArgumentError(
+                f"unrecognized arguments: {word}; {no_such_option(name, OPTIONS)} (lit-edit {command} --help lists all "
+                "settings)"
+            )
+
+
 def full_settings(args: Sequence[str], elsewhere: bool = False) -> list[str]:
     """Return arguments of ``lit-edit fit`` with all settings by their full names, and ``_`` for ``-`` in names.
 

@@ -196,7 +196,7 @@ class Processes:
 
     def __init__(self, cache: Path) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["pytest", "lit_edit.cli.fit", "lit_edit.callbacks"])
+        self._context.set_forkserver_preload(["pytest", "lit_edit.console.edit_cli", "lit_edit.callbacks"])
         self._cache = str(cache)
         self._started: list[Any] = []
 
