@@ -102,7 +102,8 @@ def test_what_only_reads_does_without_torch(tmp_path: Path) -> None:
              for c in COMMANDS if c.name not in LIGHTNING for part in ("", *PARTS.get(c.name, ()))]  # fmt: skip
     good = [["--help"], ["version"], ["models"], ["editors"], ["editors", "D4S"], ["completion", "bash"], *helps]
     bad = [["frobnicate"], ["log", "--run", "nowhere"], ["report", "--run", "nowhere"], ["ask", "--rnu", "x"],
-           ["trace", "--limit", "0"], ["study", "mdq"], ["sweep", "--config", "nowhere"], ["fit", "--limt", "3"], ["fit", "--config", "quikstart"],
+           ["trace", "--limit", "0"], ["study", "mdq"], ["sweep", "--config", "nowhere"],
+           ["fit", "--limt", "3"], ["fit", "--config", "quikstart"], ["validate", "--nonsense=3"],
            ["compare", "--config", "compare", "--data", "nowhere"]]  # fmt: skip
     found = imported_by(good + bad, tmp_path)
     assert {call: heavy for call, (_, heavy) in found.items() if heavy} == {}
