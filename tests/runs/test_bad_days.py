@@ -427,7 +427,7 @@ def fill_logs(patch: pytest.MonkeyPatch) -> None:
 
 
 def fill_end(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("lit_edit.runs.files.save_deltas", no_space)
+    patch.setattr("lit_edit.export.model.save_deltas", no_space)
 
 
 @pytest.mark.parametrize("fill", [fill_journal, fill_checkpoints, fill_logs, fill_end])
@@ -760,7 +760,7 @@ def cut_at(place: str, patch: pytest.MonkeyPatch) -> None:
         return
     owner, name = {
         "the measurement": (EditStream, "_measure_immediate"),
-        "a callback before its log": (LayerNorms, "_log"),
+        "a callback before its log": (LayerNorms, "go_on"),
         "a callback behind all logs": (RunFolder, "on_train_batch_end"),
     }[place]
     real = getattr(owner, name)
