@@ -220,14 +220,6 @@ def test_the_script_wants_a_config(tmp_path: Path) -> None:
     assert "name a config" in error.value.stderr
 
 
-def test_all_that_is_not_yaml_ships_in_the_wheel() -> None:
-    [line] = [line for line in (ROOT / "setup.cfg").read_text().splitlines() if line.startswith("lit_edit.configs = *")]
-    patterns = line.partition("=")[2].replace(" ", "").split(",")
-    packed = {path for pattern in patterns for path in (ROOT / "configs").glob(pattern)}
-    left = {path for path in (ROOT / "configs").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    assert left == packed
-
-
 # ---- docs/cluster.md ----------------------------------------------------------------------------------------------
 
 TEXT = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")

@@ -203,7 +203,7 @@ def test_a_cut_model_is_the_whole_model(tmp_path: Path, family: str, dtype: str,
     everyone = together(size, look, str(save_model(family, DTYPES[dtype], tmp_path / "model")))
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 2e-2, "atol": 2e-2}
     names = [name.removesuffix(": whole") for name in everyone[0] if name.endswith(": whole")]
-    assert len(names) > 60
+    assert len(names) > 50
     differ: list[str] = []
     for rank, found in enumerate(everyone):
         for name in names:
