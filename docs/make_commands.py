@@ -83,7 +83,8 @@ def _names(every: Sequence[tuple[Command, str, CommandParser]]) -> str:
                 former[name][f"`{alias}`"] = None
     lines = [f"| `{name}` | {text} | {', '.join(former[name])} |\n" for name, text in THINGS.items()]
     return (
-        "| name | what | spellings of earlier versions and settings in full, taken as well |\n| --- | --- | --- |\n"
+        "| name | what | spellings of earlier versions, taken where they were, and settings in full |\n"
+        "| --- | --- | --- |\n"
         f"{''.join(lines)}\n"
         "`-` and `_` are one in the names of options. Settings of `lit-edit fit` are named in full wherever settings "
         "may follow (`--data.limit 100`); these have short forms there:\n\n"

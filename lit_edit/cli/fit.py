@@ -25,7 +25,7 @@ def run_test(args: list[str]) -> None:
 
 def run_training(command: str, args: list[str]) -> None:
     """Parse arguments, set the run folder up, and run one of Lightning's commands."""
-    asks = any(a in ("-h", "--help") or a.startswith(("--help=", "--print_config", "--print-config")) for a in args)
+    asks = any(a in ("-h", "--help") or a.startswith("--help=") for a in args)
     check_names(command, args)
     if command == "fit" and not asks:
         args = with_config(args)

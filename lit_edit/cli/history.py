@@ -95,7 +95,8 @@ def run_log(args: list[str]) -> None:
 
     from rich.console import Console
 
-    from lit_edit.runs.holding import explain, failures, headline
+    from lit_edit.runs.holding import explain, failures, headline, next_commands
+    from lit_edit.runs.names import shown as shown_folder
     from lit_edit.runs.reading import read_log
 
     log = read_log(options.run)
@@ -113,7 +114,8 @@ def run_log(args: list[str]) -> None:
         console.print(_table(log, {verdict.number for verdict in shown}))
     for line in (line for verdict in failures(shown) for line in explain(verdict)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(headline(log.verdicts), markup=False, highlight=False, soft_wrap=True)
+    for line in (headline(log.verdicts), *next_commands(failures(log.verdicts), shown_folder(options.run))):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(log: EditLog, numbers: set[int | None]) -> Any:

@@ -255,7 +255,7 @@ def closing_lines(verdicts: Sequence[Verdict], run: str | None = None, most: int
     if len(failed) > len(shown):
         where = f": lit-edit log --run {run} --failed" if run else ""
         lines.append(f"and {len(failed) - len(shown)} more{where}")
-    return lines + ([] if run is None else _commands(failed, run))
+    return lines + ([] if run is None else next_commands(failed, run))
 
 
 def explain(verdict: Verdict) -> list[str]:
@@ -274,12 +274,14 @@ def explain(verdict: Verdict) -> list[str]:
     return [f"  {name}: {asked}{told}", *why]
 
 
-def _commands(failed: Sequence[Verdict], run: str) -> list[str]:
+def next_commands(failed: Sequence[Verdict], run: str) -> list[str]:
+    """Return the commands that go on from edits that do not hold; empty where there are none."""
     missed = [str(verdict.number) for verdict in failed if verdict.state in ("never took", "fails", "forgotten")]
     commands = [f"lit-edit log --run {run} --failed"] if failed else []
     if missed:
         commands += [
-            f"lit-edit undo --run {run} --edit {','.join(missed[:_EDITS])}",
+            f"lit-edit undo --run {run} --edit {','.join(missed[:_EDITS])}"
+            + (f"  # the first {_EDITS} of {len(missed)}" if len(missed) > _EDITS else ""),
             f"lit-edit fit --config {run}/config.yaml --continue {run} --data FILE --run_name NAME",
         ]
     if any(verdict.state == "undone" for verdict in failed):
