@@ -72,9 +72,8 @@ class EditLog:
     times: dict[int, str]
 
     def as_list(self) -> list[dict[str, Any]]:
-        """Return a row per edit with its verdict, for programs; a thing has one name: ``state``, ``wanted``."""
-        twice = ("status", "target_new")  # what is in the model may not hold
-        rows = {row["number"]: {k: v for k, v in row.items() if k not in twice} for row in self.rows}
+        """Return a row per edit with its verdict, for programs."""
+        rows = {row["number"]: row for row in self.rows}
         return [{**rows.get(v.number, {}), **v.as_dict(), "time": self.times.get(v.number or 0)} for v in self.verdicts]
 
 
