@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -149,6 +151,19 @@ def commit_proposal(ledger: EditLedger, editor: Editor, proposal: Proposal) -> t
     return entries
 
 
+def _remembering(init: Callable[..., None]) -> Callable[..., None]:
+    """Return a constructor that notes what it was given."""
+
+    @functools.wraps(init)
+    def wrapped(self: Editor, *args: Any, **kwargs: Any) -> None:
+        if "init_args" not in vars(self):  # not by the class above, which is called by this one
+            given = inspect.signature(init).bind_partial(self, *args)
+            self.init_args = {**dict(list(given.arguments.items())[1:]), **kwargs}
+        init(self, *args, **kwargs)
+
+    return wrapped
+
+
 class Editor(ABC):
     """A method: requests in, updates out. It knows neither Lightning nor files.
 
@@ -159,6 +174,7 @@ class Editor(ABC):
         built_on: What each edit of a method without exact undo has been done to the result of the earlier ones.
         ledger: Holds the model and its original weights, once prepared.
         tokenizer: Its tokenizer.
+        init_args: What it was made with, by name, so that it can be described in a file.
     """
 
     about: ClassVar[EditorInfo]
@@ -167,6 +183,12 @@ class Editor(ABC):
 
     ledger: EditLedger
     tokenizer: PreTrainedTokenizerBase
+    init_args: Mapping[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _remembering(cls.__init__)  # type: ignore[method-assign]
 
     @property
     def one_by_one(self) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from lit_edit.errors import UserError
 from lit_edit.files.paths import write_atomically
 from lit_edit.files.tensor_files import save_tensors, system_errors
 from lit_edit.ledger.edit_ledger import EditLedger, LayerUpdate, LedgerEntry, weights_state
+from lit_edit.ledger.ownership import MARK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,10 +56,18 @@ def export_model(
     def fill(ready: Path) -> None:
         with system_errors(ready):
             model.save_pretrained(ready, state_dict=state)
+        _mark(ready / "config.json", len(ledger), base_name)
         tokenizer.save_pretrained(ready)
         (ready / "README.md").write_text(model_card(ledger.entries, base_name, ledger.layer_norms()), encoding="utf-8")
 
     return write_folder(folder, fill)
+
+
+def _mark(config: Path, edits: int, base: str) -> None:
+    """Note in an exported model that it is edited: whoever edits it again takes other weights for the original ones."""
+    text = json.loads(config.read_text(encoding="utf-8"))
+    marked = {**text, MARK: {"edits": edits, "base": base, "version": version("lit-edit")}}
+    config.write_text(json.dumps(marked, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_written(ledger: EditLedger) -> None:

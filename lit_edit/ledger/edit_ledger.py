@@ -17,12 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_edit.devices.algebra import algebra_device, for_algebra
+from lit_edit.devices.algebra import algebra_device
 from lit_edit.files.checksum import checksum
 from lit_edit.ledger.history import EditHistory, LedgerEntry
 from lit_edit.ledger.journal import Journal, JournalError, Record
+from lit_edit.ledger.ownership import claim
+from lit_edit.ledger.written import LayerUpdate, WrittenWeights
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.models.shards import whole, write_
 
 __all__ = [
     "Change",
@@ -42,21 +43,6 @@ log = logging.getLogger(__name__)
 
 class EditRefusedError(ValueError):
     """A commit that would have written something it must not; the weights are as they were."""
-
-
-@dataclass(frozen=True)
-class LayerUpdate:
-    """The whole update of one layer relative to the original weights.
-
-    Attributes:
-        layer: Number of the decoder layer.
-        name: Full name of the parameter.
-        delta: ``(d_out, d_in)``, float64, whatever layout the model stores the weight in.
-    """
-
-    layer: int
-    name: str
-    delta: Tensor
 
 
 @dataclass(frozen=True)
@@ -99,13 +85,17 @@ class RecordedFacts:
     tensors: Mapping[str, Tensor]
 
 
-class EditLedger:
+class EditLedger(WrittenWeights):
     """Original weights, committed edits, and the one way to write them.
 
     Args:
         adapter: The model, unedited at this moment.
         layers: The layers that may be written.
         journal: Where commits are recorded; in memory when not given.
+        adopt: Take the weights for the original ones whatever they are.
+
+    Raises:
+        WeightsChangedError: If the model holds edits that this ledger would know nothing of.
 
     Attributes:
         history: Which edits were made and which of them hold.
@@ -113,18 +103,16 @@ class EditLedger:
             died is taken up: the rest is :attr:`ahead`, and a commit then repeats a record instead of adding one.
     """
 
-    def __init__(self, adapter: ModelAdapter, layers: Sequence[int], journal: Journal | None = None) -> None:
-        self.adapter = adapter
-        self.layers = tuple(layers)
-        self.names = {layer: adapter.weight_name(layer) for layer in layers}
-        self.base = {self.names[layer]: whole(adapter.own_weight(layer).detach()).clone() for layer in layers}
-        self.deltas: dict[str, Tensor] = {}
+    def __init__(
+        self, adapter: ModelAdapter, layers: Sequence[int], journal: Journal | None = None, adopt: bool = False
+    ) -> None:
+        super().__init__(adapter, layers)
+        claim(adapter.model, self, adopt)
         self.journal = Journal() if journal is None else journal
         self.history = EditHistory()
         self.position = 0
         self.ahead: deque[int] = deque(range(len(self.journal)))
         self._rounding_told = False
-        self._edited: dict[int, tuple[Tensor, Tensor]] = {}  # the delta last asked for, and the weight
 
     def __len__(self) -> int:
         return len(self.history.live)
@@ -138,42 +126,6 @@ class EditLedger:
     def made(self) -> int:
         """How many edits were made, whether they hold still or not; it never falls."""
         return len(self.history.made)
-
-    @torch.no_grad()
-    def align(self) -> None:
-        """Bring the original weights to the device and type that the model has by now, and write the edits into it."""
-        self._edited.clear()
-        for layer, name in self.names.items():
-            own = self.adapter.own_weight(layer)
-            rounded = own.dtype != self.base[name].dtype
-            self.base[name] = self.base[name].to(own.device, own.dtype)
-            if name not in self.deltas:
-                continue
-            delta = self.deltas[name] = self.deltas[name].to(algebra_device(own.device))
-            if rounded:  # cast(W0 + D) has been cast once more, and rounding twice is not rounding once
-                write_(own, self.edited_weight(layer, delta))
-
-    def original(self) -> ModelAdapter:
-        """Return a view of the model with its original weights, and without what an editor keeps beside them."""
-        return self.adapter.with_weights(self.base).with_memory(None)
-
-    def preview(self, updates: Sequence[LayerUpdate]) -> ModelAdapter:
-        """Return a view of the model with other updates than those that are written."""
-        weights = {update.name: self.edited_weight(update.layer, update.delta) for update in updates}
-        return self.adapter.with_weights({**self.base, **weights})
-
-    def edited_weight(self, layer: int, delta: Tensor) -> Tensor:
-        """Return ``cast(W0 + delta)`` in the layout of the layer's weight.
-
-        The last answer of each layer is kept: what an editor has looked at is what it commits.
-        """
-        known = self._edited.get(layer)
-        if known is None or known[0] is not delta:
-            base = self.base[self.names[layer]]
-            exact = for_algebra(base)
-            weight = (exact + self.adapter.to_layout(layer, delta.to(exact))).to(base.dtype).to(base.device)
-            known = self._edited[layer] = (delta, weight)
-        return known[1]
 
     @torch.no_grad()
     def commit(
@@ -194,7 +146,9 @@ class EditLedger:
                 that is not finite.
             JournalError: If the change does not fit what holds, or is not what the journal says was done here.
             OSError: If the journal cannot be written; nothing has changed then.
+            WeightsChangedError: If somebody else has written the model's weights.
         """
+        self.verify()
         new = self.check(updates, entries)
         numbered = self.history.number(entries)
         record: Record = {
@@ -211,10 +165,7 @@ class EditLedger:
         self._record(record, change.tensors)
         for update in updates:  # nothing below can fail
             # The leader's bits for all ranks: another processor may have rounded otherwise.
-            weight = self.adapter.ranks.same(new[update.name])
-            write_(self.adapter.own_weight(update.layer), weight)
-            self._edited[update.layer] = (update.delta, weight)
-            self.deltas[update.name] = update.delta
+            self._write(update, self.adapter.ranks.same(new[update.name]))
         torch.clear_autocast_cache()  # may hold copies of the old weights
         return numbered
 
@@ -319,30 +270,18 @@ class EditLedger:
 
     @torch.no_grad()
     def restore_base(self) -> None:
-        """Put the original weights back and forget all edits; what was recorded in memory is forgotten as well."""
-        for layer in self.layers:
-            write_(self.adapter.own_weight(layer), self.base[self.names[layer]])
-        self.deltas.clear()
+        """Put the original weights back and forget all edits; what was recorded in memory is forgotten as well.
+
+        Raises:
+            WeightsChangedError: If somebody else has written the model's weights: that would be lost.
+        """
+        self.verify()
+        self._write_base()
         self.adapter.memory = None
         self.history, self.position = EditHistory(), 0
         if self.journal.path is None:
             self.journal = Journal()
         self.ahead = deque(range(len(self.journal)))
-
-    def layer_norms(self) -> dict[str, dict[str, float]]:
-        """Return, per edited parameter, mean |W| before and after, mean |delta|, and the relative Frobenius norm."""
-        norms = {}
-        for layer, name in self.names.items():
-            base = for_algebra(self.base[name])
-            delta = self.deltas.get(name)
-            weight = base if delta is None else for_algebra(self.edited_weight(layer, delta))
-            norms[name] = {
-                "mean_abs_before": base.abs().mean().item(),
-                "mean_abs_after": weight.abs().mean().item(),
-                "mean_abs_delta": 0.0 if delta is None else delta.abs().mean().item(),
-                "relative_change": 0.0 if delta is None else (delta.norm() / base.norm().to(delta.device)).item(),
-            }
-        return norms
 
     def state_dict(self) -> dict[str, Any]:
         """Return updates and history as tensors and primitives; the tensors are the ledger's own.
@@ -386,8 +325,7 @@ class EditLedger:
             journal, ahead = _Remembered(state["position"], state["digest"]), range(0)
         self.restore_base()
         for update in updates:
-            write_(self.adapter.own_weight(update.layer), new[update.name])
-            self.deltas[update.name] = update.delta
+            self._write(update, new[update.name])
         self.history, self.position, self.journal, self.ahead = history, state["position"], journal, deque(ahead)
 
 

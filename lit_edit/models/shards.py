@@ -23,6 +23,20 @@ def whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
+def held(weight: Tensor) -> Tensor:
+    """Return what this process holds of a weight: all of it, or its part."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+@torch.no_grad()
+def holds(weight: Tensor, value: Tensor) -> bool:
+    """Tell whether a weight has a value, whole as it is given, bit for bit in the part that this process holds."""
+    own, wanted = held(weight), part_of(weight, value) if isinstance(weight, DTensor) else value
+    if own.dtype != wanted.dtype or own.shape != wanted.shape:
+        return False
+    return torch.equal(own, wanted) or torch.equal(*(t.contiguous().view(torch.uint8) for t in (own, wanted)))
+
+
 @torch.no_grad()
 def gather_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     """Return all weights of a model in parts, whole and in host memory; every rank must ask.

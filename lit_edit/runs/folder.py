@@ -104,12 +104,12 @@ def open_run(folder: Path) -> OpenRun:
         raise RunError(f"{folder} cannot be opened: {error}") from error
     model, tokenizer = language_model.load()
     base_hash = weights_hash(model)
-    cast_as(model, _precision(folder))
+    cast_as(model, precision_of(folder))
     adapter = ModelAdapter(model, language_model.arch, products=language_model.products)
     layers = [layer for layer in range(adapter.n_layers) if adapter.weight_name(layer) in names]
     if len(layers) != len(names):
         raise RunError(f"{deltas} edits parameters that {language_model.name} does not have: {sorted(names)}")
-    editor = _stream_of(folder).editor if entries and not layers else None
+    editor = stream_of(folder).editor if entries and not layers else None
     if editor is not None and not isinstance(editor, MemoryEditor):
         raise RunError(f"{folder} has edits and no updates: {deltas} does not belong to it")
     return OpenRun(folder, language_model, EditLedger(adapter, layers), tokenizer, entries, base_hash, editor)
@@ -122,7 +122,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _precision(folder: Path) -> Any:
+def precision_of(folder: Path) -> Any:
+    """Return the precision that a run's Trainer was told to use; ``None`` if it was not."""
     return (_read_config(folder).get("trainer") or {}).get("precision")
 
 
@@ -205,11 +206,11 @@ def open_for_change(folder: Path) -> Iterator[ChangingRun]:
     if not journal_path(folder).is_file():
         raise RunError(f"{folder} has no journal ({journal_path(folder)}): its edits cannot be changed")
     with run_lock(folder):
-        stream = _stream_of(folder)
+        stream = stream_of(folder)
         stream.journal = str(journal_path(folder))
         stream.configure_model()
         assert stream.model is not None  # noqa: S101 - for the type checker
-        cast_as(stream.model, _precision(folder))
+        cast_as(stream.model, precision_of(folder))
         stream.ledger.align()
         session = stream.open(newest_checkpoint(folder))
         yield ChangingRun(folder, stream, session)
@@ -255,7 +256,7 @@ def records_until(history: EditHistory, records: Sequence[Mapping[str, Any]], ed
     return sum(record["kind"] != "end" for record in records)
 
 
-def _stream_of(folder: Path) -> EditStream:
+def stream_of(folder: Path) -> EditStream:
     """Return the stream that a run's config describes."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(EditStream, "model")

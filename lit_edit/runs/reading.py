@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_edit.errors import UserError
 from lit_edit.ledger.history import EditHistory
 from lit_edit.ledger.journal import Journal
-from lit_edit.runs.answers import read_answers
-from lit_edit.runs.files import current_rows, journal_path
+from lit_edit.runs.answers import answers_of, read_answers
+from lit_edit.runs.files import current_rows, edit_rows, journal_path
 from lit_edit.runs.holding import Verdict, counts, failures, judge
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_edit.runs.files import Results
 
 
 class RunError(UserError):
@@ -85,8 +91,23 @@ def read_log(folder: Path) -> EditLog:
     """
     records, folder = _records(folder), folder.expanduser()
     rows = current_rows(folder, EditHistory.of(records))
-    times = {entry["number"]: record.get("time", "") for record in records for entry in record.get("entries", ())}
-    return EditLog(rows, judge(rows, read_answers(folder), records), times)
+    return EditLog(rows, judge(rows, read_answers(folder), records), _times(records))
+
+
+def log_of(
+    history: EditHistory,
+    records: Sequence[Mapping[str, Any]],
+    results: Results,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[dict[str, Any]]:
+    """Return a row per edit with its verdict, of edits that are in no folder; arguments as of :func:`write_answers`."""
+    rows = edit_rows(history, results)
+    answers = answers_of(history, results, tokenizer)
+    return EditLog(rows, judge(rows, answers, records), _times(records)).as_list()
+
+
+def _times(records: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    return {entry["number"]: record.get("time", "") for record in records for entry in record.get("entries", ())}
 
 
 def read_outcome(folder: Path) -> dict[str, Any]:

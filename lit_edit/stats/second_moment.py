@@ -107,6 +107,10 @@ class KeyStatistics:
         return corpus, budget, base / weights_hash(adapter.model, adapter.weights) / name
 
 
+DEFAULT_STATISTICS = KeyStatistics(tokens=20_000)
+"""What the shipped configs ask for, so that a session in Python and a run of the command line count them once."""
+
+
 @torch.no_grad()
 def accumulate(
     adapter: ModelAdapter,

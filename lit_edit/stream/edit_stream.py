@@ -17,6 +17,7 @@ from lit_edit.editors.base import Editor, EditorInfo, Proposal
 from lit_edit.editors.closed_form.d4s import D4S
 from lit_edit.files.interrupts import deferred_interrupts
 from lit_edit.ledger.journal import Journal
+from lit_edit.ledger.ownership import Changed
 from lit_edit.ledger.shared_journal import SharedJournal
 from lit_edit.metrics.evaluation import Summary, flatten
 from lit_edit.models.language_model import LanguageModel
@@ -48,6 +49,8 @@ class EditStream(SavedStream):
             finite): ``stop`` the run, or ``skip`` the edit, which is put on record.
         journal: File in which every edit is recorded before it is written. The command line keeps it in the run folder;
             without it the record stays in memory and in checkpoints.
+        changed: What to do about a model that holds edits of another stream or session, or was exported with some:
+            ``refuse`` it, ``adopt`` its weights as the original ones, or ``restore`` what they were before.
 
     Example:
         >>> stream = EditStream("smollm2-135m")  # loads nothing yet
@@ -64,11 +67,13 @@ class EditStream(SavedStream):
         on_conflict: ConflictPolicy = "replace",
         on_refused: RefusalPolicy = "stop",
         journal: str | None = None,
+        changed: Changed = "refuse",
     ) -> None:
         super().__init__()
         for name, value, known in (
             ("on_conflict", on_conflict, ("replace", "average", "refuse")),
             ("on_refused", on_refused, ("stop", "skip")),
+            ("changed", changed, ("refuse", "adopt", "restore")),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
@@ -77,7 +82,7 @@ class EditStream(SavedStream):
         self.editor = D4S() if editor is None else editor
         self.statistics = statistics
         self.measure_each = measure_each
-        self.on_conflict, self.on_refused, self.journal = on_conflict, on_refused, journal
+        self.on_conflict, self.on_refused, self.journal, self.changed = on_conflict, on_refused, journal, changed
         self._prepared = False
         self._measured_at: tuple[int, ...] | None = None  # the edits that held when the end was measured
 

@@ -18,6 +18,7 @@ from lit_edit.data.request import EditRequest
 from lit_edit.devices.ranks import Payload, RankError, Ranks
 from lit_edit.editors.base import Editor, Stopwatch
 from lit_edit.ledger.edit_ledger import EditLedger
+from lit_edit.ledger.ownership import Changed, put_right
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.described import check_passes
 from lit_edit.models.language_model import LanguageModel
@@ -53,6 +54,7 @@ class StreamModel(LightningModule):
     editor: Editor
     on_conflict: ConflictPolicy
     on_refused: RefusalPolicy
+    changed: Changed
     tokenizer: PreTrainedTokenizerBase
     adapter: ModelAdapter
     ledger: EditLedger
@@ -81,7 +83,10 @@ class StreamModel(LightningModule):
                 self.adapter.pin_kernels(self.ranks.agree(self.adapter.kernels()))
             if self.language_model.arch is not None:
                 check_passes(self.adapter)
-            self.ledger = EditLedger(self.adapter, self.editor.resolve_layers(self.adapter))
+            layers = self.editor.resolve_layers(self.adapter)
+            if self.changed == "restore":
+                put_right(self.model)
+            self.ledger = EditLedger(self.adapter, layers, adopt=self.changed == "adopt")
             self.base_hash = weights_hash(self.model)
             self.session = EditSession(
                 self.ledger, self.editor, self.language_model.name, self.base_hash, self.on_conflict, self.on_refused
@@ -157,6 +162,7 @@ class StreamModel(LightningModule):
 
         if self.model is None:
             raise MisconfigurationException("there is nothing to export yet: call Trainer.fit(stream, data) first")
+        self.ledger.verify(thorough=True)
         model, state = self.model, None
         if self.adapter.sharded:
             state = gather_weights(model, keep=self.ranks.leads)

@@ -62,7 +62,9 @@ class EditSession(Replay):
         Raises:
             EditRefusedError: If an edit must not be written and the policy is to stop.
             JournalError: If the record goes on with something else.
+            WeightsChangedError: If somebody else has written the model's weights: targets would be fitted on them.
         """
+        self.ledger.verify()
         self.repeat_between_steps()
         handled = set(self.ledger.history.handled)
         wanted = [request for request in requests if request.id not in handled]

@@ -176,7 +176,7 @@ def test_a_trial_is_what_edits_do_and_leaves_the_model_as_it_was(tmp_path: Path)
         assert torch.equal(value, before[name]), name
     assert replace(trials[0], seconds=0) == replace(trials[2], seconds=0)
 
-    from lit_edit.stream.edit import edit
+    from lit_edit import edit
 
     adapter, tokenizer = ModelAdapter(tiny_model()), tiny_tokenizer()
     base = {result.id: result for result in evaluate_edits(adapter, tokenizer, requests)}

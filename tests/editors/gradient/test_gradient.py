@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_edit import EditRequest, EditStream, LanguageModel
+from lit_edit import EditRequest, EditStream, LanguageModel, edit
 from lit_edit.data.request import DataError
 from lit_edit.data.sources import builtin_text, load_requests
 from lit_edit.editors.gradient.engine import GradientEditor
@@ -25,7 +25,6 @@ from lit_edit.editors.transforms.base import UpdateTransform
 from lit_edit.errors import ArgumentError
 from lit_edit.ledger.edit_ledger import EditRefusedError
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.stream.edit import edit
 from lit_edit.stream.session import EditSession
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 from lit_edit.text.tokens import continuation, encode

@@ -12,13 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import lit_edit
-from lit_edit import D4S, MEMIT, EditRequest, TargetSettings
+from lit_edit import D4S, MEMIT, EditRequest, Outcome, TargetSettings
 from lit_edit.data.request import DataError
 from lit_edit.errors import ArgumentError
 from lit_edit.metrics.evaluation import evaluate_edits, summarise
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.stats.second_moment import KeyStatistics
-from lit_edit.stream.edit import Outcome
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 from tests.tolerances import SINGLE, assert_near, rounding
 
@@ -39,6 +38,7 @@ def _little_text(monkeypatch: pytest.MonkeyPatch) -> None:
     from lit_edit.stats.corpus import SampledText
 
     monkeypatch.setattr(SampledText.__init__, "__defaults__", (0, 16, 16, 50, ("The", "A")))
+    monkeypatch.setattr("lit_edit.session.opening.DEFAULT_STATISTICS", KeyStatistics())
 
 
 def editor(kind: type = D4S, **settings: Any) -> Any:
@@ -174,15 +174,19 @@ def test_a_window_of_nothing_is_refused() -> None:
         lit_edit.edit(tiny_model(), tiny_tokenizer(), MAPPINGS, editor(), window=0)
 
 
-def test_an_edited_model_can_be_edited_again() -> None:
-    model = tiny_model()
+def test_a_second_call_goes_on_in_the_session_of_the_first() -> None:
+    model, before = tiny_model(), weights(tiny_model())
     _, first = lit_edit.edit(model, tiny_tokenizer(), MAPPINGS[:1], editor())
     between = weights(model)
-    _, second = lit_edit.edit(model, tiny_tokenizer(), MAPPINGS[1:], editor())
+    _, second = lit_edit.edit(model, tiny_tokenizer(), MAPPINGS[1:])
+    assert second.session is first.session
+    assert (first.numbers, second.numbers) == ((1,), (2,))
     assert len(same(model, between)) < len(between)
-    second.ledger.restore_base()  # takes back the second call alone
-    assert same(model, between) == list(between)
-    assert len(first.ledger) == 1
+    second.undo(*second.numbers)
+    for name, value in between.items():
+        assert_near(model.get_parameter(name), value, rounding("llama"))
+    first.undo(*first.numbers)
+    assert same(model, before) == list(before)
 
 
 def test_an_edit_that_fails_takes_the_others_back(tmp_path: Path) -> None:
