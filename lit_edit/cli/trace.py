@@ -8,7 +8,6 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,33 +45,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_model()
     parser.add_limit("trace so many facts that the model knows", default=50)
-    parser.add_argument(
-        "--kinds",
-        nargs="+",
-        choices=KINDS,
-        default=list(KINDS),
-        help="what is restored: one hidden state, MLP outputs or attention outputs over a window of layers",
-    )
+    text = "what is restored: one hidden state, MLP outputs or attention outputs over a window of layers"
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help=text)
     parser.add_argument("--samples", type=positive, default=10, help="draws of the noise per fact")
-    parser.add_argument(
-        "--noise", type=float, default=3.0, help="its standard deviation, in those of the subjects' embeddings"
-    )
-    parser.add_argument(
-        "--window", type=positive, default=10, help="layers restored together (mlp, attn), around the layer named"
-    )
+    text = "its standard deviation, in those of the subjects' embeddings"
+    parser.add_argument("--noise", type=float, default=3.0, help=text)
+    text = "layers restored together (mlp, attn), around the layer named"
+    parser.add_argument("--window", type=positive, default=10, help=text)
     parser.add_seed("seed of the noise")
-    parser.add_argument(
-        "--precision",
-        choices=["fastest", "exact"],
-        default="fastest",
-        help="'fastest' multiplies in bfloat16 where the machine is clearly faster at it; 'exact' in float32",
-    )
-    parser.add_argument(
-        "--workers",
-        type=positive,
-        default=None,
-        help="facts traced at a time, by threads that share the cores (default: up to 4 on a CPU, 1 on a GPU)",
-    )
+    text = "'fastest' multiplies in bfloat16 where the machine is clearly faster at it; 'exact' in float32"
+    parser.add_argument("--precision", choices=["fastest", "exact"], default="fastest", help=text)
+    text = "facts traced at a time, by threads that share the cores (default: up to 4 on a CPU, 1 on a GPU)"
+    parser.add_argument("--workers", type=positive, default=None, help=text)
     parser.add_out("folder to write to (default: runs/traces/MODEL)")
     parser.add_argument("--no-fact-figures", action="store_true", help="draw the averages only")
     return parser
@@ -80,39 +64,34 @@ def _parser() -> argparse.ArgumentParser:
 
 def run_trace(args: list[str]) -> None:
     """Run ``lit-edit trace``."""
-    parser = _parser()
-    options = parser.parse_args(args)
+    options = _parser().parse_args(args)
 
     from lit_edit.models import LanguageModel, ModelAdapter
-    from lit_edit.runs.files import run_lock
     from lit_edit.stats.second_moment import weights_hash
+    from lit_edit.studies.frame import results_folder
     from lit_edit.studies.tracing import average_effects, read_facts
     from lit_edit.studies.tracing.facts import find_file
     from lit_edit.studies.tracing.files import TraceFolder
-    from lit_edit.studies.tracing.study import Tracer, TraceSettings, as_settings, workers_for
+    from lit_edit.studies.tracing.study import Tracer, TraceSettings, workers_for
 
     kinds = tuple(sorted(options.kinds, key=KINDS.index))
     settings = TraceSettings(kinds, options.samples, options.noise, options.window, options.seed)
     file = find_file(options.data)
     facts = read_facts(file)
-    out = options.out or Path("runs") / "traces" / re.sub(r"[^\w.-]+", "-", options.model).strip("-.")
-    out.mkdir(parents=True, exist_ok=True)
-    with run_lock(out, "--out"):
+    with results_folder(options.out, "traces", options.model) as out:
         model, tokenizer = LanguageModel(options.model).load()
         adapter = ModelAdapter(model)
         tokenized = _tokenize(file, facts, tokenizer)
         tracer = Tracer(adapter, tokenizer, tokenized, settings, options.precision == "fastest")
         folder = TraceFolder(out)
-        earlier = folder.open(
-            as_settings(
-                settings,
-                model=options.model,
-                weights=weights_hash(adapter.model),
-                data=hashlib.sha256(file.read_bytes()).hexdigest()[:16],
-                products="bfloat16" if tracer.rounds else str(adapter.dtype).removeprefix("torch."),
-            )
-        )
-        finished = {trace.id: trace for trace in earlier}
+        told = {
+            **vars(settings),
+            "model": options.model,
+            "weights": weights_hash(adapter.model),
+            "data": hashlib.sha256(file.read_bytes()).hexdigest()[:16],
+            "products": "bfloat16" if tracer.rounds else str(adapter.dtype).removeprefix("torch."),
+        }
+        finished = {trace.id: trace for trace in folder.open(told)}
         chosen = _choose(adapter, tokenizer, tokenized, options.limit)
         traces = _trace(tracer, chosen, finished, folder, options.workers or workers_for(adapter))
         averages = average_effects(traces)
@@ -171,7 +150,7 @@ def _trace(
     with tqdm(total=len(chosen), initial=done, desc="tracing", unit="fact") as bar:
 
         def keep(trace: FactTrace) -> None:
-            folder.append(trace.as_dict())
+            folder.append(vars(trace))
             bar.update()
 
         return list(tracer.trace_all(chosen, finished, keep, workers))
@@ -187,17 +166,15 @@ def _draw(
 ) -> None:
     from tqdm import tqdm
 
-    from lit_edit.files.paths import write_atomically
+    from lit_edit.files.pictures import write_figure
     from lit_edit.studies.tracing.figures import draw_averages, draw_fact
 
-    figure = draw_averages(averages, window, title)
-    write_atomically(folder.path / "average.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    write_figure(folder.path / "average.png", draw_averages(averages, window, title))
     for number, trace in enumerate(tqdm(traces, desc="figures", unit="fact", leave=False, disable=not each)):
         name = re.sub(r"[^\w-]+", "-", trace.prompt).strip("-")[:60]
         path = folder.path / "facts" / f"{number:03d}-{name}.png"
         if each and not path.exists():
-            of_fact = draw_fact(trace, window)
-            write_atomically(path, partial(of_fact.savefig, format="png", dpi=100))
+            write_figure(path, draw_fact(trace, window))
 
 
 def _report(traces: Sequence[FactTrace], averages: Sequence[AverageEffect], out: Path, files: Sequence[str]) -> None:

@@ -8,19 +8,12 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of a decoder.
+    """Size of a decoder."""
 
-    Args:
-        hidden: Width.
-        layers: Depth.
-        heads: Attention heads.
-        inner: Width of the MLP.
-    """
-
-    hidden: int
-    layers: int
-    heads: int
-    inner: int
+    hidden: int  # width
+    layers: int  # depth
+    heads: int  # of attention
+    inner: int  # width of the MLP
 
 
 PRESETS = MappingProxyType(

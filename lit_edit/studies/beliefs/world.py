@@ -46,25 +46,15 @@ RESERVED = frozenset({"is", "true", "false", "and", "or", "not", "."})
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """What a generated world is made of.
-
-    Args:
-        subjects: How many.
-        pairs: Pairs of relations, the second of each depending on the first.
-        whole: Pairs of which a subject has both relations.
-        single: Further pairs of which a subject has one relation.
-        upstream_objects: Objects of each upstream relation.
-        dependent_objects: Objects of each dependent relation.
-        seed: Seeds names, objects and distributions.
-    """
+    """What a generated world is made of."""
 
     subjects: int = 200
-    pairs: int = 5
-    whole: int = 2
-    single: int = 1
-    upstream_objects: int = 10
-    dependent_objects: int = 8
-    seed: int = 0
+    pairs: int = 5  # of relations, the second of each depending on the first
+    whole: int = 2  # pairs of which a subject has both relations
+    single: int = 1  # further pairs of which a subject has one relation
+    upstream_objects: int = 10  # of each upstream relation
+    dependent_objects: int = 8  # of each dependent relation
+    seed: int = 0  # of names, objects and distributions
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -83,20 +73,11 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class World:
-    """Relations and facts.
+    """Relations and facts; dependencies in a circle, or other objects than the relation's, are refused."""
 
-    Attributes:
-        objects: By relation, all objects it can have, sorted.
-        upstream: By relation, the one it depends on; the others are missing.
-        facts: By subject and relation, the distribution of the object.
-
-    Raises:
-        ValueError: If dependencies run in a circle, or a distribution is none over the relation's objects.
-    """
-
-    objects: Mapping[str, tuple[str, ...]]
-    upstream: Mapping[str, str]
-    facts: Mapping[Fact, Distribution]
+    objects: Mapping[str, tuple[str, ...]]  # by relation, all objects it can have, sorted
+    upstream: Mapping[str, str]  # by relation, the one it depends on; the others are missing
+    facts: Mapping[Fact, Distribution]  # by subject and relation, the distribution of the object
 
     def __post_init__(self) -> None:
         for relation in self.objects:
@@ -106,11 +87,7 @@ class World:
                 raise ValueError(f"the distribution of {fact} is none over the objects of its relation")
 
     def chain(self, relation: str) -> list[str]:
-        """Return a relation and those it depends on, nearest first.
-
-        Raises:
-            ValueError: If they run in a circle.
-        """
+        """Return a relation and those it depends on, nearest first."""
         found = [relation]
         while (above := self.upstream.get(found[-1])) is not None:
             if above in found:
@@ -230,10 +207,7 @@ class _Names:
 def read_triples(path: str | Path) -> list[tuple[str, str, str]]:
     """Read subject, relation and object with tabs between them, as Wikidata5m has them.
 
-    Wikidata5m itself names everything by ids; put its labels in their place.
-
-    Returns:
-        The triples in order, each once.
+    Wikidata5m itself names everything by ids; put its labels in their place. Each triple is read once.
 
     Raises:
         DataError: If a line is no triple (names the file and the line), or there are none.
@@ -282,14 +256,8 @@ def world_of_triples(
     that as many subjects as possible have both of a pair (an integer program), the one that tells more of the other
     being upstream; the conditional distributions are the sharpened counts.
 
-    Args:
-        triples: Subject, relation, object. Of several objects of a subject and relation the first is true.
-        relations: Keep so many, at most.
-        facts: Keep so many, at most; whole subjects, in order.
-        seed: Draws the two-point distributions.
-
-    Raises:
-        ArgumentError: If no subject has two relations.
+    Of several objects of a subject and relation the first is true. At most so many relations are kept, and so many facts:
+    whole subjects, in order. The seed draws the two-point distributions.
     """
     by_subject: dict[str, dict[str, str]] = {}
     for subject, relation, value in triples:
@@ -332,13 +300,10 @@ def world_of_triples(
 
 
 def pair_relations(subjects: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Pair relations so that as many subjects as possible have both of a pair; each is in one pair at most.
+    """Pair relations so that as many subjects (objects by relation) as possible have both of a pair.
 
-    Args:
-        subjects: Of each, its objects by relation.
-
-    Returns:
-        By dependent relation, its upstream one: that from which the other's object is guessed right more often.
+    Each is in one pair at most. Returned is, by dependent relation, its upstream one: that from which the other's object
+    is guessed right more often.
 
     Example:
         >>> pair_relations([{"a": "1", "b": "x", "c": "p"}, {"a": "1", "b": "x"}, {"a": "2", "b": "x"}])

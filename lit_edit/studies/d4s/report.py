@@ -26,16 +26,7 @@ Row = dict[str, Any]
 
 
 def write_part(part: str, grid: Grid, folder: Path) -> str:
-    """Write ``<part>.md``, ``.csv`` and ``.png`` of a part of the study.
-
-    Args:
-        part: ``a`` to ``e``.
-        grid: Its runs.
-        folder: Their folder.
-
-    Returns:
-        The table as Markdown, with a line above that says what it shows.
-    """
+    """Write ``<part>.md``, ``.csv`` and ``.png``; return the table with a line above that says what it shows."""
     said, rows, figure = _PARTS[part](grid, folder)
     text = f"{said}\n\n{as_markdown(rows)}" if rows else f"{said}\n\nNothing has been measured yet.\n"
     return write_outputs(folder, part, text, rows, figure)

@@ -38,7 +38,7 @@ def proposal_text(
     Args:
         found: By the search.
         model: Its name.
-        editor: The editor's settings, as ``class_path`` and ``init_args``.
+        editor: The editor's ``class_path`` and ``init_args``.
         how: Lines that say how it came about.
         more: What else the method's own config says; the trials were made with it.
     """

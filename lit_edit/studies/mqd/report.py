@@ -42,15 +42,9 @@ _COLUMNS = {
 
 
 def write_report(grid: Grid, folder: Path, targets: Mapping[str, Any]) -> str:
-    """Write ``mqd.md``, ``mqd.csv``, ``mqd.json`` and ``mqd.png``.
+    """Write ``mqd.md``, ``mqd.csv``, ``mqd.json`` and ``mqd.png``; return the tables as Markdown.
 
-    Args:
-        grid: The study's runs.
-        folder: Its folder.
-        targets: What was measured of the targets, and on which model.
-
-    Returns:
-        The tables as Markdown.
+    ``targets`` is what was measured of the targets, and on which model.
     """
     rows = [row_of(point, folder / point.name, MEASURED) for point in grid.points]
     courses = [read_course(row[AXIS], row["state"], folder / row["point"]) for row in rows]
@@ -85,13 +79,7 @@ def _shown_target(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def draw_study(targets: Sequence[Mapping[str, Any]], courses: Sequence[Course], title: str = "") -> Figure:
-    """Draw the targets of each kind as bars, and below what its edits do to the model.
-
-    Args:
-        targets: Per kind, what was measured of its targets.
-        courses: Per kind, in the same order, the course of its run.
-        title: Of the figure.
-    """
+    """Draw the targets of each kind as bars, and below the courses of its edits, in the same order."""
     figure = new_figure(12.5, 7.0, title)
     kinds = [str(row[AXIS]) for row in targets]
     bars = (("perplexity", "Perplexity of the targets"), ("entropy", "Entropy of the targets, bits"))

@@ -25,14 +25,12 @@ STYLES: tuple[Any, ...] = ("--", ":", "-", (0, (5, 1, 1, 1)), ":", "-")
 def draw_fact(trace: FactTrace, window: int = 10) -> Figure:
     """Draw one fact: the answer's probability by restored token and layer, a panel per kind.
 
-    Tokens of the subject are marked with a star. The palest colour is the corrupted probability.
-
-    Args:
-        trace: Of the fact.
-        window: How many layers were restored together, for the titles.
+    Tokens of the subject are marked with a star. The palest colour is the corrupted probability. The window of layers
+    that were restored together is for the titles.
     """
     first, behind = trace.subject
-    labels = [f"{token.strip() or repr(token)}{'*' if first <= i < behind else ''}" for i, token in _texts(trace)]
+    tokens = [token.replace("$", r"\$").replace("\n", " ") for token in trace.tokens]  # "$" would begin a formula
+    labels = [f"{token.strip() or repr(token)}{'*' if first <= i < behind else ''}" for i, token in enumerate(tokens)]
     known = f"clean {trace.p_clean:.3f}, corrupted {trace.p_corrupt:.3f}"
     title = f"{' '.join(trace.prompt.splitlines())} …  ({known})"
     figure = new_figure(1.2 + 3.9 * len(trace.restored), 1.5 + 0.24 * len(labels), title)
@@ -51,13 +49,7 @@ def draw_fact(trace: FactTrace, window: int = 10) -> Figure:
 
 
 def draw_averages(averages: Sequence[AverageEffect], window: int = 10, title: str = "") -> Figure:
-    """Draw average indirect effects: above heat maps of token role by layer, below curves with 95 % intervals.
-
-    Args:
-        averages: From :func:`lit_edit.studies.tracing.average_effects`.
-        window: How many layers were restored together, for the titles.
-        title: Of the figure.
-    """
+    """Draw average indirect effects: above heat maps of token role by layer, below curves with 95 % intervals."""
     kinds = list(dict.fromkeys(average.kind for average in averages))
     figure = new_figure(2.0 + 4.2 * len(kinds), 6.8, title)
     curves: Axes | None = None
@@ -100,12 +92,3 @@ def _draw_curves(axis: Axes, rows: Mapping[str, Sequence[AverageEffect]]) -> Non
 
 def _title(kind: str, window: int) -> str:
     return f"restoring {TITLES[kind]}" if kind == "hidden" else f"restoring {TITLES[kind]}, window of {window}"
-
-
-def _texts(trace: FactTrace) -> list[tuple[int, str]]:
-    return [(index, _plain(token)) for index, token in enumerate(trace.tokens)]
-
-
-def _plain(text: str) -> str:
-    """Return a text that matplotlib does not take for a formula."""
-    return text.replace("$", r"\$").replace("\n", " ")

@@ -27,12 +27,7 @@ KeyValues = tuple[Tensor, Tensor]
 
 
 class PromptCalls:
-    """How the model calls its layers on one prompt, whatever was done to its states.
-
-    Args:
-        adapter: The model.
-        ids: ``(1, length)``, the prompt.
-    """
+    """How the model calls its layers on one prompt, ids ``(1, length)``, whatever was done to its states."""
 
     def __init__(self, adapter: ModelAdapter, ids: Tensor) -> None:
         self.adapter, self.length = adapter, ids.shape[1]

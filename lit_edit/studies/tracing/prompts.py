@@ -74,11 +74,6 @@ def role_of(position: int, subject: tuple[int, int], length: int) -> str | None:
     A token with two roles has the later one: of a subject of one token it is the last; a prompt that ends with the
     subject, or one token behind it, ends with its last token.
 
-    Args:
-        position: Of the token.
-        subject: Index of the subject's first token, and index behind its last.
-        length: Of the prompt.
-
     Example:
         >>> [role_of(i, (1, 3), 5) for i in range(5)]  # doctest: +NORMALIZE_WHITESPACE
         [None, 'first subject token', 'last subject token', 'first subsequent token', 'last token']
@@ -114,12 +109,7 @@ def known_facts(
 ) -> Iterator[TokenizedFact]:
     """Yield the facts that the model knows: its most probable next token is the attribute's first.
 
-    Args:
-        adapter: The model.
-        tokenizer: Its tokenizer.
-        facts: In the order they are tried; no more are tried than are asked for, up to a batch.
-        batch_size: Prompts per pass.
-        progress: Told how many facts have been tried.
+    No more are tried than are asked for, up to a batch; ``progress`` is told how many have been.
     """
     waiting, tried = iter(facts), 0
     while batch := list(islice(waiting, batch_size)):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, get_args
 
@@ -67,13 +67,9 @@ class FactTrace:
         """Return indirect effects ``[layer][token from the subject on]``: restored less corrupted probability."""
         return tuple(tuple(p - self.p_corrupt for p in row) for row in self.restored[kind])
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return primitives for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FactTrace:
-        """Restore :meth:`as_dict`, also after a way through JSON.
+        """Restore a trace from its fields after a way through JSON.
 
         Raises:
             KeyError: If a field is missing.
@@ -105,21 +101,13 @@ def window_around(layer: int, width: int, n_layers: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Runs:
-    """The clean run (version 0) and the noisy ones.
+    """The clean run (version 0) and the noisy ones."""
 
-    Attributes:
-        states: By layer, its input ``(versions, length, d_model)``; behind the last layer its output.
-        kept: By layer, attention keys and values.
-        outputs: By kind and layer, what modules of the clean run gave ``(length, d_model)``.
-        answer: Token id.
-        probabilities: ``(versions,)`` of it.
-    """
-
-    states: list[Tensor]
-    kept: dict[int, KeyValues]
-    outputs: dict[str, dict[int, Tensor]]
-    answer: int
-    probabilities: Tensor
+    states: list[Tensor]  # by layer, its input (versions, length, d_model); behind the last layer its output
+    kept: dict[int, KeyValues]  # by layer
+    outputs: dict[str, dict[int, Tensor]]  # by kind and layer, what modules of the clean run gave (length, d_model)
+    answer: int  # token id
+    probabilities: Tensor  # (versions,) of it
 
 
 @torch.no_grad()
@@ -224,21 +212,13 @@ def _run_whole(adapter: ModelAdapter, calls: PromptCalls, fact: TokenizedFact, n
 
 @dataclass(frozen=True)
 class _Restoration:
-    """Something restored around one layer, at each of the positions of a line.
-
-    Attributes:
-        kind: What.
-        layer: Around which layer; the column of the result.
-        begin: The first layer that is run for it.
-        window: Layers ``start .. stop - 1`` whose modules are restored; empty for hidden states.
-        trunk: The restoration whose states at :attr:`begin` it departs from, if not from the noisy ones.
-    """
+    """Something restored around one layer, at each of the positions of a line."""
 
     kind: Kind
-    layer: int
-    begin: int
-    window: tuple[int, int]
-    trunk: tuple[Kind, int] | None = None
+    layer: int  # around which; the column of the result
+    begin: int  # the first layer that is run for it
+    window: tuple[int, int]  # layers start .. stop - 1 whose modules are restored; empty for hidden states
+    trunk: tuple[Kind, int] | None = None  # whose states at "begin" it departs from, if not from the noisy ones
 
     @property
     def key(self) -> tuple[Kind, int]:
@@ -250,13 +230,8 @@ def _plan(kinds: Sequence[Kind], width: int, n_layers: int, skips: bool) -> list
     """Return all restorations, those that begin at lower layers first, and each behind its trunk.
 
     Windows that begin at the same layer (those cut off at the bottom) go the same way as far as the shortest reaches:
-    the longest is the trunk, from which the others depart where they end.
-
-    Args:
-        kinds: What to restore.
-        width: Of windows.
-        n_layers: Of the model.
-        skips: Whether a window's first layer need not be run (:func:`_beyond_first`).
+    the longest is the trunk, from which the others depart where they end. With ``skips`` a window's first layer need
+    not be run (:func:`_beyond_first`).
     """
     plan = []
     for kind in kinds:
@@ -276,15 +251,9 @@ def _restore(
 ) -> Iterator[tuple[_Restoration, Tensor]]:
     """Yield each restoration of a plan and what leaves the last layer at the versions' ends ``(versions, d_model)``.
 
-    Restorations that are under way run as one line, layer by layer; those that begin later join it.
-
-    Args:
-        adapter: The model.
-        line: All positions and samples of one restoration.
-        starts: The position that each of its versions restores.
-        runs: The clean run and the noisy ones.
-        plan: What to restore.
-        most: Tokens run together, unless one restoration already takes more.
+    Restorations that are under way run as one line, layer by layer; those that begin later join it. ``line`` holds all
+    positions (``starts``, by version) and samples of one restoration; no more than ``most`` tokens are run together,
+    unless one restoration already takes more.
     """
     places, chosen = line.place(starts), torch.tensor(starts, device=adapter.device)
     lines: dict[int, PromptLine] = {1: line}
