@@ -24,22 +24,18 @@ from lit_edit.studies.beliefs.presets import PRESETS
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a decoder is trained."""
+    """How a decoder is trained. Accuracy is the share of facts whose true object it says."""
 
     preset: str = "base"  # its size
     lr: float = 1e-3  # of AdamW, between its warm-up and its way down
     warm_up: int = 30  # steps
     weight_decay: float = 0.01
     batch_size: int = 128  # sentences per step, alone or in documents
-    alone: float = (
-        0.8  # accuracy (facts whose true object the model says) from which on documents are read; 0: all along
-    )
+    alone: float = 0.8  # accuracy from which on documents are read, not plain sentences alone; 0: from the start
     max_steps: int = 3000
     check_every: int = 50  # steps between two measurements of accuracy
     target: float = 0.9  # the accuracy, with documents, at which the way down begins
-    settle: int = (
-        200  # steps of the way down, to a rate of zero: when the target is reached, probabilities are still rough
-    )
+    settle: int = 200  # steps of the way down to a rate of zero: at the target, probabilities are still rough
     seed: int = 0  # of weights and order
 
     def __post_init__(self) -> None:

@@ -88,14 +88,12 @@ def _cells(row: Mapping[str, Any], shown: Mapping[str, str]) -> dict[str, str]:
 def draw_study(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     """Draw accuracy, probabilistic and logical gaps as bars, a colour per editor."""
     figure = new_figure(13, 4.4, title)
+    gaps = ("A is true", "A and B", "order", "A or B", "not A")
     kinds = ("edited", "dependent", "other subject,\nsame relation", "other subject\nand relation")
     panels = (
         ("Generation accuracy (more is better)", dict(zip(ACCURACIES, kinds, strict=True))),
         ("|p(model) - p(ideal reader)| (less is better)", dict(zip(BY_KIND, kinds, strict=True))),
-        (
-            "Logical gaps (less is better)",
-            dict(zip(LOGIC, ("A is true", "A and B", "order", "A or B", "not A"), strict=True)),
-        ),
+        ("Logical gaps (less is better)", dict(zip(LOGIC, gaps, strict=True))),
     )
     width = 0.8 / len(rows)
     for place, (heading, names) in enumerate(panels, 1):

@@ -256,8 +256,8 @@ def world_of_triples(
     that as many subjects as possible have both of a pair (an integer program), the one that tells more of the other
     being upstream; the conditional distributions are the sharpened counts.
 
-    Of several objects of a subject and relation the first is true. At most so many relations are kept, and so many facts:
-    whole subjects, in order. The seed draws the two-point distributions.
+    Of several objects of a subject and relation the first is true. At most so many relations are kept, and so many
+    facts: whole subjects, in order. The seed draws the two-point distributions.
     """
     by_subject: dict[str, dict[str, str]] = {}
     for subject, relation, value in triples:
@@ -302,8 +302,8 @@ def world_of_triples(
 def pair_relations(subjects: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """Pair relations so that as many subjects (objects by relation) as possible have both of a pair.
 
-    Each is in one pair at most. Returned is, by dependent relation, its upstream one: that from which the other's object
-    is guessed right more often.
+    Each is in one pair at most. Returned is, by dependent relation, its upstream one: that from which the other's
+    object is guessed right more often.
 
     Example:
         >>> pair_relations([{"a": "1", "b": "x", "c": "p"}, {"a": "1", "b": "x"}, {"a": "2", "b": "x"}])
