@@ -126,11 +126,8 @@ def _choose(
     from lit_edit.studies.tracing.prompts import known_facts
 
     with tqdm(total=len(facts), desc="which facts are known", unit="fact", leave=False) as bar:
-
-        def show(tried: int) -> None:
-            bar.update(tried - bar.n)
-
-        chosen = list(islice(known_facts(adapter, tokenizer, facts, progress=show), limit))
+        tried = known_facts(adapter, tokenizer, facts, progress=lambda count: bar.update(count - bar.n))
+        chosen = list(islice(tried, limit))
     if not chosen:
         raise ArgumentError(
             f"the model knows none of the {len(facts)} facts (its first choice is never the attribute's first token): "

@@ -81,9 +81,6 @@ def run_rest(
 
     Returns:
         The exit status of :func:`~lit_edit.sweeps.points.run_points`; ``None`` after a listing.
-
-    Raises:
-        ArgumentError: If a run would be refused, or was begun with other settings, or there is nothing to gather.
     """
     from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
 
@@ -99,6 +96,13 @@ def run_rest(
     if prepare is not None:
         prepare(settings)
     return run_points(grid, folder, grid.points, settings)
+
+
+def as_cell(value: float | str | None, form: str = ".3f") -> str:
+    """Return a cell of a table: a dash for what is not known; words and whole numbers as they are."""
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, (str, int)) else format(value, form)
 
 
 def say_report(text: str, folder: Path, *names: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lit_edit.files.paths import without_nan
 from lit_edit.files.pictures import COLOURS, add_panel, new_figure
 from lit_edit.studies.beliefs.coherence import GAPS, KINDS, OBJECTS
+from lit_edit.studies.frame import as_cell
 from lit_edit.sweeps.outputs import as_markdown, write_outputs
 
 if TYPE_CHECKING:
@@ -81,8 +82,7 @@ def mean_row(editor: str, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _cells(row: Mapping[str, Any], shown: Mapping[str, str]) -> dict[str, str]:
-    cells = {"editor": str(row["editor"]), "edits": str(row["edits"])}
-    return cells | {head: "–" if row[name] is None else f"{row[name]:.3f}" for name, head in shown.items()}
+    return {head: as_cell(row[name]) for name, head in {"editor": "editor", "edits": "edits", **shown}.items()}
 
 
 def draw_study(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.errors import ArgumentError
-from lit_edit.studies.frame import begin_study, results_folder
+from lit_edit.studies.frame import as_cell, begin_study, results_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,7 +66,7 @@ def run_tracing(args: list[str]) -> int:
     if not kept:
         raise ArgumentError(f"{out}: none of the {len(edits)} edits could be made; try another --method, or --layers")
     by_layer = layer_rows(kept)
-    text = f"{as_markdown([{k: _cell(v) for k, v in row.items()} for row in by_layer])}\n"
+    text = f"{as_markdown([{k: as_cell(v) for k, v in row.items()} for row in by_layer])}\n"
     regression: dict[str, Any] = {}
     try:
         fit = regress([e.score or 0.0 for e in kept], [e.layer for e in kept], [e.effect for e in kept])
@@ -211,7 +211,3 @@ def draw_study(edits: Sequence[LayerEdit], title: str = "") -> Figure:
         right.plot([r["layer"] for r in rows], [r[name] for r in rows], color=colour, marker=marker, label=name)
     right.legend(frameon=False)
     return figure
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.files.pictures import COLOURS, add_panel, new_figure
+from lit_edit.studies.frame import as_cell
 from lit_edit.sweeps.comparison import Course, draw_panel, read_course
 from lit_edit.sweeps.gathering import COSTS, failure_of, row_of, shown
 from lit_edit.sweeps.grids import Grid
@@ -28,16 +29,16 @@ MEASURED = {
 }
 """By column: where ``summary.json`` has it."""
 
-_COLUMNS = {
-    "edits": "number",
-    "perplexity": "perplexity",
-    "first_choice": "said anyway",
-    "nats": "nats",
-    "tokens": "tokens",
-    "kinds": "different",
-    "entropy": "entropy, bits",
-    "distinct_1": "distinct-1",
-    "distinct_2": "distinct-2",
+_COLUMNS = {  # by measurement: heading, and form
+    "edits": ("number", "d"),
+    "perplexity": ("perplexity", ".1f"),
+    "first_choice": ("said anyway", ".3f"),
+    "nats": ("nats", ".2f"),
+    "tokens": ("tokens", ".2f"),
+    "kinds": ("different", "d"),
+    "entropy": ("entropy, bits", ".2f"),
+    "distinct_1": ("distinct-1", ".3f"),
+    "distinct_2": ("distinct-2", ".3f"),
 }
 
 
@@ -70,12 +71,7 @@ def write_report(grid: Grid, folder: Path, targets: Mapping[str, Any]) -> str:
 
 
 def _shown_target(row: Mapping[str, Any]) -> dict[str, str]:
-    cells = {AXIS: str(row[AXIS])}
-    for name, heading in _COLUMNS.items():
-        value = row[name]
-        digits = 3 if name in ("first_choice", "distinct_1", "distinct_2") else 2 if name != "perplexity" else 1
-        cells[heading] = "–" if value is None else str(value) if isinstance(value, int) else f"{value:.{digits}f}"
-    return cells
+    return {AXIS: str(row[AXIS])} | {head: as_cell(row[name], form) for name, (head, form) in _COLUMNS.items()}
 
 
 def draw_study(targets: Sequence[Mapping[str, Any]], courses: Sequence[Course], title: str = "") -> Figure:

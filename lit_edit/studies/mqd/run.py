@@ -108,7 +108,7 @@ def with_paths(grid: Grid, paths: Mapping[str, Path]) -> Grid:
 
 
 def _keep_data(folder: Path, made: Mapping[str, Sequence[EditRequest]]) -> None:
-    """Write the data, if it is not there; where other data is, the runs were begun with that."""
+    """Write the data; where other data is, the runs were begun with that."""
     for kind, requests in made.items():
         path = folder / f"mqd_{kind}.json"
         if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != [r.as_dict() for r in requests]:
@@ -116,8 +116,7 @@ def _keep_data(folder: Path, made: Mapping[str, Sequence[EditRequest]]) -> None:
                 f"{path} was made of other events or with another seed: give the study another --name, or delete "
                 f"{folder.parent}"
             )
-    if not all((folder / f"mqd_{kind}.json").is_file() for kind in made):
-        write_mqd(folder, made)
+    write_mqd(folder, made)
 
 
 # ---- the targets on the unedited model ----------------------------------------------------------------------------

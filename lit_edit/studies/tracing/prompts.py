@@ -105,7 +105,7 @@ def known_facts(
     tokenizer: PreTrainedTokenizerBase,
     facts: Iterable[TokenizedFact],
     batch_size: int = 16,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Iterator[TokenizedFact]:
     """Yield the facts that the model knows: its most probable next token is the attribute's first.
 
