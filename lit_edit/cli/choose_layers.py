@@ -161,12 +161,8 @@ def _settings(
         "model": options.model,
         "weights": bench.base_hash,
         "sample": hashlib.sha256(data.encode()).hexdigest()[:16],
-        "edits": plan.edits,
-        "held_out": plan.held_out,
-        "widths": list(plan.widths),
-        "stride": plan.stride,
         "seed": options.seed,
-        "default": list(plan.default),
+        **{name: value for name, value in vars(plan).items() if name != "depth"},
         **method.settings(),
     }
 

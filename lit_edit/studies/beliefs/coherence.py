@@ -19,7 +19,6 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from lit_edit.data.request import EditRequest
@@ -34,24 +33,20 @@ if TYPE_CHECKING:
 
     from lit_edit.models.adapter import ModelAdapter
 
-KINDS = MappingProxyType(
-    {
-        "edited": "same subject, same relation",
-        "dependent": "same subject, dependent relation",
-        "relation": "other subject, same relation",
-        "other": "other subject, other relation",
-    }
-)
+KINDS: Mapping[str, str] = {
+    "edited": "same subject, same relation",
+    "dependent": "same subject, dependent relation",
+    "relation": "other subject, same relation",
+    "other": "other subject, other relation",
+}
 OBJECTS = ("original", "requested", "now")
-GAPS = MappingProxyType(
-    {
-        "truth": "p(A) and 'A is true'",
-        "and": "'A and B' and p(A) p(B)",
-        "order": "'A and B' and 'B and A'",
-        "or": "'A or B' and p(A) + p(B) - p(A) p(B)",
-        "not": "p(A) and 1 - 'not A'",
-    }
-)
+GAPS: Mapping[str, str] = {
+    "truth": "p(A) and 'A is true'",
+    "and": "'A and B' and p(A) p(B)",
+    "order": "'A and B' and 'B and A'",
+    "or": "'A or B' and p(A) + p(B) - p(A) p(B)",
+    "not": "p(A) and 1 - 'not A'",
+}
 
 
 @dataclass(frozen=True)

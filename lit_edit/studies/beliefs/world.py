@@ -282,11 +282,7 @@ def world_of_triples(
         for relation in kept
         if any(relation in own for own in chosen.values())
     }
-    counts: dict[tuple[str, str], Counter[str]] = {}
-    for own in chosen.values():
-        for below, above in upstream.items():
-            if below in own and above in own:
-                counts.setdefault((below, own[above]), Counter())[own[below]] += 1
+    counts = {below: _counts(chosen.values(), above, below) for below, above in upstream.items()}
     draw = random.Random(seed)
     made: dict[Fact, Distribution] = {}
     for subject, own in chosen.items():
@@ -294,7 +290,7 @@ def world_of_triples(
         for relation, value in own.items():
             given = own.get(upstream.get(relation, ""))
             made[subject, relation] = (
-                _two_points(draw, value, objects[relation]) if given is None else sharpen(counts[relation, given])
+                _two_points(draw, value, objects[relation]) if given is None else sharpen(counts[relation][given])
             )
     return World(objects, upstream, made)
 
@@ -330,16 +326,19 @@ def pair_relations(subjects: Sequence[Mapping[str, str]]) -> dict[str, str]:
     found = {}
     for (first, second), share in zip(edges, solved.x, strict=True):
         if share > 0.5:
-            forward, backward = _guessed(subjects, first, second), _guessed(subjects, second, first)
-            above, below = (first, second) if forward >= backward else (second, first)
+            right = [
+                sum(max(counter.values()) for counter in _counts(subjects, *pair).values())
+                for pair in ((first, second), (second, first))
+            ]
+            above, below = (first, second) if right[0] >= right[1] else (second, first)
             found[below] = above
     return found
 
 
-def _guessed(subjects: Sequence[Mapping[str, str]], above: str, below: str) -> int:
-    """Of how many subjects the likeliest object given the upstream one is right."""
+def _counts(subjects: Iterable[Mapping[str, str]], above: str, below: str) -> dict[str, Counter[str]]:
+    """Return how often subjects with both relations have an object, by upstream object."""
     counts: dict[str, Counter[str]] = {}
     for own in subjects:
         if above in own and below in own:
             counts.setdefault(own[above], Counter())[own[below]] += 1
-    return sum(max(counter.values()) for counter in counts.values())
+    return counts

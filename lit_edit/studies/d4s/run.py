@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -27,15 +27,13 @@ from lit_edit.studies.frame import (
 )
 from lit_edit.sweeps.grids import Choice, Grid, Point, read_grid, with_changes
 
-PARTS = MappingProxyType(
-    {
-        "a": ("stream", "what five editors have kept of a stream, every 25 edits"),
-        "b": ("stream", "mean |W| of the edited layers beside it (the same runs), and the correlation of the two"),
-        "c": ("questions", "what edits of MQD's kinds of questions do to general ability"),
-        "d": ("ability", "general ability of D4S and MEMIT along a stream (two of the runs of part a)"),
-        "e": ("ablation", "D4S with other residuals, layers, lambda and statistics"),
-    }
-)
+PARTS: Mapping[str, tuple[str, str]] = {
+    "a": ("stream", "what five editors have kept of a stream, every 25 edits"),
+    "b": ("stream", "mean |W| of the edited layers beside it (the same runs), and the correlation of the two"),
+    "c": ("questions", "what edits of MQD's kinds of questions do to general ability"),
+    "d": ("ability", "general ability of D4S and MEMIT along a stream (two of the runs of part a)"),
+    "e": ("ablation", "D4S with other residuals, layers, lambda and statistics"),
+}
 """By name: the runs (``configs/studies/d4s``), and the question."""
 
 

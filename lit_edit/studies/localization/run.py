@@ -171,11 +171,8 @@ def layer_rows(edits: Sequence[LayerEdit]) -> list[dict[str, Any]]:
 
 def fit_row(fit: LocalizationFit) -> dict[str, str]:
     """Return the regressions as a row of a table."""
-    return {
-        "R² layer": f"{fit.layer:.3f}",
-        "R² tracing": f"{fit.effect:.3f}",
-        "R² both": f"{fit.both:.3f}",
-        "gain": f"{fit.gain:.3f}",
+    shares = {"R² layer": fit.layer, "R² tracing": fit.effect, "R² both": fit.both, "gain": fit.gain}
+    return {name: as_cell(share) for name, share in shares.items()} | {
         "F": f"{fit.statistic:.2f}",
         "p": f"{fit.p_value:.3g}",
     }
