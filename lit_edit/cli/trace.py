@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import re
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 KINDS = ("hidden", "mlp", "attn")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> ArgumentParser:
     parser = make_parser(
         "trace",
         "Causal tracing (Meng et al. 2022): corrupt the subject of a fact with noise, put single clean states back, "
@@ -96,8 +96,7 @@ def run_trace(args: list[str]) -> None:
         traces = _trace(tracer, chosen, finished, folder, options.workers or workers_for(adapter))
         averages = average_effects(traces)
         files = folder.write_tables(traces, averages)
-        title = f"{options.model}, {len(traces)} facts, {options.samples} samples, noise of {options.noise:g} sd"
-        _draw(folder, traces, averages, settings.window, title, not options.no_fact_figures)
+        _draw(out, traces, averages, options)
     _report(traces, averages, out, files)
 
 
@@ -153,25 +152,20 @@ def _trace(
         return list(tracer.trace_all(chosen, finished, keep, workers))
 
 
-def _draw(
-    folder: TraceFolder,
-    traces: Sequence[FactTrace],
-    averages: Sequence[AverageEffect],
-    window: int,
-    title: str,
-    each: bool,
-) -> None:
+def _draw(out: Path, traces: Sequence[FactTrace], averages: Sequence[AverageEffect], options: Namespace) -> None:
     from tqdm import tqdm
 
     from lit_edit.files.pictures import write_figure
     from lit_edit.studies.tracing.figures import draw_averages, draw_fact
 
-    write_figure(folder.path / "average.png", draw_averages(averages, window, title))
-    for number, trace in enumerate(tqdm(traces, desc="figures", unit="fact", leave=False, disable=not each)):
+    title = f"{options.model}, {len(traces)} facts, {options.samples} samples, noise of {options.noise:g} sd"
+    write_figure(out / "average.png", draw_averages(averages, options.window, title))
+    shown = [] if options.no_fact_figures else traces
+    for number, trace in enumerate(tqdm(shown, "figures", unit="fact", leave=False, disable=not shown)):
         name = re.sub(r"[^\w-]+", "-", trace.prompt).strip("-")[:60]
-        path = folder.path / "facts" / f"{number:03d}-{name}.png"
-        if each and not path.exists():
-            write_figure(path, draw_fact(trace, window))
+        path = out / "facts" / f"{number:03d}-{name}.png"
+        if not path.exists():
+            write_figure(path, draw_fact(trace, options.window))
 
 
 def _report(traces: Sequence[FactTrace], averages: Sequence[AverageEffect], out: Path, files: Sequence[str]) -> None:

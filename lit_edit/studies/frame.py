@@ -38,13 +38,9 @@ def results_folder(out: Path | None, kind: str, name: str) -> Iterator[Path]:
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of every run that ``--data``, ``--edits`` and ``--model`` make."""
-    told = {name: getattr(options, name, None) for name in ("data", "edits", "model")}
     names = {"data": "data.path", "edits": "data.limit", "model": "model.language_model.name"}
-    return {
-        names[name]: str(value.resolve()) if isinstance(value, Path) else value
-        for name, value in told.items()
-        if value is not None
-    }
+    told = {setting: getattr(options, name, None) for name, setting in names.items()}
+    return {name: str(v.resolve()) if isinstance(v, Path) else v for name, v in told.items() if v is not None}
 
 
 def check_files(**files: Path | None) -> None:
@@ -103,6 +99,12 @@ def as_cell(value: float | str | None, form: str = ".3f") -> str:
     if value is None:
         return "–"
     return str(value) if isinstance(value, (str, int)) else format(value, form)
+
+
+def say(text: str) -> None:
+    """Write a line at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def say_report(text: str, folder: Path, *names: str) -> None:

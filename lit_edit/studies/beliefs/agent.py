@@ -108,28 +108,25 @@ class Agent:
 
     def _attribute(self, fact: Fact, seen: np.ndarray) -> None:
         """Add observations to the tables of the upstream objects, by how far the subject is believed to have them."""
-        subject, relation = fact
-        above = self.upstream.get(relation)
-        if above is None or not self._knows((subject, above)):
-            return
-        for value, share in zip(self.objects[above], self._believed((subject, above)), strict=True):
-            self.given[relation, value] = self.given.get((relation, value), 0.0) + share * seen
+        above = self._known_above(fact)
+        for value, share in zip(self.objects[above[1]], self._believed(above), strict=True) if above else ():
+            self.given[fact[1], value] = self.given.get((fact[1], value), 0.0) + share * seen
 
     def _posterior(self, counts: np.ndarray | float, relation: str) -> np.ndarray:
         total = np.full(len(self.objects[relation]), PRIOR / len(self.objects[relation])) + counts
         return np.asarray(total / total.sum())
 
     def _unedited(self, fact: Fact) -> np.ndarray:
-        subject, relation = fact
-        above = self.upstream.get(relation)
-        if above is not None and self._knows((subject, above)):
-            shares = self._believed((subject, above))
-            tables = [self._posterior(self.given.get((relation, o), 0.0), relation) for o in self.objects[above]]
-            return np.asarray(shares @ np.stack(tables))
+        relation = fact[1]
+        if above := self._known_above(fact):
+            tables = [self._posterior(self.given.get((relation, o), 0.0), relation) for o in self.objects[above[1]]]
+            return np.asarray(self._believed(above) @ np.stack(tables))
         return self._posterior(self.own.get(fact, self.pooled[relation]), relation)
 
-    def _knows(self, fact: Fact) -> bool:
-        return fact in self.own or fact in self.edits
+    def _known_above(self, fact: Fact) -> Fact | None:
+        """Return the fact that one depends on, if anything is known of it."""
+        above = (fact[0], self.upstream.get(fact[1], ""))
+        return above if above in self.own or above in self.edits else None
 
     def _mass(self, fact: Fact) -> float:
         return PRIOR + float(np.sum(self.own.get(fact, 0.0)))

@@ -30,12 +30,8 @@ def make_editor(
 ) -> Editor:
     """Return the editor of a config, on the testbed's layers and with its sentences before prompts.
 
-    Args:
-        method: A YAML file, or the name of one that ships.
-        folder: The trained model.
-        n_layers: Its depth.
-        layers: To edit; by default those at the config's relative depth.
-        parser: To use again: building one takes longer than parsing.
+    Without ``layers`` they are those at the config's relative depth. A parser is worth using again: building one takes
+    longer than parsing.
     """
     parser = parser or FitParser()
     _parse_editor(method, folder, n_layers, layers, parser)

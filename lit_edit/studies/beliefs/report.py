@@ -30,7 +30,7 @@ def write_report(folder: Path, settings: Mapping[str, Any]) -> str:
     from lit_edit.studies.beliefs.cases import cases_of
 
     rows = []
-    for path in sorted((folder / "cases").glob("*.jsonl"), key=_order):
+    for path in sorted((folder / "cases").glob("*.jsonl"), key=lambda path: (path.stem not in FIRST, path.stem)):
         cases = [row for case, row in sorted(cases_of(path).items()) if case < settings["edits"]]
         rows.append(mean_row(path.stem, cases))
     trained = settings["trained"]
@@ -54,10 +54,6 @@ def write_report(folder: Path, settings: Mapping[str, Any]) -> str:
             text += f"\n{row['editor']}: {row['refused']} edits were refused and are measured as none.\n"
     content = without_nan({"study": folder.name, "settings": settings, "rows": rows})
     return write_outputs(folder, "beliefs", text, rows, draw_study(rows, folder.name) if rows else None, content)
-
-
-def _order(path: Path) -> tuple[int, str]:
-    return (FIRST.index(path.stem) if path.stem in FIRST else len(FIRST), path.stem)
 
 
 def mean_row(editor: str, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from lit_edit.console.arguments import make_parser, positive
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_json
-from lit_edit.studies.frame import begin_study, folder_of, say_how_to_go_on, say_report
+from lit_edit.studies.frame import begin_study, folder_of, say, say_how_to_go_on, say_report
 
 if TYPE_CHECKING:
     from lit_edit.studies.beliefs.agent import Agent
@@ -60,10 +60,11 @@ def _run(options: argparse.Namespace, methods: Mapping[str, str], folder: Path) 
         cases = draw_cases(testbed.world, agent, options.edits, options.probes, options.seed)
         known = testbed.trained()
         if known is None:
-            sys.stdout.write(f"training a model of {len(testbed.world.facts)} facts, once ...\n")
-            sys.stdout.flush()
+            say(f"training a model of {len(testbed.world.facts)} facts, once ...")
         trained = known or testbed.train(options.max_minutes, progress=sys.stderr.isatty())
-        _say_trained(trained)
+        made = f"trained in {trained.seconds / 60:.1f} minutes, {trained.cpu / 60:.1f} of CPU"
+        where = f"{'from the cache' if trained.cached else made}: {trained.folder}"
+        say(f"the model says {trained.accuracy:.1%} of all facts after {trained.steps} steps ({where})")
         if options.train_only:
             return 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,15 +135,6 @@ def _testbed(options: argparse.Namespace) -> Testbed:
         world = world_of_triples(read_triples(options.triples), facts=options.facts or 1000, seed=options.seed)
     training = TrainingConfig(preset=options.preset, max_steps=options.max_steps, seed=options.seed)
     return Testbed(world, CorpusConfig(seed=options.seed), training)
-
-
-def _say_trained(trained: Trained) -> None:
-    made = f"trained in {trained.seconds / 60:.1f} minutes, {trained.cpu / 60:.1f} of CPU"
-    where = "from the cache" if trained.cached else made
-    sys.stdout.write(
-        f"the model says {trained.accuracy:.1%} of all facts after {trained.steps} steps ({where}: {trained.folder})\n"
-    )
-    sys.stdout.flush()
 
 
 # ---- what is kept -------------------------------------------------------------------------------------------------
@@ -216,5 +208,4 @@ def _measure_all(
         left = [number for number in range(len(cases)) if number not in file.rows]
         for number in tqdm(left, label, len(cases), initial=len(cases) - len(left), unit="edit", disable=None):
             file.add(number, bench.measure(cases[number], number, agent))
-        sys.stdout.write(f"{label}: {len(file.rows)} edits measured\n")
-        sys.stdout.flush()
+        say(f"{label}: {len(file.rows)} edits measured")

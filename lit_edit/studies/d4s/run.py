@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -60,13 +59,11 @@ def _options(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--part", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="by default all of them")
     parser.add_data("a CounterFact file (all parts but c)", type=Path)
     parser.add_task_files("parts c and d", "--tasks")
-    more: dict[str, Any] = {"type": Path, "help": "plain text for key statistics, a line more in part e"}
-    parser.add_argument("--corpus", aliases=("--text",), dest="text", metavar="FILE", **more)
+    text = "plain text for key statistics, a line more in part e"
+    parser.add_argument("--corpus", aliases=("--text",), dest="text", type=Path, metavar="FILE", help=text)
     parser.add_limit("edits of each run; by default the config's", "--edits", dest="edits")
-    parser.add_model(
-        None,
-        help="packaged model, folder or hub id, edited at the layers of the methods' configs; by default the config's",
-    )
+    text = "packaged model, folder or hub id, edited at the layers of the methods' configs; by default the config's"
+    parser.add_model(None, help=text)
     parser.add_runs("studies/d4s-...")
     parser.add_dry_run("the runs", "write tables and figures")
     options = parser.parse_args(args)

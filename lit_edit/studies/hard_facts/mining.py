@@ -63,11 +63,8 @@ class Miner:
     The updates that an editor proposes are looked at through a view of the model; the editor never hears of a commit,
     so that every edit is its first. A result depends on no other record.
 
-    Args:
-        session: Of an editor that has made no edit: :meth:`lit_edit.EditStream.open` returns one.
-        tokenizer: The model's.
-        texts: Their perplexity is measured.
-        leading: Put the tokenizer's leading tokens before a text; ME-PPL does not.
+    The session is of an editor that has made no edit (:meth:`lit_edit.EditStream.open` returns one). With ``leading``
+    the tokenizer's leading tokens are put before a text; ME-PPL does not.
 
     Raises:
         ArgumentError: If the session has made edits, or the perplexity of the original model is not finite.

@@ -52,11 +52,6 @@ def rounds_of(stride: int, edits: int) -> list[Round]:
     ]
 
 
-def survivors_of(count: int) -> int:
-    """Return how many of so many candidates go on to the next round: a quarter, and two at least."""
-    return max(2, count // 4)
-
-
 def coarse_layers(depth: int, stride: int) -> list[Layers]:
     """Return the first grid of single layers; a stride at which the model has no second one is refused.
 

@@ -18,12 +18,7 @@ from lit_edit.studies.layers.proposal import place_of_layers
 
 
 class Method:
-    """A method's config, and the editors made of it for any layers.
-
-    Args:
-        config: A YAML file, or the name of one that ships.
-        model: Name of the model.
-        seed: For all that is drawn at random.
+    """A method's config, by file or name, and the editors made of it for any layers of a model.
 
     Raises:
         ArgumentError: If ``lit-edit fit`` would refuse it, or it has no layers to choose.

@@ -12,7 +12,6 @@ from lit_edit.studies.layers.candidates import (
     groups_around,
     rounds_of,
     shown,
-    survivors_of,
     with_neighbours,
 )
 from lit_edit.studies.layers.trial import Stage, Trial
@@ -71,7 +70,7 @@ def search_layers(plan: Plan, measure: Measure, tell: Tell = lambda what, number
     rounds = rounds_of(plan.stride, plan.edits)
     for number, turn in enumerate(rounds, 1):
         if best:
-            go_on = [trial.layers for trial in best[: survivors_of(len(best))]]
+            go_on = [trial.layers for trial in best[: max(2, len(best) // 4)]]
             candidates = with_neighbours(go_on, turn.step, plan.depth)
         best = try_all("single", f"single layers {number}/{len(rounds)}", candidates, turn.edits)
     if best[0].score is None and best[0].error:

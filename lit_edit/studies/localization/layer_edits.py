@@ -55,12 +55,7 @@ def requests_of(path: Path, ids: Sequence[str], seed: int) -> list[EditRequest]:
     """Return an edit per traced fact: of a record's own new object, or of another fact's attribute in its relation.
 
     Facts whose relation has no other attribute are left out. A record without ``relation_id`` has its prompt, the
-    subject aside, for a relation.
-
-    Args:
-        path: The file that was traced.
-        ids: Of the facts, in the order wanted.
-        seed: Draws the new objects.
+    subject aside, for a relation. Edits are in the order of ``ids``; the seed draws the new objects.
 
     Raises:
         DataError: If a fact is not in the file, or no fact has a new object.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from lit_edit.console.arguments import make_parser
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_json
-from lit_edit.studies.frame import begin_study, end_study, folder_of, run_rest, settings_of
+from lit_edit.studies.frame import begin_study, end_study, folder_of, run_rest, say, settings_of
 from lit_edit.studies.mqd.making import add_mqd_arguments, write_mqd
 from lit_edit.sweeps.grids import Choice, Grid, read_grid, with_changes
 
@@ -131,8 +130,7 @@ def _keep_targets(
     key = {"model": model, "data": hashlib.sha256(data.encode()).hexdigest(), "edits": edits}
     if path.is_file() and all(json.loads(path.read_text(encoding="utf-8")).get(name) == key[name] for name in key):
         return
-    sys.stdout.write("measuring the targets on the unedited model ...")
-    sys.stdout.flush()
+    say("measuring the targets on the unedited model ...")
 
     from lit_edit.console.fit_parser import FitParser
     from lit_edit.metrics.diversity import describe_targets
@@ -149,4 +147,3 @@ def _keep_targets(
         for kind, requests in made.items()
     ]
     write_json(path, {**key, "targets": rows})
-    sys.stdout.write(" done\n")

@@ -38,13 +38,8 @@ def draw_fact(trace: FactTrace, window: int = 10) -> Figure:
         axis = figure.add_subplot(1, len(trace.restored), place, gid=kind)
         values = [[trace.p_corrupt] * len(layers)] * first  # nothing is corrupted before the subject
         values += [list(column) for column in zip(*layers, strict=True)]
-        most = max(max(map(max, values)), trace.p_corrupt + 1e-6)
-        image = axis.imshow(values, MAPS[kind], aspect="auto", vmin=trace.p_corrupt, vmax=most, interpolation="nearest")
-        axis.set_title(_title(kind, window), fontsize=9)
+        _draw_map(axis, kind, window, values, trace.p_corrupt, labels, f"p({trace.answer.strip()})")
         axis.set_xlabel("layer", fontsize=9)
-        axis.set_yticks(range(len(labels)), labels if place == 1 else [""] * len(labels), fontsize=8)
-        axis.tick_params(axis="x", labelsize=8)
-        figure.colorbar(image, ax=axis).ax.set_title(f"p({trace.answer.strip()})", fontsize=8)
     return figure
 
 
@@ -57,12 +52,7 @@ def draw_averages(averages: Sequence[AverageEffect], window: int = 10, title: st
         rows = {role: [a for a in averages if a.kind == kind and a.role == role] for role in ROLES}
         rows = {role: found for role, found in rows.items() if found}
         axis = figure.add_subplot(2, len(kinds), place, gid=f"{kind} map")
-        values = [[a.effect for a in found] for found in rows.values()]
-        most = max(max(map(max, values)), 1e-6)
-        image = axis.imshow(values, MAPS[kind], aspect="auto", vmin=0, vmax=most, interpolation="nearest")
-        axis.set_title(_title(kind, window), fontsize=10)
-        axis.set_yticks(range(len(rows)), list(rows) if place == 1 else [""] * len(rows), fontsize=9)
-        figure.colorbar(image, ax=axis).ax.set_title("AIE", fontsize=8)
+        _draw_map(axis, kind, window, [[a.effect for a in found] for found in rows.values()], 0.0, list(rows), "AIE")
         below = add_panel(figure, (2, len(kinds), len(kinds) + place), name=f"{kind} curves", x_label="layer")
         if curves is None:
             below.set_ylabel("average indirect effect")
@@ -90,5 +80,15 @@ def _draw_curves(axis: Axes, rows: Mapping[str, Sequence[AverageEffect]]) -> Non
         axis.fill_between(layers, low, high, color=COLOURS[index], alpha=0.15, linewidth=0)
 
 
-def _title(kind: str, window: int) -> str:
-    return f"restoring {TITLES[kind]}" if kind == "hidden" else f"restoring {TITLES[kind]}, window of {window}"
+def _draw_map(
+    axis: Axes, kind: str, window: int, values: Sequence[Sequence[float]], low: float, labels: Sequence[str], what: str
+) -> None:
+    """Draw values by row and layer, the palest colour for ``low``; rows are named in the first panel."""
+    most = max(max(map(max, values)), low + 1e-6)
+    image = axis.imshow(values, MAPS[kind], aspect="auto", vmin=low, vmax=most, interpolation="nearest")
+    heading = f"restoring {TITLES[kind]}"
+    axis.set_title(heading if kind == "hidden" else f"{heading}, window of {window}", fontsize=9)
+    is_first = axis is axis.figure.axes[0]
+    axis.set_yticks(range(len(values)), labels if is_first else [""] * len(values), fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.figure.colorbar(image, ax=axis).ax.set_title(what, fontsize=8)

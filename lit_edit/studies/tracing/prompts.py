@@ -27,21 +27,13 @@ ROLES = (
 
 @dataclass(frozen=True)
 class TokenizedFact:
-    """A fact as a model reads it.
-
-    Attributes:
-        fact: The fact.
-        ids: Token ids of the prompt.
-        subject: Index of the subject's first token, and index behind its last.
-        attribute: First token of the attribute as it follows the prompt.
-        tokens: The tokens' texts.
-    """
+    """A fact as a model reads it."""
 
     fact: KnownFact
-    ids: tuple[int, ...]
-    subject: tuple[int, int]
-    attribute: int
-    tokens: tuple[str, ...]
+    ids: tuple[int, ...]  # of the prompt's tokens
+    subject: tuple[int, int]  # index of the subject's first token, and index behind its last
+    attribute: int  # first token of the attribute as it follows the prompt
+    tokens: tuple[str, ...]  # the prompt's, as texts
 
 
 def tokenize_fact(tokenizer: PreTrainedTokenizerBase, fact: KnownFact) -> TokenizedFact:

@@ -49,7 +49,7 @@ class Tracer:
     Args:
         adapter: The model.
         tokenizer: Its tokenizer.
-        facts: All facts of the set; the noise is scaled by the embeddings of their subjects.
+        facts: All of the set; the noise is scaled by the embeddings of their subjects.
         settings: How.
         fast: Multiply in bfloat16 where this device does so clearly faster; the results differ by round-off of
             bfloat16, less than the noise samples make them uncertain.
