@@ -149,12 +149,7 @@ def _keep_settings(folder: Path, testbed: Testbed, trained: Trained, options: ar
         if other := [name for name in fixed if then.get(name) != fixed[name]]:
             told = f"{folder} was begun with other settings ({', '.join(other)})"
             raise ArgumentError(f"{told}: give the study another --name, or delete the folder")
-    settings = {
-        **fixed,
-        "edits": options.edits,
-        "facts": len(testbed.world.facts),
-        "trained": trained.record,
-    }
+    settings = {**fixed, "edits": options.edits, "facts": len(testbed.world.facts), "trained": trained.record}
     write_json(path, settings)
     return settings
 

@@ -71,8 +71,9 @@ class FactTrace:
     def from_dict(cls, values: Mapping[str, Any]) -> FactTrace:
         """Restore a trace from its fields after a way through JSON; of others than its own nothing is made."""
         layers = {str(kind): tuple(tuple(map(float, row)) for row in rows) for kind, rows in values["restored"].items()}
-        first, behind = values["subject"]
-        return cls(**{**values, "tokens": tuple(values["tokens"]), "subject": (first, behind), "restored": layers})
+        first, behind = map(int, values["subject"])
+        made = {"tokens": tuple(values["tokens"]), "subject": (first, behind), "restored": layers}
+        return cls(**{**values, **made, **{name: float(values[name]) for name in ("p_clean", "p_corrupt")}})
 
 
 def window_around(layer: int, width: int, n_layers: int) -> tuple[int, int]:
@@ -238,8 +239,8 @@ def _restore(
     """Yield each restoration of a plan and what leaves the last layer at the versions' ends ``(versions, d_model)``.
 
     Restorations that are under way run as one line, layer by layer; those that begin later join it. ``line`` holds all
-    positions and samples of one restoration; no more than ``most`` tokens are run together,
-    unless one restoration already takes more.
+    positions and samples of one restoration; no more than ``most`` tokens are run together, unless one restoration
+    already takes more.
     """
     adapter = line.adapter
     places, chosen = line.place(line.starts), torch.tensor(line.starts, device=adapter.device)
