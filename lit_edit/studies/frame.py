@@ -78,12 +78,13 @@ def run_rest(
     Returns:
         The exit status of :func:`~lit_edit.sweeps.points.run_points`; ``None`` after a listing.
     """
-    from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
-
     if options.gather:
         if not any((folder / name).exists() for name in ([proof] if proof else [p.name for p in grid.points])):
             raise ArgumentError(f"nothing of this {what} is done yet in {folder}; leave --gather out")
         return 0
+
+    from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
+
     settings = parse_points(grid, grid.points)
     check_begun(folder, grid.points, settings)
     if options.dry_run:

@@ -119,7 +119,7 @@ def _run_questions(options: argparse.Namespace) -> int:
     grid = read_grid(Path(find_config("studies/d4s/questions")))
     folder = folder_of(options.runs_dir, grid.name)
     if options.gather:
-        run_rest(grid, folder, options, "part")
+        run_rest(grid, folder, options, "part")  # refuses where there is nothing
     # A listing writes the config too: its commands read it.
     config = _with_own_base(grid, folder, None if options.gather else options.task_files)
     words = ["--config", str(config), "--runs_dir", options.runs_dir]
