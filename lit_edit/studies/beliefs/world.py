@@ -13,9 +13,9 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 
 from lit_edit.data.files import expand, read_text
@@ -151,13 +151,13 @@ def generate_world(config: WorldConfig | None = None) -> World:
     """
     config = config or WorldConfig()
     draw = random.Random(config.seed)
-    names = _Names(draw)
+    names = _invented(draw)
     pairs = PAIRS[: config.pairs]
     objects: dict[str, tuple[str, ...]] = {}
     tables: dict[str, dict[str, dict[str, float]]] = {}
     for above, below in pairs:
-        objects[above] = tuple(sorted(names.new() for _ in range(config.upstream_objects)))
-        objects[below] = tuple(sorted(names.new() for _ in range(config.dependent_objects)))
+        objects[above] = tuple(sorted(islice(names, config.upstream_objects)))
+        objects[below] = tuple(sorted(islice(names, config.dependent_objects)))
         tables[below] = {}
         for number, given in enumerate(objects[above]):
             # Different upstream objects imply different ones as far as possible: else an edit would change nothing.
@@ -167,7 +167,7 @@ def generate_world(config: WorldConfig | None = None) -> World:
             tables[below][given] = sharpen(weights)
     facts: dict[Fact, Distribution] = {}
     for _ in range(config.subjects):
-        subject, chosen = names.new(), draw.sample(pairs, config.whole + config.single)
+        subject, chosen = next(names), draw.sample(pairs, config.whole + config.single)
         for number, (above, below) in enumerate(chosen):
             both = number < config.whole
             for relation in (above, below) if both else (draw.choice((above, below)),):
@@ -186,19 +186,15 @@ def _two_points(draw: random.Random, true: str, objects: Sequence[str]) -> dict[
     return {true: share, draw.choice(others): 1 - share}
 
 
-class _Names:
-    """Invented words, each once."""
-
-    def __init__(self, draw: random.Random) -> None:
-        self.draw, self.given = draw, set(RESERVED)
-
-    def new(self) -> str:
-        while True:
-            syllables = [self.draw.choice("bdfgklmnprstvz") + self.draw.choice("aeiou") for _ in range(3)]
-            name = ("".join(syllables) + self.draw.choice(("", "n", "r", "s", "l"))).capitalize()
-            if name not in self.given:
-                self.given.add(name)
-                return name
+def _invented(draw: random.Random) -> Iterator[str]:
+    """Yield invented words, each once."""
+    given = set(RESERVED)
+    while True:
+        syllables = [draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(3)]
+        name = ("".join(syllables) + draw.choice(("", "n", "r", "s", "l"))).capitalize()
+        if name not in given:
+            given.add(name)
+            yield name
 
 
 # ---- from triples -------------------------------------------------------------------------------------------------

@@ -46,8 +46,5 @@ def noisy_embeddings(adapter: ModelAdapter, noise: Tensor, first: int) -> Iterat
         before, behind = first, output.shape[1] - first - noise.shape[1]
         return output + nn.functional.pad(noise.to(output), (0, 0, before, behind))
 
-    handle = adapter.model.get_input_embeddings().register_forward_hook(hook)
-    try:
+    with adapter.model.get_input_embeddings().register_forward_hook(hook):
         yield
-    finally:
-        handle.remove()
