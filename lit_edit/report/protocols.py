@@ -9,19 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_edit.ability.course import mean_accuracy
-from lit_edit.report.charts import Chart, Series, as_plain, as_share, draw, or_dash
+from lit_edit.report.charts import Chart, Series, draw
 from lit_edit.report.curves import SHARES
-from lit_edit.report.figures import (
-    Headline,
-    change_of_share,
-    mapping_at,
-    name_of,
-    ratio_headline,
-    share_headline,
-    signed,
-    value_at,
-)
-from lit_edit.report.reading import KINDS, RunRecord
+from lit_edit.report.figures import Headline, mapping_at, name_of, ratio_headline, share_headline, value_at
+from lit_edit.report.reading import KINDS, RunRecord, mean_of
+from lit_edit.report.texts import as_growth, as_plain, as_share, change_of_share, or_dash
 
 SHOWN_ELSEWHERE = (*KINDS, "score", "perplexity", "sample")
 NOT_SHARES = ("fluency", "consistency", "me_perplexity")
@@ -49,8 +41,7 @@ def protocol_headlines(run: RunRecord) -> list[Headline]:
 
 
 def _portability(summary: Mapping[str, Any], stage: str) -> float | None:
-    values = [value for _, value in _numbers(mapping_at(summary, stage, "portability"))]
-    return sum(values) / len(values) if values else None
+    return mean_of(value for _, value in _numbers(mapping_at(summary, stage, "portability")))
 
 
 def protocol_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -60,16 +51,13 @@ def protocol_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     for place in dict.fromkeys([*base, *final]):
         if place[0] in SHOWN_ELSEWHERE:
             continue
-        share = _is_share(place)
-        now, then = final.get(place), base.get(place)
+        share, now, then = _is_share(place), final.get(place), base.get(place)
         change = ""
         if now is not None and then is not None:
-            relative = as_share(now / then - 1) if then else ""
-            change = change_of_share(now - then) if share else signed(relative, now - then)
+            change = change_of_share(now - then) if share else as_growth(now / then - 1, 1) if then else ""
         show = as_share if share else as_plain
-        cells = {"base": then, "immediate": None, "final": now}
-        row = {stage: or_dash(show, value) for stage, value in cells.items()}
-        rows.append({"name": name_of(place), **row, "change": change})
+        cells = {"base": or_dash(show, then), "immediate": "–", "final": or_dash(show, now)}
+        rows.append({"name": name_of(place), **cells, "change": change})
     return rows
 
 
@@ -132,22 +120,18 @@ def _change(found: Mapping[str, Any]) -> str:
 
 def protocol_charts(run: RunRecord) -> list[Chart]:
     """Return the charts over edits of general ability and ME-PPL, where they were measured."""
-    logged: dict[str, list[tuple[float, float]]] = {}
-    for edits, values in sorted(run.rows.items()):
-        for name, value in values.items():
-            logged.setdefault(name, []).append((edits, value))
-    tasks = {name.split("/")[1]: points for name, points in logged.items() if re.fullmatch("ability/.+/accuracy", name)}
+    accuracies = [name for name in run.columns if re.fullmatch("ability/.+/accuracy", name)]
     found = [
         draw(
             "General ability",
-            [Series(task, points) for task, points in tasks.items()],
+            [Series(name.split("/")[1], run.logged(name)) for name in accuracies],
             show=as_share,
             limits=SHARES,
             note="Accuracy on few-shot tasks that have nothing to do with the edits, by the likeliest option.",
         ),
         draw(
             "ME-PPL",
-            [Series(name, logged.get(f"me_perplexity/{name}", [])) for name in ME_PERPLEXITY],
+            [Series(name, run.logged(f"me_perplexity/{name}")) for name in ME_PERPLEXITY],
             note="Perplexity of sentences: mean over sentences (as published), their median, and that of the whole.",
         ),
     ]
