@@ -20,9 +20,6 @@ class RunReport(RunEndCallback):
     """Writes ``report.html``, one file that needs nothing else, when a stream ends, also when it is cut short.
 
     Must stand behind :class:`RunFolder` in the list of callbacks: it shows what that writes.
-
-    Args:
-        folder: The run folder; by default the Trainer's ``default_root_dir``.
     """
 
     def write(self, trainer: Trainer, stream: EditStream, folder: Path) -> None:

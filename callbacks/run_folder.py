@@ -17,11 +17,7 @@ from .retention import missed_edits
 
 
 class RunFolder(RunEndCallback):
-    """Writes ``summary.json``, ``run.json`` and, in ``ledger/``, deltas, edits and answers when a stream ends.
-
-    Args:
-        folder: The run folder; by default the Trainer's ``default_root_dir``.
-    """
+    """Writes ``summary.json``, ``run.json`` and, in ``ledger/``, deltas, edits and answers when a stream ends."""
 
     def write(self, trainer: Trainer, stream: EditStream, folder: Path) -> None:
         """Write the files."""
