@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lit_edit.ability.course import ability_metrics, summarise_ability
 from lit_edit.ability.files import TaskData, items_digest, load_task
 from lit_edit.ability.measure import measure_tasks
-from lit_edit.ability.tasks import RESERVED, TASKS, find_tasks
+from lit_edit.ability.tasks import RESERVED, find_tasks
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.stream.edit_stream import EditStream
 from lit_edit.stream.precision import passes_of
@@ -55,7 +55,7 @@ class Ability(CourseCallback):
         if shots > RESERVED:
             raise ValueError(f"Ability: shots must be at most {RESERVED}, the items that are kept for it, got {shots}")
         try:
-            self.tasks = find_tasks(list(TASKS) if tasks is None else tasks)
+            self.tasks = find_tasks(tasks)
         except ValueError as error:
             raise ValueError(f"Ability: {error}") from None
         self.folder, self.generation = folder, generation

@@ -18,17 +18,11 @@ from lit_edit.data.request import DataError
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task with its items.
-
-    Attributes:
-        task: The task.
-        shots: The first items, which serve as examples and are never measured.
-        items: The others, in order.
-    """
+    """A task with its items."""
 
     task: Task
-    shots: tuple[Item, ...]
-    items: tuple[Item, ...]
+    shots: tuple[Item, ...]  # the first, which serve as examples and are never measured
+    items: tuple[Item, ...]  # the others, in order
 
 
 def load_task(task: Task, folder: str | Path | None = None) -> TaskData:

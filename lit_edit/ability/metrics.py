@@ -93,14 +93,10 @@ def bootstrap(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> tuple[float, float]:
-    """Return the 95 % percentile interval of a metric over resampled items (Efron 1979).
+    """Return the 95 % percentile interval of a metric over resampled items (Efron 1979); the same on every machine.
 
-    Args:
-        metric: Takes ``(samples, items)`` twice and returns ``(samples,)``.
-        gold: ``(items,)``.
-        chosen: ``(items,)``; the same items are drawn from both.
-        seed: Seeds the drawing; the same numbers on every machine.
-        resamples: How often to draw.
+    The same items are drawn from ``gold`` and ``chosen``, both ``(items,)``; the metric takes both as
+    ``(samples, items)`` and returns ``(samples,)``.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(gold), (resamples, len(gold)), generator=generator)
@@ -111,13 +107,7 @@ def bootstrap(
 
 
 def score_choices(gold: Sequence[int], chosen: Sequence[int], options: int, seed: int = 0) -> dict[str, float]:
-    """Return accuracy, weighted F1 and MCC, each with the ends of its 95 % interval.
-
-    Args:
-        gold: Index of the right option, per item.
-        chosen: Index of the chosen one, or :data:`NONE`.
-        options: How many options there are.
-        seed: Seeds the bootstrap of F1 and MCC.
+    """Return accuracy, weighted F1 and MCC of chosen options, each with the ends of its 95 % interval.
 
     Raises:
         ValueError: If there are no items, or not as many choices.

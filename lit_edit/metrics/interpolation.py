@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.data.request import EditRequest
+from lit_edit.errors import check_within
 from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.metrics.evaluation import KINDS, evaluate_edits, summarise
 from lit_edit.metrics.functional import harmonic_score
@@ -21,21 +22,13 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class InterpolationRow:
-    """A model with a share of its updates.
+    """A model with a share of its updates; what was not measured is ``None``."""
 
-    Attributes:
-        alpha: The share.
-        efficacy: On the prompts of the edits.
-        generalization: On their paraphrases.
-        locality: On their neighbours.
-        score: Harmonic mean of the three; ``None`` if one is missing.
-    """
-
-    alpha: float
-    efficacy: float | None
-    generalization: float | None
-    locality: float | None
-    score: float | None
+    alpha: float  # the share
+    efficacy: float | None  # on the prompts of the edits
+    generalization: float | None  # on their paraphrases
+    locality: float | None  # on their neighbours
+    score: float | None  # harmonic mean of the three
 
 
 def interpolation_rows(
@@ -62,8 +55,8 @@ def interpolation_rows(
     """
     if not requests:
         raise ValueError("requests must hold at least one edit to measure, got none")
-    if wrong := [alpha for alpha in alphas if not 0 <= alpha <= 1]:
-        raise ValueError(f"alphas must be in [0, 1], got {wrong[0]}")
+    for alpha in alphas:
+        check_within("[0, 1]", alphas=alpha)
     rows = []
     for alpha in alphas:
         view = ledger.adapter.with_weights(interpolated_weights(ledger, alpha))

@@ -238,7 +238,9 @@ def test_answers_of_base_and_edited_model_are_shown_for_every_edit(run: Path) ->
 def test_failures_are_listed_with_their_reason(run: Path) -> None:
     failed = Reader(page_of(run)).text("failed")
     assert "bad one a key is not finite" in failed
-    assert "it held right after it was made (p 0.90); the model says “Rome”: p(Vienna) is 0.050, p(Rome) is 0.60" in failed
+    assert (
+        "it held right after it was made (p 0.90); the model says “Rome”: p(Vienna) is 0.050, p(Rome) is 0.60" in failed
+    )
     assert "“Vienna” is preferred to “Rome” (p 0.40 against 0.20), but the model says “Madrid”; it held right" in failed
     assert "Italy" not in failed  # it holds
 
@@ -266,7 +268,8 @@ def test_the_page_and_the_log_judge_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reached", "why"), [(0.2, "its target reached only p 0.20 when it was fitted"), (0.97, "its target was found (p 0.97)")]
+    ("reached", "why"),
+    [(0.2, "its target reached only p 0.20 when it was fitted"), (0.97, "its target was found (p 0.97)")],
 )
 def test_an_edit_that_never_took_says_at_which_step(tmp_path: Path, reached: float, why: str) -> None:
     run = read_run(make_run(tmp_path / "x", [request_of(1)], [NOT]))
