@@ -54,19 +54,15 @@ class ClosingTable(Callback):
         if trainer.is_global_zero:
             console = Console()
             console.print(summary_table(summary), *([layers_table(summary)] if summary["layers"] else []))
-            for line in closing_lines(verdicts_of(trainer, stream), _run(stream)):
+            run = None if stream.journal is None else shown(Path(stream.journal).parent.parent)
+            for line in closing_lines(_verdicts(trainer, stream), run):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def verdicts_of(trainer: Trainer, stream: EditStream) -> list[Verdict]:
-    """Return what has become of each edit of a stream that has been measured at its end."""
+def _verdicts(trainer: Trainer, stream: EditStream) -> list[Verdict]:
     ledger = stream.ledger
     rows = edit_rows(ledger.history, stream.results, missed_edits(trainer))
     return judge(rows, answers_of(ledger.history, stream.results, stream.tokenizer), ledger.journal.records)
-
-
-def _run(stream: EditStream) -> str | None:
-    return None if stream.journal is None else shown(Path(stream.journal).parent.parent)
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:

@@ -28,17 +28,11 @@ class HarmError(UserError):
 
 @dataclass(frozen=True)
 class Health:
-    """How a model does.
+    """How a model does."""
 
-    Attributes:
-        perplexity: Of ordinary sentences, relative to the unedited model; infinite if its logits are not finite.
-        growth: Of mean |W|, of the edited layer that grew most, relative.
-        agreement: Share of neighbours' first choices that are what they were, over a fixed sample, if there is one.
-    """
-
-    perplexity: float
-    growth: float
-    agreement: float | None
+    perplexity: float  # of ordinary sentences, relative to the unedited model; infinite if its logits are not finite
+    growth: float  # of mean |W|, of the edited layer that grew most, relative
+    agreement: float | None  # share of neighbours' first choices that are what they were, over a fixed sample
 
 
 class HarmGuard(EveryCallback):
@@ -119,8 +113,7 @@ class HarmGuard(EveryCallback):
             stream.session.undo([offender], f"taken back: {breach}", origin="guard")
             health = self.measure(stream)
         self._good = stream.ledger.made
-        names = {"perplexity": health.perplexity, "growth": health.growth, "agreement": health.agreement}
-        stream.log_at_edit({f"guard/{name}": value for name, value in names.items() if value is not None})
+        stream.log_at_edit({f"guard/{name}": value for name, value in vars(health).items() if value is not None})
 
     def measure(self, stream: EditStream, adapter: ModelAdapter | None = None) -> Health:
         """Measure the stream's model as it is, or a view of it."""

@@ -59,11 +59,7 @@ def items_digest(data: Sequence[TaskData]) -> str:
 
 
 def find_file(task: Task, folder: Path) -> Path:
-    """Return the file of a task in a folder.
-
-    Raises:
-        DataError: If there is none, or more than one.
-    """
+    """Return the file of a task in a folder, if there is just one."""
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder; expected one with a file per task, like {task.name}.json")
     paths = [folder / f"{prefix}{task.name}{suffix}" for prefix in ("", "glue_") for suffix in SUFFIXES]

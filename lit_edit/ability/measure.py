@@ -45,18 +45,10 @@ def measure_task(
     limit: int | None = 100,
     generation: bool = True,
 ) -> Record:
-    """Measure a model on one task.
+    """Measure a model (or a view of it) on one task: metrics with intervals, counts, and each answer.
 
-    Args:
-        adapter: The model (or a view of it).
-        tokenizer: Its tokenizer.
-        data: The task with its items.
-        shots: Answered items in front of each question, of those that are reserved for it.
-        limit: Measure the first so many items; ``None`` for all.
-        generation: Also let the model answer freely.
-
-    Returns:
-        Metrics with intervals, counts, and each answer.
+    Each of the first ``limit`` questions has some answered ones in front of it, its ``shots``; with ``generation`` the
+    model also answers freely.
 
     Raises:
         ArgumentError: If no item fits into the model's context.

@@ -32,12 +32,8 @@ class EarlyLate:
 def age_curve(values: Sequence[float | None], width: int) -> list[AgeBin]:
     r"""Return the mean value by age :math:`t - i`: of the :math:`t` edits, the :math:`i`-th has that many behind it.
 
-    Args:
-        values: Per edit, in the order of making, its value now; ``None`` where it has none.
-        width: Ages per bin, at least 1. The last bin, of the oldest edits, may be short.
-
-    Returns:
-        The bins, from young to old.
+    Values are those of the edits now, in the order of making, ``None`` where there is none. The bins, of ``width``
+    ages, go from young to old; the last may be short.
 
     Example:
         >>> [(bin.youngest, bin.oldest, bin.mean) for bin in age_curve([0.0, 1.0, 0.5, 1.0, 1.0], 2)]
@@ -53,11 +49,9 @@ def age_curve(values: Sequence[float | None], width: int) -> list[AgeBin]:
 
 
 def early_late(values: Sequence[float | None], ends: int | float = 100) -> EarlyLate:
-    """Return the means over the first and over the last edits.
+    """Return the means over the first and over the last edits: so many on either side, or a share of all below 1.
 
-    Args:
-        values: Per edit, in the order of making, its value now; ``None`` where it has none.
-        ends: How many edits on either side, or a share of all if it is below 1. Half of them at most.
+    Values are as for :func:`age_curve`; no more than half of the edits are an end.
 
     Example:
         >>> early_late([0.0, 0.0, 1.0, 1.0, 0.5], ends=2)

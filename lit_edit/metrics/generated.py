@@ -80,27 +80,14 @@ def evaluate_generation(
     batch_rows: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[GenerationResult]:
-    """Let a model write, and measure what it writes.
+    """Let a model (or a view of it) write, and measure what it writes; one result per request, in order.
 
-    Each generation prompt is continued by drawing from the ``top_k`` most probable tokens until the text has
-    ``length`` tokens, the prompt's included, as CounterFact was published. What is drawn depends on the seed, the
-    edit's id and the number of the prompt alone: the same edits can be measured before and after with the same luck.
-    Prompt and paraphrases are also answered greedily.
-
-    Args:
-        adapter: The model (or a view of it).
-        tokenizer: Its tokenizer.
-        requests: The edits.
-        seed: Seeds the drawing.
-        top_k: Draw from this many.
-        length: Tokens of a text, at most.
-        max_prompts: Generation prompts per edit, the first ones; by default all.
-        vectorizer: Term weights for consistency, of edits with references.
-        batch_rows: Texts that are written together.
-        progress: Receives how many texts are written, of how many.
-
-    Returns:
-        One result per request, in order.
+    Each generation prompt (the first ``max_prompts`` of an edit) is continued by drawing from the ``top_k`` likeliest
+    tokens until the text has ``length`` tokens, the prompt's included, as CounterFact was published. What is drawn
+    depends on the seed, the edit's id and the number of the prompt alone: the same edits can be measured before and
+    after with the same luck. Prompt and paraphrases are also answered greedily. Consistency is measured of edits with
+    references, by the term weights of a vectorizer. Some ``batch_rows`` texts are written together, and ``progress``
+    receives how many are written, of how many.
     """
     prompts = [request.generation[:max_prompts] for request in requests]
     flat = [prompt for group in prompts for prompt in group]

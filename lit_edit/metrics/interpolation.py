@@ -40,15 +40,7 @@ def interpolation_rows(
 ) -> list[InterpolationRow]:
     r"""Measure an edited model with shares of its updates, :math:`(1 - \alpha) W_0 + \alpha W`; it is not changed.
 
-    Args:
-        ledger: Holds the model, its original weights and its updates, of whichever editor.
-        tokenizer: The model's.
-        requests: What to measure on: of the edits that were made, or some that were held out.
-        alphas: The shares, in the order of the rows.
-        measure: Which family of metrics.
-
-    Returns:
-        A row per share.
+    Measured are edits that were made, or some that were held out; ``measure`` names the family of metrics.
 
     Raises:
         ValueError: If a share is not in [0, 1], or there is nothing to measure.

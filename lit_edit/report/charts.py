@@ -6,8 +6,9 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-from lit_edit.report.texts import as_plain, tick_text
+from lit_edit.report.texts import as_plain, as_share, tick_text
 
 WIDTH, HEIGHT = 480, 280
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 42
@@ -94,21 +95,11 @@ def draw(
     cloud: bool = False,
     nested: bool = False,
 ) -> Chart | None:
-    """Lay a chart out.
+    """Lay a chart out; nothing if there are no values.
 
-    Args:
-        title: What is drawn.
-        series: The lines; empty ones are left out.
-        x_label: Below.
-        note: A sentence on how to read it.
-        show: Writes a value.
-        limits: Of the y axis; by default those of the values.
-        least: How much of its values the y axis shows at least: small differences are to look small.
-        cloud: Points without lines.
-        nested: The first line is the broadest, the last the thinnest and on top: those that coincide stay visible.
-
-    Returns:
-        Nothing if there are no values.
+    The y axis has ``limits``, or those of the values, of which it shows at least the share ``least``: small differences
+    are to look small. Of ``nested`` lines the first is the broadest, the last the thinnest and on top: those that
+    coincide stay visible. A ``cloud`` has points without lines.
     """
     kept = [one if cloud else replace(one, points=thin(one.points)) for one in series if len(one.points)]
     if not kept:
@@ -127,6 +118,10 @@ def draw(
         hover="" if cloud else _hover(kept, frame, show),  # points of clouds say it themselves
         cloud=cloud,
     )
+
+
+draw_shares = partial(draw, show=as_share, limits=(-0.02, 1.02))
+"""Draws shares: in percent, from none to all."""
 
 
 def thin(points: Points, most: int = MOST_POINTS) -> Points:

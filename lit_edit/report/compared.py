@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lit_edit.files.paths import write_text
-from lit_edit.report.charts import Chart, Series, draw
-from lit_edit.report.curves import SHARES, course, growth
+from lit_edit.report.charts import Chart, Series, draw, draw_shares
+from lit_edit.report.curves import course, growth
 from lit_edit.report.edits import Edit, edits_of
-from lit_edit.report.figures import most_grown, value_at
+from lit_edit.report.figures import end_and_base, most_grown, value_at
 from lit_edit.report.page import about, flat, render, state_of
 from lit_edit.report.protocols import protocol_numbers
 from lit_edit.report.reading import ReportError, RunRecord, read_run
@@ -36,16 +36,14 @@ MOST_SETTINGS = 200
 WRITTEN_BY_RUNS = ("run_name", "runs_dir", "trainer.default_root_dir", "overwrite", "resume", "ckpt_path")
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A number of a run, and whether it is the best of its row."""
 
     text: str
     best: bool = False
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """One fact in all runs: which of them made it hold."""
 
     prompt: str
@@ -107,16 +105,16 @@ def number_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[Cell]]]:
     add("change of mean |W|, at most", [row["growth"] if row else None for row in most], as_growth)
     found = [protocol_numbers(run.summary) for run in runs]
     for name in dict.fromkeys(name for numbers in found for name in numbers):
-        there = [numbers.get(name) for numbers in found]
-        show = as_share if any(number and number.share for number in there) else as_plain
-        add(name, [number.value if number else None for number in there], show, not name.startswith("me perplexity"))
+        there = [numbers.get(name, (None, as_plain)) for numbers in found]
+        show = as_share if any(show is as_share for _, show in there) else as_plain
+        add(name, [value for value, _ in there], show, not name.startswith("me perplexity"))
     add("seconds per edit", at("seconds", "per_edit"), "{:.2f}".format)
     return rows
 
 
 def _since(run: RunRecord) -> str:
     """Return the change of a run's perplexity, in brackets."""
-    base, after = (value_at(run.summary, stage, "perplexity") for stage in ("base", "final"))
+    after, base = end_and_base(run.summary, "perplexity")
     return "" if not base or after is None else f" ({as_growth(after / base - 1, 1)})"
 
 
@@ -135,7 +133,7 @@ def charts_of(runs: Sequence[RunRecord]) -> list[Chart]:
     def lines(quantity: str) -> list[Series]:
         return [Series(name, course(run, quantity)) for name, run in named]
 
-    found = [draw(title, lines(quantity), show=as_share, limits=SHARES, nested=True) for title, quantity in CHARTS]
+    found = [draw_shares(title, lines(quantity), nested=True) for title, quantity in CHARTS]
     found.append(draw("Perplexity of ordinary text", lines("perplexity"), nested=True))
     widest = [Series(name, _most(run)) for name, run in named]
     note = "Of the layer that has grown the most so far."

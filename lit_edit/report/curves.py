@@ -7,13 +7,12 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
-from lit_edit.report.charts import Chart, Points, Series, draw
+from lit_edit.report.charts import Chart, Points, Series, draw, draw_shares
 from lit_edit.report.edits import Edit
 from lit_edit.report.reading import KINDS, RunRecord, mean_of
-from lit_edit.report.texts import as_growth, as_share
+from lit_edit.report.texts import as_growth, as_plain
 from lit_edit.runs.holding import show_p
 
-SHARES = (-0.02, 1.02)
 MOST_DOTS = 1500
 MOST_WEIGHTS = 10
 MOST_AGES = 5
@@ -73,25 +72,19 @@ def charts_of(run: RunRecord) -> list[Chart]:
     names = layer_names(grown)
     cut = f" The {MOST_WEIGHTS} that grew the most of {len(grown)}." if len(weights) < len(grown) else ""
     found = [
-        draw(
+        draw_shares(
             "Preferred to the other object",
             [Series(kind, course(run, f"{kind}/success")) for kind in KINDS],
-            show=as_share,
-            limits=SHARES,
             note=f"Share of prompts where the wanted object is the likelier one. {sampled}",
         ),
-        draw(
+        draw_shares(
             "First choice",
             [Series(name, course(run, quantity)) for name, quantity in CHOICES],
-            show=as_share,
-            limits=SHARES,
             note="Share of prompts that are continued with the new object, and of neighbours continued as before.",
         ),
-        draw(
+        draw_shares(
             "Right after each edit",
             [Series(name, running_mean(run.logged(f"immediate/{quantity}"))) for name, quantity in CHOICES],
-            show=as_share,
-            limits=SHARES,
             note="First choices, measured at the edit itself: mean over the edits so far.",
         ),
         draw(
@@ -137,11 +130,11 @@ def forgetting(edits: Sequence[Edit]) -> Chart | None:
         points = [(newest - edit.number, p) for edit, p in seen]
         labels = [f"{edit.number}: {edit.subject} → {edit.wanted}, p {show_p(p)}" for edit, p in seen]
         series.append(Series(name, points, labels))
-    return draw(
+    return draw_shares(
         "Probability by age",
         series,
         x_label="age: edits made since",
-        limits=SHARES,
+        show=as_plain,
         cloud=True,
         note="Of the new object; one point per edit and moment.",
     )

@@ -56,19 +56,24 @@ def mapping_at(summary: Any, *path: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def end_and_base(summary: Mapping[str, Any], *path: str) -> tuple[float | None, float | None]:
+    """Return a number at the end and of the unedited model."""
+    return value_at(summary, "final", *path), value_at(summary, "base", *path)
+
+
 def headlines(run: RunRecord) -> list[Headline]:
     """Return what stands at the top; a number that was not measured is left out."""
     summary, found = run.summary, []
     for kind, measure, about in HEADLINES:
-        now, then = value_at(summary, "final", kind, measure), value_at(summary, "base", kind, measure)
+        now, then = end_and_base(summary, kind, measure)
         if now is None and (now := value_at(summary, "immediate", kind, measure)) is not None:
             about += " Right after each edit; the end was not measured."
         if now is not None:
             found.append(share_headline(f"{kind.capitalize()} {measure}", now, then, about))
-    if (score := value_at(summary, "final", "score")) is not None:
-        about = "Harmonic mean of the three successes."
-        found.append(share_headline("Score", score, value_at(summary, "base", "score"), about))
-    now, then = value_at(summary, "final", "perplexity"), value_at(summary, "base", "perplexity")
+    now, then = end_and_base(summary, "score")
+    if now is not None:
+        found.append(share_headline("Score", now, then, "Harmonic mean of the three successes."))
+    now, then = end_and_base(summary, "perplexity")
     if now is not None:
         about = "Of ordinary text; unchanged is the aim."
         found.append(ratio_headline("Perplexity", now, then, about, ("bad", "plain")))

@@ -26,11 +26,7 @@ MOST_NEIGHBOURS = 1000
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Write ``report.html`` of a run from what its folder holds; return the file.
-
-    Args:
-        folder: The run's.
-        out: The file; by default ``report.html`` in the folder.
+    """Write the page of a run from what its folder holds, by default into it as ``report.html``; return the file.
 
     Raises:
         ReportError: If there is no run.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lit_edit.ability.course import mean_accuracy
-from lit_edit.report.charts import Chart, Series, draw
-from lit_edit.report.curves import SHARES
+from lit_edit.report.charts import Chart, Series, draw, draw_shares
 from lit_edit.report.figures import Headline, mapping_at, name_of, ratio_headline, share_headline, value_at
 from lit_edit.report.reading import KINDS, RunRecord, mean_of
 from lit_edit.report.texts import as_growth, as_plain, as_share, change_of_share, or_dash
+
+Show = Callable[[float], str]
 
 SHOWN_ELSEWHERE = (*KINDS, "score", "perplexity", "sample")
 NOT_SHARES = ("fluency", "consistency", "me_perplexity")
@@ -51,38 +51,29 @@ def protocol_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     for place in dict.fromkeys([*base, *final]):
         if place[0] in SHOWN_ELSEWHERE:
             continue
-        share, now, then = _is_share(place), final.get(place), base.get(place)
+        show, now, then = _show_at(place), final.get(place), base.get(place)
         change = ""
         if now is not None and then is not None:
-            change = change_of_share(now - then) if share else as_growth(now / then - 1, 1) if then else ""
-        show = as_share if share else as_plain
+            change = change_of_share(now - then) if show is as_share else as_growth(now / then - 1, 1) if then else ""
         cells = {"base": or_dash(show, then), "immediate": "–", "final": or_dash(show, now)}
         rows.append({"name": name_of(place), **cells, "change": change})
     return rows
 
 
-def _is_share(place: tuple[str, ...]) -> bool:
-    """Tell whether a number is a share: perplexities and entropies are none, nor is how many edits a mean is of."""
-    return place[0] not in NOT_SHARES and place[-1] != "size"
+def _show_at(place: tuple[str, ...]) -> Show:
+    """Return how a number is shown: perplexities and entropies are no shares, nor is how many edits a mean is of."""
+    return as_plain if place[0] in NOT_SHARES or place[-1] == "size" else as_share
 
 
-@dataclass(frozen=True)
-class Number:
-    """A number of a longer protocol at the end, and whether it is a share."""
-
-    value: float
-    share: bool
-
-
-def protocol_numbers(summary: Mapping[str, Any]) -> dict[str, Number]:
-    """Return the numbers of the longer protocols at the end, by name."""
-    found = {
-        name_of(place): Number(value, _is_share(place))
+def protocol_numbers(summary: Mapping[str, Any]) -> dict[str, tuple[float | None, Show]]:
+    """Return the numbers of the longer protocols at the end, by name, and how each is shown."""
+    found: dict[str, tuple[float | None, Show]] = {
+        name_of(place): (value, _show_at(place))
         for place, value in _numbers(mapping_at(summary, "final"))
         if place[0] not in SHOWN_ELSEWHERE
     }
     ability = mean_accuracy(summary, "final")
-    return found if ability is None else {**found, "general ability": Number(ability, True)}
+    return found if ability is None else {**found, "general ability": (ability, as_share)}
 
 
 def ability_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -122,11 +113,9 @@ def protocol_charts(run: RunRecord) -> list[Chart]:
     """Return the charts over edits of general ability and ME-PPL, where they were measured."""
     accuracies = [name for name in run.columns if re.fullmatch("ability/.+/accuracy", name)]
     found = [
-        draw(
+        draw_shares(
             "General ability",
             [Series(name.split("/")[1], run.logged(name)) for name in accuracies],
-            show=as_share,
-            limits=SHARES,
             note="Accuracy on few-shot tasks that have nothing to do with the edits, by the likeliest option.",
         ),
         draw(

@@ -85,14 +85,9 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 
 
 def write_notes(folder: Path, stream: EditStream) -> None:
-    """Write ``run.json``: with which versions a run was made, and how many edits it was asked for."""
+    """Write what a report needs besides: how many edits a run was asked for, its versions, and what was answered."""
     asked = len(stream.stream_requests())
     write_json(folder / "run.json", {"asked": asked, "device": str(stream.device), "versions": versions()})
-
-
-def write_unfinished(folder: Path, stream: EditStream) -> None:
-    """Write what a report needs of a run that is cut short, as far as it was measured."""
-    write_notes(folder, stream)
     write_answers(folder, stream.ledger.history, stream.results, stream.tokenizer)
 
 
