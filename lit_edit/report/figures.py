@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from lit_edit.report.texts import (
     as_magnitude,
     as_plain,
     as_share,
-    change_of_magnitude,
+    change_of,
     change_of_share,
     or_dash,
 )
@@ -104,30 +104,30 @@ def ratio_headline(title: str, now: float, then: float | None, about: str, tones
 
 
 def metric_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return a row per metric: before, right after each edit, at the end, and the change since before."""
+    """Return a row per metric."""
     places: list[tuple[str, ...]] = [(kind, measure) for kind in KINDS for measure in MEASURES]
     rows = []
     for place in [*places, ("score",), ("perplexity",)]:
         values = {stage: value_at(summary, stage, *place) for stage in STAGES}
         if any(value is not None for value in values.values()):
             show = {"magnitude": as_magnitude, "perplexity": as_plain}.get(place[-1], as_share)
-            cells = {stage: or_dash(show, value) for stage, value in values.items()}
-            change = _difference(place[-1], values["final"], values["base"])
-            rows.append({"name": name_of(place), **cells, "change": change})
+            rows.append(metric_row(place, values, show))
     return rows
+
+
+def metric_row(
+    place: Sequence[str], values: Mapping[str, float | None], show: Callable[[float], str]
+) -> dict[str, str]:
+    """Return a row of the table of metrics: before, right after each edit, at the end, and the change since before."""
+    base, final = values["base"], values["final"]
+    change = "" if base is None or final is None else change_of(show, base, final)
+    cells = {stage: or_dash(show, values.get(stage)) for stage in STAGES}
+    return {"name": name_of(place), **cells, "change": change}
 
 
 def name_of(place: Sequence[str]) -> str:
     """Return what a number of a summary is called, by its place."""
     return " ".join(place).replace("_", " ")
-
-
-def _difference(measure: str, final: float | None, base: float | None) -> str:
-    if base is None or final is None:
-        return ""
-    if measure == "perplexity":
-        return as_growth(final / base - 1, 1) if base else ""
-    return change_of_magnitude(final - base) if measure == "magnitude" else change_of_share(final - base)
 
 
 def layer_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

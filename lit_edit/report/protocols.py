@@ -9,9 +9,9 @@ from typing import Any
 
 from lit_edit.ability.course import mean_accuracy
 from lit_edit.report.charts import Chart, Series, draw, draw_shares
-from lit_edit.report.figures import Headline, mapping_at, name_of, ratio_headline, share_headline, value_at
+from lit_edit.report.figures import Headline, mapping_at, metric_row, name_of, ratio_headline, share_headline, value_at
 from lit_edit.report.reading import KINDS, RunRecord, mean_of
-from lit_edit.report.texts import as_growth, as_plain, as_share, change_of_share, or_dash
+from lit_edit.report.texts import as_plain, as_share, change_of_share, or_dash
 
 Show = Callable[[float], str]
 
@@ -47,17 +47,8 @@ def _portability(summary: Mapping[str, Any], stage: str) -> float | None:
 def protocol_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return a row per number of the longer protocols, in the shape of :func:`lit_edit.report.figures.metric_rows`."""
     base, final = (dict(_numbers(mapping_at(summary, stage))) for stage in ("base", "final"))
-    rows = []
-    for place in dict.fromkeys([*base, *final]):
-        if place[0] in SHOWN_ELSEWHERE:
-            continue
-        show, now, then = _show_at(place), final.get(place), base.get(place)
-        change = ""
-        if now is not None and then is not None:
-            change = change_of_share(now - then) if show is as_share else as_growth(now / then - 1, 1) if then else ""
-        cells = {"base": or_dash(show, then), "immediate": "–", "final": or_dash(show, now)}
-        rows.append({"name": name_of(place), **cells, "change": change})
-    return rows
+    places = [place for place in dict.fromkeys([*base, *final]) if place[0] not in SHOWN_ELSEWHERE]
+    return [metric_row(p, {"base": base.get(p), "final": final.get(p)}, _show_at(p)) for p in places]
 
 
 def _show_at(place: tuple[str, ...]) -> Show:

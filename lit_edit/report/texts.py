@@ -63,9 +63,18 @@ def change_of_share(value: float) -> str:
     return _signed(f"{100 * value:.1f} points", value) if abs(value) > TINY else "±0"
 
 
-def change_of_magnitude(value: float) -> str:
-    """Return a difference of mean differences of probabilities."""
-    return _signed(as_magnitude(value), value)
+def change_of(show: Callable[[float], str], base: float, final: float) -> str:
+    """Return the change of a number in its own way: shares in points, magnitudes as they are, others in percent.
+
+    Example:
+        >>> change_of(as_share, 0.5, 0.75), change_of(as_magnitude, 0.5, 0.25), change_of(as_plain, 50, 55)
+        ('+25.0 points', '−0.250', '+10.0%')
+    """
+    if show is as_share:
+        return change_of_share(final - base)
+    if show is as_magnitude:
+        return _signed(as_magnitude(final - base), final - base)
+    return as_growth(final / base - 1, 1) if base else ""
 
 
 def tick_text(value: float, show: Callable[[float], str]) -> str:
