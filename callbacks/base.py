@@ -139,7 +139,7 @@ class EveryCallback(Callback):
 
 
 class StagedCallback(EveryCallback):
-    """Measures before the first edit, after every ``every`` edits, and at the end; subclasses say what.
+    """Measures before the first edit (:meth:`begin`), after every ``every`` edits, and at the end; subclasses say what.
 
     The end is measured once for the edits that hold there: again if some were taken out since, and also where a run was
     resumed at its end and nothing was left to train.
@@ -169,10 +169,6 @@ class StagedCallback(EveryCallback):
             self.begin(stream)
             self.end(stream)
             self._ended = held
-
-    @abstractmethod
-    def begin(self, stream: EditStream) -> None:
-        """Measure the unedited model, unless that was done."""
 
     @abstractmethod
     def end(self, stream: EditStream) -> None:

@@ -95,7 +95,7 @@ def bootstrap(
     return low, high
 
 
-def score_choices(gold: Sequence[int], chosen: Sequence[int], options: int, seed: int = 0) -> dict[str, float]:
+def score_choices(gold: Sequence[int], chosen: Sequence[int], options: int) -> dict[str, float]:
     """Return accuracy, weighted F1 and MCC of chosen options, each with the ends of its 95 % interval.
 
     Raises:
@@ -109,7 +109,7 @@ def score_choices(gold: Sequence[int], chosen: Sequence[int], options: int, seed
     scores = {"accuracy": hits / len(gold), "accuracy_low": low, "accuracy_high": high}
     metrics: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {"f1": weighted_f1, "mcc": matthews}
     for name, metric in metrics.items():
-        low, high = bootstrap(lambda g, c, m=metric: m(g, c, options), right, said, seed)  # type: ignore[misc]
+        low, high = bootstrap(lambda g, c, m=metric: m(g, c, options), right, said)  # type: ignore[misc]
         scores |= {name: metric(right, said, options).item(), f"{name}_low": low, f"{name}_high": high}
     return scores
 

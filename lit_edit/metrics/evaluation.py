@@ -81,8 +81,8 @@ def evaluate_edits(
         plan.append([(request.text, new, true)])
         plan.append([(prompt, new, true) for prompt in request.paraphrases])
         plan.append([(probe.prompt, probe.answer, new) for probe in request.neighborhood])
-    pairs = [(prompt, obj) for rows in plan for prompt, a, b in rows for obj in (a, b) if obj is not None]
-    pairs = list(dict.fromkeys(pairs))
+    asked = ((prompt, obj) for rows in plan for prompt, a, b in rows for obj in (a, b) if obj is not None)
+    pairs = list(dict.fromkeys(asked))
     scores = dict(zip(pairs, score_continuations(adapter, tokenizer, pairs), strict=True))
     results = [
         tuple(_probe(scores[prompt, a], None if b is None else scores[prompt, b]) for prompt, a, b in rows)

@@ -109,12 +109,10 @@ def harmonic_score(values: Sequence[float | None]) -> float | None:
         0.75
         >>> harmonic_score([1.0, None, 1.0])
     """
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values) or any(math.isnan(value) for value in known):
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    if not known or len(known) < len(values):
         return None
-    if min(known) <= 0:
-        return 0.0
-    return len(known) / sum(1 / value for value in known)
+    return statistics.harmonic_mean(known) if min(known) > 0 else 0.0
 
 
 def _check_pairs(preferred: Tensor, other: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import string
@@ -108,8 +109,6 @@ def load_vectorizer(folder: Path) -> TfidfVectorizer:
     Raises:
         DataError: If they cannot be read or do not fit each other.
     """
-    import json
-
     import numpy as np
     from sklearn.feature_extraction.text import TfidfVectorizer
 

@@ -93,8 +93,9 @@ def state_of(run: RunRecord) -> dict[str, str]:
     made, asked = len(run.edits), run.notes.get("asked")
     there = sum(row["status"] == "holds" for row in run.edits)
     count = f"{made} edits made, {there} in the model" if there < made else f"{made} edit{'s' * (made != 1)}"
-    if isinstance(asked, int) and run.handled < asked and not run.ended:
-        count = f"{run.handled} of {asked} edits dealt with"
+    handled = len(run.history.handled)
+    if isinstance(asked, int) and handled < asked and not run.ended:
+        count = f"{handled} of {asked} edits dealt with"
     if run.summary.get("stale"):
         return {"word": "changed since", "tone": "fair", "text": f"{count}; {run.summary['stale']}"}
     if run.ended:

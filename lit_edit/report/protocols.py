@@ -70,34 +70,32 @@ def protocol_numbers(summary: Mapping[str, Any]) -> dict[str, tuple[float | None
 def ability_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return a row per task: accuracy before and at the end, each with its interval, and the change with its own."""
     base, final = mapping_at(summary, "ability", "base"), mapping_at(summary, "ability", "final")
-    rows = []
-    for task in final:
-        change = mapping_at(summary, "ability", "change", task, "likelihood")
-        rows.append(
-            {
-                "task": str(task),
-                "chance": or_dash(as_share, value_at(final, task, "majority")),
-                "base": _with_interval(mapping_at(base, task, "likelihood")),
-                "final": _with_interval(mapping_at(final, task, "likelihood")),
-                "change": _change(change),
-            }
-        )
-    return rows
+    return [
+        {
+            "task": str(task),
+            "chance": or_dash(as_share, value_at(final, task, "majority")),
+            "base": _with_interval(mapping_at(base, task, "likelihood")),
+            "final": _with_interval(mapping_at(final, task, "likelihood")),
+            "change": _change(mapping_at(summary, "ability", "change", task, "likelihood")),
+        }
+        for task in final
+    ]
+
+
+def _accuracy(scores: Mapping[str, Any]) -> list[float | None]:
+    return [value_at(scores, name) for name in ("accuracy", "accuracy_low", "accuracy_high")]
 
 
 def _with_interval(scores: Mapping[str, Any]) -> str:
-    value, low, high = (value_at(scores, name) for name in ("accuracy", "accuracy_low", "accuracy_high"))
-    if value is None:
-        return "–"
-    return as_share(value) if low is None or high is None else f"{as_share(value)} ({as_share(low)}–{as_share(high)})"
+    value, low, high = _accuracy(scores)
+    interval = "" if low is None or high is None else f" ({as_share(low)}–{as_share(high)})"
+    return "–" if value is None else f"{as_share(value)}{interval}"
 
 
 def _change(found: Mapping[str, Any]) -> str:
-    value, low, high = (value_at(found, name) for name in ("accuracy", "accuracy_low", "accuracy_high"))
-    if value is None:
-        return ""
-    text = change_of_share(value)
-    return text if low is None or high is None else f"{text} ({100 * low:+.0f} to {100 * high:+.0f})".replace("-", "−")
+    value, low, high = _accuracy(found)
+    interval = "" if low is None or high is None else f" ({100 * low:+.0f} to {100 * high:+.0f})".replace("-", "−")
+    return "" if value is None else f"{change_of_share(value)}{interval}"
 
 
 def protocol_charts(run: RunRecord) -> list[Chart]:

@@ -46,9 +46,8 @@ class RunRecord:
     records: list[dict[str, Any]] = field(default_factory=list)  # of the journal
     edits: list[dict[str, Any]] = field(default_factory=list)  # as in ledger/edits.jsonl, one per edit ever made
     answers: dict[int, dict[str, Any]] = field(default_factory=dict)  # as in ledger/answers.jsonl, by number
-    refused: list[tuple[str, str]] = field(default_factory=list)  # id and reason of edits that were not made
+    history: EditHistory = field(default_factory=EditHistory)  # what the records add up to
     notes: dict[str, Any] = field(default_factory=dict)  # versions, and how many edits were asked for
-    handled: int = 0  # edits of the stream that were made or refused
     ended: bool = False
     times: dict[int, str] = field(default_factory=dict)  # when an edit was made, by number
 
@@ -139,14 +138,13 @@ def _read_edits(record: RunRecord) -> None:
     listed = _read_lines(folder / "ledger" / "edits.jsonl")
     if journal_path(folder).is_file():
         record.records = Journal(journal_path(folder), writable=False).records
-        history = EditHistory.of(record.records)
-        record.refused, record.handled = list(history.refused), len(history.handled)
-        asked = record.notes.get("asked")
+        record.history = EditHistory.of(record.records)
+        asked, handled = record.notes.get("asked"), len(record.history.handled)
         record.ended = any(entry["kind"] == "end" for entry in record.records)
-        record.ended = record.ended or (isinstance(asked, int) and record.handled >= asked)
+        record.ended = record.ended or (isinstance(asked, int) and handled >= asked)
         record.times = {e["number"]: r["time"] for r in record.records if "time" in r for e in r.get("entries", ())}
         known = {(row["number"], row["id"]): row for row in listed}
-        rows: list[dict[str, Any]] = without_nan(edit_rows(history, {}))
+        rows: list[dict[str, Any]] = without_nan(edit_rows(record.history, {}))
         record.edits = [{**known.get((row["number"], row["id"]), {}), **row} for row in rows]
     else:
         record.edits, record.ended = listed, (folder / "summary.json").is_file()
