@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.data.request import EditRequest
@@ -31,6 +30,7 @@ class InterpolationRow:
     score: float | None  # harmonic mean of the three
 
 
+@torch.no_grad()
 def interpolation_rows(
     ledger: EditLedger,
     tokenizer: PreTrainedTokenizerBase,
@@ -51,18 +51,12 @@ def interpolation_rows(
         check_within("[0, 1]", alphas=alpha)
     rows = []
     for alpha in alphas:
-        view = ledger.adapter.with_weights(interpolated_weights(ledger, alpha))
-        summary = summarise(evaluate_edits(view, tokenizer, requests))
+        weights = {  # rounded as the ledger would
+            name: ledger.edited_weight(layer, delta if alpha == 1 else alpha * delta)
+            for layer, name in ledger.names.items()
+            if (delta := ledger.deltas.get(name)) is not None
+        }
+        summary = summarise(evaluate_edits(ledger.adapter.with_weights(weights), tokenizer, requests))
         values: dict[str, float | None] = {kind: summary[kind][measure] for kind in KINDS}
         rows.append(InterpolationRow(alpha, **values, score=harmonic_score(list(values.values()))))
     return rows
-
-
-@torch.no_grad()
-def interpolated_weights(ledger: EditLedger, alpha: float) -> Mapping[str, Tensor]:
-    """Return the edited weights with a share of their updates, by name, rounded as the ledger would."""
-    return {
-        name: ledger.edited_weight(layer, delta if alpha == 1 else alpha * delta)
-        for layer, name in ledger.names.items()
-        if (delta := ledger.deltas.get(name)) is not None
-    }

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.models.packed import Line, TokenRows
+from lit_edit.models.packed import TokenRows
 from lit_edit.text.tokens import continuation, encode, leading_tokens, pad_token
 
 
@@ -95,7 +95,9 @@ def _score(
     dtype = torch.float64 if adapter.dtype == torch.float64 else torch.float32  # of logits
     nlls, choices = torch.zeros(starts[-1], dtype=dtype), torch.zeros(starts[-1], dtype=torch.long)
     for batch, counts in ranks.deal(batches):
-        line, hidden = _run(adapter, tokenizer, [rows[index] for index in batch])
+        line = TokenRows(adapter, [rows[index] for index in batch], pad_token(tokenizer)).line()
+        with adapter.fast_products():
+            hidden = line.run(line.hidden, 0, adapter.n_layers)
         read = [
             line.index(number, len(rows[index]) - len(labels[index]) + j)
             for number, index in enumerate(batch)
@@ -107,15 +109,6 @@ def _score(
             nlls[places], choices[places] = found
     ranks.sum_(nlls, choices)
     return [(nlls[a:b].clone(), choices[a:b].clone()) for a, b in pairwise(starts)]
-
-
-def _run(
-    adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]
-) -> tuple[Line, Tensor]:
-    """Run rows through all layers; return their line and the states ``(tokens, d_model)`` behind the last one."""
-    line = TokenRows(adapter, rows, pad_token(tokenizer)).line()
-    with adapter.fast_products():
-        return line, line.run(line.hidden, 0, adapter.n_layers)
 
 
 def _read(
