@@ -12,15 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.data.request import EditRequest
-from lit_edit.metrics.classes import (
-    Agreement,
-    ExactAccuracy,
-    HarmonicScore,
-    Magnitude,
-    Success,
-    TextPerplexity,
-    TokenAccuracy,
-)
+from lit_edit.metrics import functional
+from lit_edit.metrics.classes import Agreement, ExactAccuracy, HarmonicScore, Magnitude, Success, TokenAccuracy
 from lit_edit.metrics.scoring import Score, score_continuations, text_nlls
 from lit_edit.models.adapter import ModelAdapter
 
@@ -95,9 +88,7 @@ def measure_perplexity(
     adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], leading: bool = True
 ) -> dict[str, float]:
     """Return mean, median and corpus perplexity of texts on a model, with or without leading special tokens."""
-    metric = TextPerplexity(sync_on_compute=False)  # every rank has all of them
-    metric.update(text_nlls(adapter, tokenizer, texts, leading=leading))
-    return metric.compute()
+    return functional.perplexity(text_nlls(adapter, tokenizer, texts, leading=leading))
 
 
 class EditMetrics(nn.Module):

@@ -9,16 +9,7 @@ from typing import Any
 
 from lit_edit.report.curves import layer_names
 from lit_edit.report.reading import KINDS, RunRecord, look_up
-from lit_edit.report.texts import (
-    TINY,
-    as_growth,
-    as_magnitude,
-    as_plain,
-    as_share,
-    change_of,
-    change_of_share,
-    or_dash,
-)
+from lit_edit.report.texts import TINY, as_growth, as_magnitude, as_plain, as_share, change_of, change_of_share, or_dash
 from lit_edit.runs.answers import STAGES
 
 MEASURES = ("success", "accuracy", "token_accuracy", "magnitude", "agreement")
