@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from typing import Any
 
 from lit_edit.report.texts import as_plain, as_share, tick_text
 
@@ -120,8 +120,11 @@ def draw(
     )
 
 
-draw_shares = partial(draw, show=as_share, limits=(-0.02, 1.02))
-"""Draws shares: in percent, from none to all."""
+def draw_shares(
+    title: str, series: Iterable[Series], show: Callable[[float], str] = as_share, **options: Any
+) -> Chart | None:
+    """Lay a chart of shares out: in percent, from none to all; options as for :func:`draw`."""
+    return draw(title, series, show=show, limits=(-0.02, 1.02), **options)
 
 
 def thin(points: Points, most: int = MOST_POINTS) -> Points:
