@@ -12,7 +12,7 @@ from common import add_model, load_model, make_parser, write_result
 
 from lit_edit.ability.files import load_task
 from lit_edit.ability.measure import measure_task
-from lit_edit.ability.tasks import TASKS, find_tasks
+from lit_edit.ability.tasks import all_tasks, find_tasks
 
 
 def interval(record: dict, name: str) -> str:
@@ -23,7 +23,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     add_model(parser)
     parser.add_argument("--folder", default=None, help="a file per task; by default from the hub")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=list(all_tasks()))
     parser.add_argument("--shots", type=int, default=0)
     parser.add_argument("--limit", type=int, default=60)
     parser.add_argument("--likelihood", action="store_true", help="do not let the model answer freely: half the time")

@@ -99,7 +99,7 @@ def measure_ability(grid: Grid, folder: Path, tasks: Path | None) -> None:
 
     ``tasks`` is a folder with a file per task; ``None`` takes them from the hub.
     """
-    from lit_edit.ability.tasks import TASKS
+    from lit_edit.ability.tasks import all_tasks
     from lit_edit.runs.reading import read_history
     from lit_edit.sweeps.gathering import is_done
 
@@ -108,7 +108,7 @@ def measure_ability(grid: Grid, folder: Path, tasks: Path | None) -> None:
         if is_done(run):
             made = len(read_history(run).made)
             numbers = sorted({*range(0, made, 100), made})
-            measure_run(run, numbers, Asked(tuple(TASKS), tasks), run / "ability")
+            measure_run(run, numbers, Asked(tuple(all_tasks()), tasks), run / "ability")
 
 
 def _run_questions(options: argparse.Namespace) -> int:
