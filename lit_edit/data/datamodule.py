@@ -19,10 +19,8 @@ from lit_edit.errors import check_least
 class EditBatch:
     """The edits of one step. Not a dataclass: Lightning would take it apart to convert the numbers in it.
 
-    Args:
-        requests: To be committed together (one, unless ``batch_size`` is larger).
-        window: The edits whose targets may be prepared together, these included. Windows lie at fixed places of the
-            stream, so a resumed run sees the same ones.
+    ``requests`` are committed together; ``window`` are the edits whose targets may be prepared together, these too.
+    Windows lie at fixed places of the stream, so a resumed run sees the same ones.
     """
 
     __slots__ = ("requests", "window")

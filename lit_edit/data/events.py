@@ -30,13 +30,9 @@ COLUMNS = ("head", "relation", "tail", "group")
 
 @dataclass(frozen=True)
 class Event:
-    """One tuple.
+    """One tuple: ``PersonX bakes bread``, one of :data:`RELATIONS`, and what it implies: ``to knead the dough``.
 
-    Attributes:
-        head: The event: ``PersonX bakes bread``.
-        relation: One of :data:`RELATIONS`.
-        tail: What it implies: ``to knead the dough``.
-        group: What the tail is about, if that is known: tails of another group do not answer for this head by accident.
+    The group says what the tail is about, if that is known: tails of another do not answer for this head by accident.
     """
 
     head: str
@@ -46,18 +42,11 @@ class Event:
 
 
 def read_events(source: str | None = None, split: str = "train") -> list[Event]:
-    """Read events.
+    """Read events, in order and each once: those that ship, of a file, or of a hub data set (``owner/name``).
 
-    Tuples that say nothing are left out, and counted in the log: tails ``none``, heads with a blank (``___``), and
-    relations of ATOMIC 2020 that are none of :data:`RELATIONS`.
-
-    Args:
-        source: A file of tuples with tabs between head, relation and tail (and group, if there is one), or the id
-            (``owner/name``) of a hub data set with these columns; by default the events that ship.
-        split: Split of the hub data set.
-
-    Returns:
-        The events in order, each once.
+    A file has tabs between head, relation and tail (and group, if there is one); a data set has these columns. Tuples
+    that say nothing are left out, and counted in the log: tails ``none``, heads with a blank (``___``), and relations
+    of ATOMIC 2020 that are none of :data:`RELATIONS`.
 
     Raises:
         DataError: If a line is no tuple (names the file and the line), or there are none.

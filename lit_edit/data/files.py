@@ -16,11 +16,7 @@ SUFFIXES = (".json", ".jsonl", ".csv")
 
 
 def expand(name: str | Path) -> Path:
-    """Return a path with ``~`` replaced by the home folder.
-
-    Raises:
-        DataError: If nobody has such a home.
-    """
+    """Return a path with ``~`` replaced by the home folder; nobody's is a :class:`DataError`."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -57,8 +53,7 @@ def read_text(path: Path) -> str:
 def read_file(path: Path) -> Iterator[tuple[int, Any | DataError]]:
     """Yield ``(line, record)`` for each record of a file, or ``(line, DataError)`` for one that cannot be read.
 
-    Args:
-        path: A ``.json`` list, ``.jsonl`` (a record per line) or ``.csv`` (with a header) in UTF-8.
+    It is a ``.json`` list, ``.jsonl`` (a record per line) or ``.csv`` (with a header) in UTF-8.
 
     Raises:
         DataError: If the file as a whole cannot be read; names file and line.

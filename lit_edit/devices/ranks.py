@@ -136,11 +136,9 @@ class Ranks:
         return agreed
 
     def lead(self, work: Callable[[], Payload], errors: Sequence[type[Exception]] = ()) -> Payload:
-        """Let the leader do something and return what comes of it, on every rank.
+        """Let the leader do something and return what comes of it, plain data and tensors, on every rank.
 
-        Args:
-            work: Returns plain data and tensors; run by the leader only.
-            errors: Exceptions that are raised on every rank as they are; they must be made of a message alone.
+        Some kinds of errors, made of a message alone, are raised on every rank as they are.
 
         Raises:
             RankError: On the other ranks, if the leader has failed in another way.

@@ -35,15 +35,9 @@ def export_model(
     base_name: str,
     state: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write model, tokenizer and card into ``folder``, completely or not at all.
+    """Write model, tokenizer and card into a new or empty folder, completely or not at all.
 
-    Args:
-        model: The edited model.
-        tokenizer: Its tokenizer.
-        ledger: What was edited.
-        folder: Where to; must be empty or not exist.
-        base_name: Name of the model that was edited, for the card.
-        state: The model's weights, where it does not hold them whole itself.
+    ``state`` holds the model's weights, where it does not hold them whole itself; the card names the base model.
 
     Raises:
         ExportError: If the folder holds files, or is one.
@@ -70,14 +64,9 @@ def check_written(ledger: EditLedger) -> None:
 
 
 def write_folder(folder: Path, fill: Callable[[Path], object]) -> Path:
-    """Let ``fill`` write a folder beside its place, then put it there in one step; on any exception nothing stays.
+    """Let ``fill`` write files, ``README.md`` among them, beside a new or empty folder, then put them there at once.
 
-    Args:
-        folder: Where to; must be empty or not exist.
-        fill: Writes the files, ``README.md`` among them.
-
-    Returns:
-        The folder.
+    On any exception nothing stays.
 
     Raises:
         ExportError: If ``folder`` holds files, or is one.

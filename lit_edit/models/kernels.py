@@ -31,14 +31,10 @@ class Kernels(Weights):
     _bfloat16: bool | None = None
 
     def rounded(self, dtype: torch.dtype, start: int) -> Self:
-        """Return a view that multiplies in a shorter type from some layer on: faster, and no longer exact.
+        """Return a view whose products are of a shorter type from layer ``start`` on: faster, and no longer exact.
 
         The matrices of those layers and of the head are rounded once; norms, sums and the residual stream stay as they
         are.
-
-        Args:
-            dtype: Type of the products.
-            start: The first layer whose matrices are rounded.
         """
         if self.sharded:  # its matrices are nowhere whole
             return self

@@ -66,11 +66,8 @@ KNOWN: Mapping[str, Mapping[str, Any]] = {
 def find_architecture(model: LanguageModel, source: str | None = None) -> PreTrainedConfig:
     """Return a model's architecture without loading the model.
 
-    Looked for in this order: a packaged model or folder on this machine, the hub's cache, :data:`KNOWN`, the hub.
-
-    Args:
-        model: The settings of the model.
-        source: Where to look in place of the model's name: a ``config.json``, a folder that has one, or a hub id.
+    Looked for in this order: a packaged model or folder on this machine, the hub's cache, :data:`KNOWN`, the hub; by
+    the model's name, or by ``source``: a ``config.json``, a folder that has one, or a hub id.
 
     Raises:
         ModelUnavailableError: If it is nowhere to be found, or cannot be read; says what to do.
@@ -112,12 +109,8 @@ def _read(name: str, model: LanguageModel, local: bool) -> PreTrainedConfig:
 def make_meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return a model on the meta device: all modules and shapes, no numbers and no memory.
 
-    Args:
-        config: Its architecture.
-        trust_remote_code: Allow code that came with the model.
-
     Raises:
-        ModelUnavailableError: If it is no causal language model.
+        ModelUnavailableError: If the configuration is not that of a causal language model.
     """
     try:
         with torch.device("meta"):

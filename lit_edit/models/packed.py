@@ -72,13 +72,9 @@ class TokenRows:
         stops: Sequence[int] | None = None,
         behind: Line | None = None,
     ) -> Line:
-        """Lay some rows, or parts of them, out as a line.
+        """Lay rows (all by default) out as a line, from ``starts`` to just before ``stops``.
 
-        Args:
-            rows: Which rows; all by default.
-            starts: First position to run of each row; what comes before must be in ``behind``.
-            stops: Position behind the last one of each row.
-            behind: The line that has run what comes before.
+        What comes before the starts must be in the line ``behind``.
         """
         rows = range(len(self.paths)) if rows is None else rows
         begin = [0] * len(rows) if starts is None else starts
@@ -103,11 +99,7 @@ class TokenRows:
 
 
 class Line:
-    """Tokens of some rows, one behind the other, ready to run. Made by :meth:`TokenRows.line`.
-
-    Attributes:
-        nodes: ``(tokens,)``, the node of each token.
-    """
+    """Tokens of some rows, one behind the other: the nodes ``(tokens,)``. Made by :meth:`TokenRows.line`."""
 
     def __init__(self, source: TokenRows, parts: Sequence[tuple[int, int, int]], behind: Line | None) -> None:
         self.source, self.adapter, self.behind = source, source.adapter, behind
@@ -155,19 +147,10 @@ class Line:
         keys: MutableMapping[int, Tensor] | None = None,
         adapter: ModelAdapter | None = None,
     ) -> Tensor:
-        """Run layers ``start .. stop - 1``.
+        """Run layers ``start .. stop - 1`` on ``hidden`` ``(tokens, d_model)``, with the rows' view or another.
 
-        Args:
-            hidden: ``(tokens, d_model)``.
-            start: First layer.
-            stop: Layer behind the last.
-            kept: Attention keys and values of the line behind.
-            keep: Receives those of this line.
-            keys: Receives, by layer, the inputs of the down projection ``(tokens, d_in)``.
-            adapter: The view to run on, when it is not the one that the rows were made with.
-
-        Returns:
-            ``(tokens, d_model)``.
+        ``kept`` are the attention keys and values of the line behind; ``keep`` receives those of this line, ``keys``
+        the inputs of the down projections ``(tokens, d_in)``.
         """
         if not len(self):
             return hidden
@@ -250,11 +233,7 @@ class Line:
 
 
 def allowed_positions(mask: Tensor | None, padding: Tensor) -> Tensor:
-    """Turn a layer's mask into ``(batch, time, time)`` booleans, true where a query may look.
-
-    Raises:
-        ValueError: If the mask is not one that says so for each pair of positions.
-    """
+    """Turn a layer's mask into ``(batch, time, time)`` booleans, true where a query may look; refuse other masks."""
     batch, time = padding.shape
     if mask is None:  # a plain causal pass without padding
         causal = torch.ones(time, time, dtype=torch.bool, device=padding.device).tril()

@@ -76,15 +76,10 @@ class RowBlock:
 
 
 class AttentionCall:
-    """What attention must know about one layer's pass over a line; stands where the layer expects its mask.
+    """What attention must know about a layer's pass over a line; stands where the layer expects its mask.
 
-    Args:
-        blocks: The rows of the line.
-        kind: Which of their masks the layer has.
-        attention: The model's kind of attention, ``sdpa`` or ``eager``.
-        layer: Which.
-        kept: Attention keys and values of what comes before the line.
-        keep: Receives those of the line, by layer.
+    ``kind`` says which of the blocks' masks it has, ``kept`` are keys and values of what comes before the line, and
+    ``keep`` receives those of the line, by layer.
     """
 
     def __init__(
@@ -215,17 +210,9 @@ def _attend_by_head(
     mask: Tensor,
     scaling: float | None,
 ) -> Tensor:
-    """Attention by its formula over a block.
+    """Attention by its formula over a block: ``(tokens, heads, size)`` from queries, keys and values of that shape.
 
-    Args:
-        block: The rows.
-        part: Queries, keys and values of the block's tokens, each ``(tokens, heads, size)``.
-        kept: Keys and values of what comes before.
-        mask: ``(rows, 1, span, length + span)``.
-        scaling: Of the scores.
-
-    Returns:
-        ``(tokens, heads, size)``.
+    ``kept`` are keys and values of what comes before; the mask is ``(rows, 1, span, length + span)``.
     """
     query, key, value = part
     tokens, heads, size = query.shape

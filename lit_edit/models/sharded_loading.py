@@ -40,15 +40,7 @@ def load_in_parts(
     arch: ArchSpec | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Load a model folder with its decoder layers cut over a mesh.
-
-    Args:
-        folder: Holds ``config.json`` and safetensors files.
-        mesh: The devices.
-        device: This process's.
-        dtype: Type of the weights; by default the one that the config names.
-        arch: Where an architecture that lit-edit does not know keeps its parts.
-        options: For transformers.
+    """Load a folder of safetensors files with the model's decoder layers cut over a mesh; options are for transformers.
 
     Raises:
         ModelUnavailableError: If the files are not safetensors, or lack a weight.

@@ -57,10 +57,6 @@ def _describe(model: nn.Module) -> str:
 class Structure:
     """The parts of one decoder-only model.
 
-    Args:
-        model: A Hugging Face model.
-        spec: Its family's description; found by ``config.model_type`` when not given.
-
     Attributes:
         layers: The decoder layers.
         norm: The final norm, if there is one.
@@ -147,11 +143,7 @@ class Structure:
         return module
 
     def attention_module(self, layer: int) -> nn.Module:
-        """Return the attention of a layer: its one module whose class is called so.
-
-        Raises:
-            UnknownArchitectureError: If there is none, or more than one.
-        """
+        """Return the attention of a layer: its one module whose class is called so."""
         self.check_layer(layer)
         found = [m for m in self.layers[layer].modules() if type(m).__name__.endswith("Attention")]
         if len(found) != 1:

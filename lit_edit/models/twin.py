@@ -14,11 +14,8 @@ def twin(adapter: ModelAdapter) -> ModelAdapter:
     Passes put hooks on modules and lend them other weights for their time, so that two threads cannot share modules.
     Parameters and buffers are shared: a twin takes no memory to speak of, and must not be written to.
 
-    Args:
-        adapter: A model that is whole on this process, without a memory beside its weights.
-
     Raises:
-        ValueError: If it is in parts, or has a memory.
+        ValueError: If the model is in parts, or has a memory beside its weights.
     """
     if adapter.sharded or adapter.memory is not None:
         raise ValueError("only a whole model without a memory has twins")

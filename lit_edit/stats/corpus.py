@@ -42,12 +42,8 @@ name, and what the statistics have seen of names is what it spares."""
 class SampledText:
     """Text that the unedited model writes itself; needs no network and fits any model.
 
-    Args:
-        seed: Seeds the sampling, chunk by chunk.
-        rows: Sequences sampled at a time.
-        length: Tokens of each sequence; short ones, since the prompts of edits are short as well.
-        top_k: Sample among this many most probable tokens; keeps the text language-like.
-        starts: Openings.
+    ``rows`` sequences are sampled at a time, of ``length`` tokens: short ones, since the prompts of edits are short as
+    well. Drawing from the ``top_k`` most probable tokens keeps the text language-like.
     """
 
     def __init__(
@@ -80,13 +76,9 @@ class SampledText:
 
 
 class DocumentText:
-    """Text of a list of documents, each cut to ``length`` tokens.
+    """Text of a list of documents, each cut to ``length`` tokens, ``rows`` documents a chunk.
 
-    Args:
-        documents: The texts.
-        name: What to call them in the cache; the content is hashed as well.
-        rows: Documents per chunk.
-        length: Tokens kept of each document.
+    The name is what the cache calls them; the content is hashed as well.
     """
 
     def __init__(self, documents: list[str], name: str, rows: int = 256, length: int = 512) -> None:
@@ -109,14 +101,8 @@ Corpus = SampledText | DocumentText
 def open_corpus(corpus: str, seed: int) -> Corpus:
     """Return the corpus that a setting names.
 
-    Args:
-        corpus: ``"sampled"``; a path to ``.txt`` (a document per line), ``.json``, ``.jsonl`` or ``.csv`` with a text
-            column; or the id of a hub data set, whose split ``train`` has a column ``text``.
-        seed: For sampling.
-
-    Raises:
-        DataError: If the file holds no text.
-        ArgumentError: If the name is neither ``sampled``, nor a file, nor a hub id.
+    ``"sampled"``, which is seeded; a path to ``.txt`` (a document per line), ``.json``, ``.jsonl`` or ``.csv`` with a
+    text column; or the id of a hub data set, whose split ``train`` has a column ``text``.
     """
     if corpus == "sampled":
         return SampledText(seed=seed)

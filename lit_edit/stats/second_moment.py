@@ -70,13 +70,8 @@ class KeyStatistics:
     ) -> dict[int, Tensor]:
         """Return ``{layer: (d_in, d_in)}`` in float64 in host memory, from the cache where possible.
 
-        Of several ranks the leader alone returns them; the others help to count and return nothing.
-
-        Args:
-            adapter: The unedited model.
-            tokenizer: Its tokenizer.
-            layers: The layers to be edited.
-            progress: Called with ``(tokens read, tokens in all)``.
+        The adapter is the unedited model; ``progress`` is called with ``(tokens read, tokens in all)``. Of several
+        ranks the leader alone returns them; the others help to count and return nothing.
 
         Raises:
             DataError: If the corpus has fewer tokens than asked for.
@@ -192,15 +187,10 @@ def _add_rows(
 
 
 def add_gram(total: Tensor, vectors: Tensor, block: int = 256) -> None:
-    """Add ``vectors^T vectors`` to the upper triangle of ``total``; what is below the diagonal is without meaning.
+    """Add ``vectors^T vectors`` of ``(n, d_in)`` to the upper triangle of ``total``; what is below has no meaning.
 
     By blocks of columns, so that little more than half of a full product is computed (a symmetric rank-k update, which
     PyTorch does not offer).
-
-    Args:
-        total: ``(d_in, d_in)``, changed.
-        vectors: ``(n, d_in)``.
-        block: Columns at a time.
 
     Example:
         >>> total = torch.zeros(3, 3)
@@ -218,9 +208,7 @@ def add_gram(total: Tensor, vectors: Tensor, block: int = 256) -> None:
 def weights_hash(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> str:
     """Return a hash of all parameters: statistics of one model are never taken for another's.
 
-    Args:
-        model: The model.
-        weights: Parameters to take in place of the model's own, by full name (those of an adapter's view).
+    Those of an adapter's view, by full name, take the place of the model's own.
     """
     weights = weights or {}
     digest = hashlib.blake2b(digest_size=12)

@@ -26,10 +26,7 @@ PLAIN: Templates = (("{}",),)
 
 
 def check_templates(templates: Sequence[Sequence[str]]) -> Templates:
-    """Return the groups as tuples.
-
-    Raises:
-        ValueError: If a group is empty, a template has not exactly one ``{}``, or the first is not ``"{}"``.
+    """Return the groups as tuples, or raise ``ValueError`` for what cannot be contexts.
 
     Example:
         >>> check_templates([["{}"], ["Well. {}"]])
@@ -64,15 +61,9 @@ def sample_templates(
     length: int = 10,
     top_k: int = 5,
 ) -> Templates:
-    """Let the model write one short text per start word (MEMIT: top-k 5, ten tokens in all).
+    """Let the unedited model write a short text per start word (MEMIT: ten tokens in all, the start included; top-k 5).
 
-    Args:
-        adapter: The unedited model.
-        tokenizer: Its tokenizer.
-        seed: Seeds the sampling; the global random state is left as it was.
-        starts: First words.
-        length: Tokens of each text, the start included.
-        top_k: Sample among this many most probable tokens.
+    The global random state is left as it was.
 
     Raises:
         ArgumentError: If the seed is none that PyTorch takes.

@@ -27,12 +27,7 @@ from lit_edit.targets.window import Window
 
 
 class DivergedError(FloatingPointError):
-    """The target optimisation of one edit left the finite numbers.
-
-    Attributes:
-        index: Which edit of the window.
-        step: At which step.
-    """
+    """The target optimisation of one edit, ``index`` of the window, left the finite numbers at a step."""
 
     def __init__(self, index: int, step: int) -> None:
         super().__init__(f"the target optimisation of edit {index} of this window diverged at step {step}")
@@ -167,19 +162,9 @@ def optimise_targets(
     progress: Callable[[int, int], None] | None = None,
     outputs: bool = False,
 ) -> list[Target]:
-    """Fit the targets of some edits together.
+    """Fit the targets of some edits together; what is moved is the output of ``layer``, the highest edited one.
 
-    Args:
-        adapter: The model to fit on (a view with the original weights, for D4S).
-        problems: One per edit.
-        layer: The highest edited layer; its output is moved.
-        settings: Steps, rates and bounds.
-        pad: Token id for padding.
-        progress: Called with ``(step, steps)`` before each forward pass.
-        outputs: Whether :attr:`Target.output` is wanted.
-
-    Returns:
-        The targets, in order.
+    ``progress`` is called with ``(step, steps)`` before each forward pass; ``outputs`` asks for :attr:`Target.output`.
 
     Raises:
         ArgumentError: If ``layer`` or ``settings.loss_layer`` does not exist.
@@ -277,12 +262,7 @@ def _optimise(
 
 @dataclass(frozen=True)
 class _Parts:
-    """Vectors of one or several parts, each measured against a length of its own.
-
-    Attributes:
-        lengths: ``(edits, parts)``.
-        width: Of a part.
-    """
+    """Vectors of one or several parts of a width, each measured against a length of its own, ``(edits, parts)``."""
 
     lengths: Tensor
     width: int

@@ -12,13 +12,7 @@ class StepRule(Protocol):
     """Decides where to look next."""
 
     def step(self, delta: Tensor, gradient: Tensor, loss: Tensor) -> Tensor:
-        """Return the next vectors ``(edits, d_model)``.
-
-        Args:
-            delta: ``(edits, d_model)``, where the loss was measured.
-            gradient: ``(edits, d_model)``, of the loss there.
-            loss: ``(edits,)``.
-        """
+        """Return the next vectors ``(edits, d_model)``, from the gradient there and the losses ``(edits,)``."""
         ...
 
 
@@ -57,12 +51,7 @@ class Polyak:
 
 
 class Adam:
-    """Adam (betas 0.9 and 0.999, eps 1e-8), as published.
-
-    Args:
-        lr: Learning rate.
-        like: ``(edits, d_model)``, gives shape and type.
-    """
+    """Adam (betas 0.9 and 0.999, eps 1e-8), as published, on vectors like ``(edits, d_model)``."""
 
     def __init__(self, lr: float, like: Tensor) -> None:
         self.lr, self.count = lr, 0

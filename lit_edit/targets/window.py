@@ -101,10 +101,7 @@ class Window:
     def run(self, chunk: Chunk, delta: Tensor) -> Tensor:
         """Run a chunk with the vectors of its edits added, up to the layer that is read.
 
-        Args:
-            chunk: Which.
-            delta: ``(edits, d_model)`` of all edits, or ``(edits, 2 d_model)``: of the MLP's and the attention's
-                output.
+        They are ``(edits, d_model)`` of all edits, or ``(edits, 2 d_model)``: of the MLP's and the attention's output.
         """
         vectors = delta[chunk.owner].to(chunk.hidden.dtype)
         if self.entering is None:
@@ -167,9 +164,7 @@ class Window:
     def chunks(self, edits: Sequence[int], plain: Collection[int] = ()) -> list[Chunk]:
         """Cut the rows of some edits into chunks of about ``_CHUNK_TOKENS`` tokens, and return this rank's share.
 
-        Args:
-            edits: Which edits.
-            plain: Those of them that are to be seen at their plain prompts only.
+        Of ``plain`` ones only the plain prompts are seen.
         """
         rows_of = {edit: self._rows(edit, edit in plain) for edit in edits}
         sizes = {edit: sum(self.lengths[r] - self.lookups[r] for r in rows) for edit, rows in rows_of.items()}

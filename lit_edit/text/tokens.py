@@ -51,12 +51,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
 
 
 def locate(tokenizer: PreTrainedTokenizerBase, text: str, span: tuple[int, int]) -> LocatedPrompt:
-    """Tokenise ``text`` and find the token that covers the last character of ``span``.
-
-    Args:
-        tokenizer: A fast tokenizer.
-        text: The filled prompt.
-        span: Start and end of the subject in ``text``.
+    """Tokenise a filled prompt and find the token that covers the last character of ``span``, that of the subject.
 
     Raises:
         DataError: If no token covers the subject's end.
