@@ -143,10 +143,6 @@ def build_mqd(events: Sequence[Event], count: int | None = None, seed: int = 0) 
     The same events and seed give the same one, and a smaller count its beginning; by default all heads and relations
     are asked that can be edited. Of several tails of one head and relation the first is asked for. Letters are in
     balance over every four requests from the first, and truth values over every two.
-
-    Raises:
-        ArgumentError: If there are not so many.
-        DataError: If there are too few tails to choose wrong answers from.
     """
     edited, held_out = split_heads(events, seed)
     if count is not None and count > len(edited):
@@ -227,14 +223,12 @@ def _balanced(values: Sequence[int], random: Random) -> Iterator[int]:
 def _distractors(event: Event, right: Sequence[str], pool: Sequence[Event], seed: int) -> tuple[str, ...]:
     """Choose wrong answers: tails of the relation that no tail of the head is like, nor they each other."""
     random = Random(f"{seed}/distractors/{_key(event.head)}/{event.relation}")
-    taken, wanted = list(right), len(LETTERS) - 1
+    wanted = len(LETTERS) - 1
     chosen: list[str] = []
     for other in _drawn(pool, random):
-        if event.group and other.group == event.group:
+        same_group = event.group and other.group == event.group
+        if same_group or any(are_alike(other.tail, tail) for tail in (*right, *chosen)):
             continue
-        if any(are_alike(other.tail, tail) for tail in taken):
-            continue
-        taken.append(other.tail)
         chosen.append(other.tail)
         if len(chosen) == wanted:
             return tuple(chosen)

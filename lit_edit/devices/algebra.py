@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
@@ -77,12 +77,10 @@ def without_autocast(*devices: torch.device) -> AbstractContextManager[object]:
         ...     (ones @ ones).dtype
         torch.float32
     """
-    kinds = {device.type for device in devices if _in_autocast(device.type)}
-    if not kinds:
-        return nullcontext()
     stack = ExitStack()
-    for kind in kinds:
-        stack.enter_context(torch.autocast(kind, enabled=False))
+    for kind in {device.type for device in devices}:
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
     return stack
 
 
@@ -95,10 +93,6 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return run
-
-
-def _in_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 @cache

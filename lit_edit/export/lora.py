@@ -61,9 +61,6 @@ def factorise(deltas: Mapping[str, Tensor], rank: int | None = None) -> dict[str
     approximation of a rank is the beginning of the singular value decomposition (Eckart and Young, 1936);
     :math:`\sqrt{\sigma}` goes to either side, so that neither matrix is large.
 
-    Raises:
-        ArgumentError: If ``rank`` is below 1.
-
     Example:
         >>> delta = torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0, 4.0]))
         >>> part = factorise({"w": delta})["w"]
@@ -100,9 +97,7 @@ def _cut(delta: Tensor, whole: tuple[Tensor, Tensor, Tensor], size: int) -> LowR
 def export_lora(ledger: EditLedger, folder: Path, base: LanguageModel, rank: int | None = None) -> dict[str, LowRank]:
     """Write the updates of a ledger as an adapter folder for ``peft``, completely or not at all; returns its factors.
 
-    Raises:
-        ExportError: If the folder holds files or is one, or nothing was edited.
-        ArgumentError: If ``rank``, the largest allowed, is below 1.
+    They are of rank ``rank`` at most.
     """
     check_written(ledger)
     check_edited(ledger)

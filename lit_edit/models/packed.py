@@ -28,13 +28,9 @@ _BLOCK_OVERHEAD = 256  # what one more block costs in attention, in padded token
 
 
 class TokenRows:
-    """The distinct tokens of some rows, with all that the model's layers want to know about them.
+    """The distinct tokens of some rows, none empty, with all that the model's layers want to know about them.
 
-    Args:
-        adapter: The model (or a view of it).
-        rows: Token ids, none empty.
-        pad: Any token id.
-        share: Up to which position a row may share tokens with others; everywhere by default.
+    ``share`` says up to which position a row may share tokens with others; everywhere by default.
 
     Attributes:
         paths: Per row, the node (distinct token) at each position.
@@ -47,7 +43,8 @@ class TokenRows:
         self.adapter = adapter
         ids, mask = pad_right(rows, pad, adapter.device)
         hidden, self.calls = adapter.record_calls(ids, mask)
-        self.allowed = {key: allowed_positions(m, mask) for key, m in _by_id(self.calls, "attention_mask").items()}
+        masks = {id(call.get("attention_mask")): call.get("attention_mask") for call in self.calls.values()}
+        self.allowed = {kind: allowed_positions(own, mask) for kind, own in masks.items()}
         caps = [0] * len(rows) if not adapter.packs else [len(row) for row in rows] if share is None else list(share)
         self.paths: list[list[int]] = [[] for _ in rows]
         places: list[tuple[int, int]] = []
@@ -187,7 +184,7 @@ class Line:
                 slots = block.slots.view(block.rows, block.span)
                 self._padded[number, layer] = self.source.arguments(layer, row[slots], position[slots])
             cache = RowCache(call, block)
-            arguments = self._padded[number, layer] | {"attention_mask": call.mask(block)}
+            arguments = self._padded[number, layer] | {"attention_mask": block.masks[call.kind]}
             arguments |= {name: cache for name in CACHE_NAMES if name in arguments}
             outputs.append(block.unpad(adapter.run_layer(layer, block.pad(part), arguments)))
             down_inputs.append(block.unpad(found[layer].reshape(block.rows, block.span, -1)))
@@ -247,16 +244,7 @@ def allowed_positions(mask: Tensor | None, padding: Tensor) -> Tensor:
     return allowed[:, 0, :, :time].expand(batch, -1, -1)
 
 
-def _by_id(calls: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, Any]:
-    """Return the distinct values of an argument over all layers, by identity."""
-    return {id(call.get(name)): call.get(name) for call in calls.values()}
-
-
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
     """Return the length of the common beginning."""
-    count = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))

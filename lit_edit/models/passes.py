@@ -26,7 +26,7 @@ class _StopForward(Exception):  # noqa: N818 - a signal, not an error
 class Passes(Kernels):
     """The passes of a view: with its weights, its memory and its kernels."""
 
-    _signatures: dict[int, inspect.Signature]
+    _signatures: list[inspect.Signature]
 
     def record_calls(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, dict[int, dict[str, Any]]]:
         """Return the first layer's input ``(batch, time, d_model)``, and how the model would call each of its layers.
@@ -48,8 +48,6 @@ class Passes(Kernels):
 
             return forward
 
-        for index in range(self.n_layers):
-            self._signature(index)
         with ExitStack() as stack, suppress(_StopForward):
             if self.sharded:  # the layers themselves would gather their weights
                 stack.enter_context(stand_ins(self._module(self.spec.layers), stand_in))
@@ -201,11 +199,6 @@ class Passes(Kernels):
             output = functional_call(layer, local, (hidden,), dict(call)) if local else layer(hidden, **call)
         return _first(output)
 
-    def _signature(self, index: int) -> inspect.Signature:
-        if index not in self._signatures:
-            self._signatures[index] = inspect.signature(self.layers[index].forward)
-        return self._signatures[index]
-
     def mask_like(self, allowed: Tensor) -> Tensor:
         """Turn booleans into the mask that the model's attention takes: additive floats for eager attention."""
         if self.attention != "eager":
@@ -214,7 +207,7 @@ class Passes(Kernels):
 
     def _bind(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Name the positional arguments of a layer call; return the hidden states and the rest."""
-        arguments = dict(self._signature(index).bind(*args, **kwargs).arguments)
+        arguments = dict(self._signatures[index].bind(*args, **kwargs).arguments)
         arguments.update(arguments.pop("kwargs", {}))
         hidden = arguments.pop("hidden_states")
         for name in CACHE_NAMES:
@@ -233,7 +226,6 @@ class _Generate(nn.Module):
         self.model: Any = model
 
     def forward(self, ids: Tensor, **settings: Any) -> Tensor:
-        """Return the continued rows."""
         rows: Tensor = self.model.generate(ids, **settings)
         return rows
 

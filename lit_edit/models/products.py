@@ -26,7 +26,6 @@ Kernel = Literal["torch", "onednn"]
 Products = Literal["auto", "torch", "onednn"]
 """``auto`` takes the faster kernel, ``torch`` PyTorch's default, ``onednn`` oneDNN's."""
 
-_PRECISION = {"torch": "highest", "onednn": "medium"}
 _WORTH = 1.15  # how much faster another kernel must be: times are noisy, and results differ in round-off
 
 
@@ -50,7 +49,7 @@ def use_kernel(kernel: Kernel) -> Iterator[None]:
     if kernel == "torch" or not _is_default():
         yield
         return
-    torch.set_float32_matmul_precision(_PRECISION[kernel])
+    torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:

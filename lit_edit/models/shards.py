@@ -99,7 +99,6 @@ class _StandIn(nn.Module):
         self._forward = forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute something else."""
         return self._forward(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

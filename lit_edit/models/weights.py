@@ -61,12 +61,7 @@ class Weights(Structure):
         if module is None:
             return lambda states: states
         own = {name: whole(parameter) for name, parameter in module.named_parameters()}
-
-        def norm(states: Tensor) -> Tensor:
-            normalised: Tensor = functional_call(module, own, (states,))
-            return normalised
-
-        return norm
+        return lambda states: functional_call(module, own, (states,))
 
     def to_weight_residual(self, layer: int, keys: Tensor, residuals: Tensor) -> Tensor:
         r"""Turn what the residual stream lacks, ``(d_out, n)`` float64, into what the down projection's output lacks.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from itertools import islice
+from itertools import groupby, islice
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -67,12 +67,9 @@ class SampledText:
 
     def _openings(self, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[int, ...]]]:
         """Return the openings in groups of one length in tokens, for batches without padding; large groups only."""
-        by_length: dict[int, list[tuple[int, ...]]] = {}
-        for start in self.starts:
-            ids = encode(tokenizer, start)
-            by_length.setdefault(len(ids), []).append(ids)
-        largest = max(len(group) for group in by_length.values())
-        return [group for _, group in sorted(by_length.items()) if 3 * len(group) >= largest]
+        openings = sorted((encode(tokenizer, start) for start in self.starts), key=len)
+        groups = [list(group) for _, group in groupby(openings, len)]
+        return [group for group in groups if 3 * len(group) >= max(map(len, groups))]
 
 
 class DocumentText:
@@ -116,14 +113,11 @@ def open_corpus(corpus: str, seed: int) -> Corpus:
     )
 
 
-def _hub_documents(name: str, split: str = "train", column: str = "text", limit: int = 20_000) -> list[str]:
+def _hub_documents(name: str) -> list[str]:
     from datasets import load_dataset
 
     try:
-        rows = islice(load_dataset(name, split=split, streaming=True), limit)
-        texts = [row[column] for row in rows if isinstance(row[column], str)]
+        rows = islice(load_dataset(name, split="train", streaming=True), 20_000)
+        return [row["text"] for row in rows if isinstance(row["text"], str)]
     except Exception as error:  # the hub client raises many kinds; all mean the same to the user
-        raise DataError(
-            f"hub data set {name!r} (split {split!r}, column {column!r}) cannot be read: {error}"
-        ) from error
-    return texts
+        raise DataError(f"hub data set {name!r} (split 'train', column 'text') cannot be read: {error}") from error

@@ -22,8 +22,6 @@ Templates: TypeAlias = tuple[tuple[str, ...], ...]
 STARTS = ("The", "Therefore", "Because", "I", "You")
 """The words from which MEMIT's code lets the model go on."""
 
-PLAIN: Templates = (("{}",),)
-
 
 def check_templates(templates: Sequence[Sequence[str]]) -> Templates:
     """Return the groups as tuples, or raise ``ValueError`` for what cannot be contexts.
@@ -64,9 +62,6 @@ def sample_templates(
     """Let the unedited model write a short text per start word (MEMIT: ten tokens in all, the start included; top-k 5).
 
     The global random state is left as it was.
-
-    Raises:
-        ArgumentError: If the seed is none that PyTorch takes.
     """
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**63 - len(starts):
         raise ArgumentError(f"the seed of the contexts (model.editor.init_args.seed) must fit 64 bits, got {seed}")

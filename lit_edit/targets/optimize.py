@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.devices.host_memory import kept_memory
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, check_one_of
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.targets.losses import TargetLoss
 from lit_edit.targets.problem import TargetProblem
@@ -98,14 +98,10 @@ class TargetSettings:
         for name in ("lr", "clamp", "trust"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name, known in (
-            ("rule", ("adam", "polyak")),
-            ("anchor", ("state", "mlp")),
-            ("moved", ("state", "modules")),
-            ("precision", ("float32", "bfloat16", "fastest")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
+        check_one_of(("adam", "polyak"), rule=self.rule)
+        check_one_of(("state", "mlp"), anchor=self.anchor)
+        check_one_of(("state", "modules"), moved=self.moved)
+        check_one_of(("float32", "bfloat16", "fastest"), precision=self.precision)
         if not 0.0 <= self.probability < 1.0:
             raise ValueError(f"probability must be in [0, 1), got {self.probability}")
 
@@ -269,7 +265,6 @@ class _Parts:
 
     @classmethod
     def of(cls, anchor: Tensor, count: int) -> _Parts:
-        """Measure anchors ``(edits, count * width)``."""
         width = anchor.shape[1] // count
         return cls(torch.linalg.vector_norm(anchor.view(len(anchor), count, width), dim=2), width)
 
@@ -294,7 +289,6 @@ class _Parts:
 
 
 def _refuse_divergence(values: Tensor, active: Tensor, step: int) -> None:
-    """Raise ``FloatingPointError`` if the value of an active edit is not finite."""
     bad = (~torch.isfinite(values) & active).nonzero()
     if len(bad):
         raise DivergedError(int(bad[0]), step)

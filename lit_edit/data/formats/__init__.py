@@ -41,10 +41,8 @@ FORMATS = ("auto", *_BY_NAME)
 def read_record(record: object, number: int, form: str = "auto") -> list[EditRequest]:
     """Turn one raw record (of JSON, CSV or a hub data set) into the requests that it holds.
 
-    Its place in the file serves as id where the record has none; ``auto`` of :data:`FORMATS` looks at the fields.
-
-    Raises:
-        DataError: If a field is missing, of the wrong kind, empty, or does not fit the others.
+    Its place in the file serves as id where the record has none; ``auto`` of :data:`FORMATS` looks at the fields. A
+    :class:`DataError` says what is missing, of the wrong kind, empty, or does not fit the rest.
     """
     if not isinstance(record, Mapping):
         raise DataError(f"expected a record with fields, got {type(record).__name__}")
