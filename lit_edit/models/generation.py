@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_edit.errors import check_least
 from lit_edit.files.checksum import hash_seed
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.text.tokens import encode, pad_token
@@ -43,8 +44,7 @@ def continue_rows(
     many rows are done, of how many; ``look``, on one rank, the number of a row and the logits ``(vocab,)`` of its first
     new token.
     """
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    check_least(1, top_k=top_k)
     if len(new) != len(rows) or (top_k > 1 and (seeds is None or len(seeds) != len(rows))):
         raise ValueError(f"expected a number of new tokens, and to draw a seed, for each of {len(rows)} rows")
     batches: list[list[int]] = []

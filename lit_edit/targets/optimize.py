@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.devices.host_memory import kept_memory
-from lit_edit.errors import ArgumentError, check_one_of
+from lit_edit.errors import ArgumentError, check_least, check_one_of, check_within
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.targets.losses import TargetLoss
 from lit_edit.targets.problem import TargetProblem
@@ -91,10 +91,9 @@ class TargetSettings:
                 raise ValueError(f"{name} must be a number, got {value!r}")
             if not math.isfinite(value) and name not in ("clamp", "trust"):  # without these two no step is cut
                 raise ValueError(f"{name} must be finite, got {value}")
-        for name, low in (("steps", 1), ("weight_decay", 0), ("kl_factor", 0), ("margin", 0),
-                          ("first_choice", 0)):  # fmt: skip
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        check_least(1, steps=self.steps)
+        check_least(0, weight_decay=self.weight_decay, kl_factor=self.kl_factor)
+        check_least(0, margin=self.margin, first_choice=self.first_choice)
         for name in ("lr", "clamp", "trust"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -102,8 +101,7 @@ class TargetSettings:
         check_one_of(("state", "mlp"), anchor=self.anchor)
         check_one_of(("state", "modules"), moved=self.moved)
         check_one_of(("float32", "bfloat16", "fastest"), precision=self.precision)
-        if not 0.0 <= self.probability < 1.0:
-            raise ValueError(f"probability must be in [0, 1), got {self.probability}")
+        check_within("[0, 1)", probability=self.probability)
 
 
 @dataclass(frozen=True)
