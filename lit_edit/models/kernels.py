@@ -17,11 +17,9 @@ if TYPE_CHECKING:
 
 
 class Kernels(Weights):
-    """What decides about round-off in the products of a view.
+    """What decides about round-off in the products of a view: a shorter type that they are made in, if one is.
 
-    Attributes:
-        rounded_to: A shorter type that products are made in, if one is.
-        head_weight: The head's in that type.
+    ``head_weight`` is the head's in that type.
     """
 
     products: Products = "auto"

@@ -184,7 +184,6 @@ class _ByHead:
 
     @classmethod
     def of(cls, block: RowBlock, heads: int, groups: int, kept: int) -> _ByHead:
-        """Lay out a block for so many heads, groups of heads that share keys, and kept tokens."""
         rows, span, device = block.rows, block.span, block.slots.device
         shared, length = heads // groups, len(block.prefix) // block.rows
         head, group = torch.arange(heads, device=device), torch.arange(groups, device=device)

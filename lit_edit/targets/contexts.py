@@ -22,6 +22,8 @@ Templates: TypeAlias = tuple[tuple[str, ...], ...]
 STARTS = ("The", "Therefore", "Because", "I", "You")
 """The words from which MEMIT's code lets the model go on."""
 
+PLAIN: Templates = (("{}",),)
+
 
 def check_templates(templates: Sequence[Sequence[str]]) -> Templates:
     """Return the groups as tuples, or raise ``ValueError`` for what cannot be contexts.
@@ -74,4 +76,4 @@ def sample_templates(
         )
         text = str(tokenizer.decode(rows[0], skip_special_tokens=True))
         texts.append(" ".join(text.replace("{", " ").replace("}", " ").split()))
-    return (("{}",), tuple(f"{text}. {{}}" for text in texts))
+    return (*PLAIN, tuple(f"{text}. {{}}" for text in texts))
