@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_edit.devices.algebra import outside_autocast
 from lit_edit.editors.transforms.base import UpdateTransform, check_update
+from lit_edit.errors import check_not_negative
 from lit_edit.files.checksum import checksum
 
 _REMEMBERED = 128  # weights whose norms are kept: more than a model has edited layers
@@ -58,6 +59,7 @@ class PRUNE(UpdateTransform):
         limit = self._norm_of(base)
         if limit == 0:  # a weight of zeros has no scale to compress to
             return delta
+        check_not_negative(limit=limit)  # a base weight that is not finite has no norm
         left, values, right = torch.linalg.svd(delta, full_matrices=False)
         above = int((values > limit).sum())
         if not above:
