@@ -22,7 +22,7 @@ def run_ability(args: list[str]) -> None:
     Raises:
         ArgumentError: If there is no such run, it has not made so many edits, or tasks and their files are not there.
     """
-    from lit_edit.ability.tasks import RESERVED, TASKS
+    from lit_edit.ability.tasks import RESERVED, all_tasks
 
     parser = make_parser(
         "ability",
@@ -30,7 +30,9 @@ def run_ability(args: list[str]) -> None:
         "again. What is measured already is not measured again.",
     )
     parser.add_run()
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="by default all of them")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=all_tasks(), default=[*all_tasks()], help="by default all of them"
+    )
     parser.add_task_files("by default they come from the hub", "--folder")
     parser.add_argument(
         "--at", nargs="+", type=int, default=None, help="numbers of edits; by default 0 and all of them"
