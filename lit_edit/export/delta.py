@@ -144,7 +144,7 @@ def edit_with(model: PreTrainedModel, file: DeltaFile) -> EditLedger:
         )
     adapter = ModelAdapter(model, file.base.arch)
     layers = [layer for layer in range(adapter.n_layers) if adapter.weight_name(layer) in file.deltas]
-    ledger = EditLedger(adapter, layers)
+    ledger = EditLedger(adapter, layers, adopt=True)  # these are the right weights, by their hash
     if unknown := sorted(set(file.deltas) - set(ledger.names.values())):
         raise ExportError(
             f"{file.path} edits {', '.join(map(repr, unknown[:5]))}, which this model does not have among the weights "

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from lit_edit.errors import UserError
+from lit_edit.errors import ArgumentError
 from lit_edit.files.checksum import checksum
 from lit_edit.models.shards import held
 
@@ -27,7 +27,7 @@ _ATTRIBUTE = "_lit_edit"
 _WIDTH = 1024
 
 
-class WeightsChangedError(UserError):
+class WeightsChangedError(ArgumentError):
     """A model whose weights are not what its ledger left, or the work of another one; nothing was done to it.
 
     Attributes:
@@ -142,18 +142,25 @@ class Untouched:
     Args:
         model: The model.
         written: Full names of those that are written.
+
+    Attributes:
+        prints: Digits for the bits of each, by name.
     """
 
     def __init__(self, model: nn.Module, written: Collection[str]) -> None:
         self._written = frozenset(written)
-        self._prints = {name: _print_of(weight) for name, weight in self._of(model).items()}
+        self.prints = {name: print_of(weight) for name, weight in self._of(model).items()}
         self._versions = self._now(model)
 
     def _of(self, model: nn.Module) -> dict[str, Tensor]:
         return {name: weight for name, weight in model.named_parameters() if name not in self._written}
 
-    def _now(self, model: nn.Module) -> list[tuple[str, int, int]]:
-        return [(name, id(weight), _version(weight)) for name, weight in self._of(model).items()]
+    def _now(self, model: nn.Module) -> list[tuple[object, ...]]:
+        """Return what changes when a parameter is replaced or written by an operation that PyTorch counts."""
+        return [
+            (name, id(weight), held(weight).data_ptr(), weight.dtype, _version(weight))
+            for name, weight in self._of(model).items()
+        ]
 
     @torch.no_grad()
     def changed(self, model: nn.Module, thorough: bool) -> list[str]:
@@ -167,8 +174,8 @@ class Untouched:
         now = self._now(model)
         if not thorough and now == self._versions:
             return []
-        prints = {name: _print_of(weight) for name, weight in self._of(model).items()}
-        names = [name for name in {**self._prints, **prints} if self._prints.get(name) != prints.get(name)]
+        prints = {name: print_of(weight) for name, weight in self._of(model).items()}
+        names = [name for name in {**self.prints, **prints} if self.prints.get(name) != prints.get(name)]
         if not names:
             self._versions = now  # written, but as they were
         return names
@@ -178,7 +185,30 @@ def _version(weight: Tensor) -> int:
     return -1 if weight.is_inference() else weight._version
 
 
-def _print_of(weight: Tensor) -> str:
+def other_base(
+    name: str, then: Mapping[str, str] | None, now: Mapping[str, str], hashes: tuple[str, str]
+) -> WeightsChangedError:
+    """Return the refusal of a base model that is not the one that edits were made on.
+
+    Args:
+        name: What the model is called.
+        then: Digits for the bits of its parameters when the edits were made, if they are on record.
+        now: The same of the model at hand.
+        hashes: Of all weights, then and now.
+    """
+    names = [] if then is None else [part for part in {**then, **now} if then.get(part) != now.get(part)]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    told = f"; {', '.join(names[:3])}{more} of {len(now)} parameters differ" if names else ""
+    return WeightsChangedError(
+        f"the edits were made on other base weights than those of {name!r} (hash {hashes[0]} against "
+        f"{hashes[1]}{told}). Three ways on: restore the model that they were made on (its folder, revision and type "
+        "as they were), adopt these weights as the base of a new run of another name, whose edits are made anew, or "
+        "leave it",
+        names,
+    )
+
+
+def print_of(weight: Tensor) -> str:
     """Return digits for the bits of a weight: sums of its words along rows and columns, at the speed of the memory."""
     own = held(weight).detach()
     raw = own.contiguous().view(-1).view(torch.uint8)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.devices.algebra import algebra_device, for_algebra
-from lit_edit.ledger.ownership import Untouched, WeightsChangedError, difference, owner_of
+from lit_edit.ledger.ownership import Untouched, WeightsChangedError, difference, owner_of, print_of
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.shards import holds, whole, write_
 
@@ -41,6 +41,7 @@ class WrittenWeights:
         base: The original weights, by name.
         written: The weights as they were left, by name.
         deltas: What was added to them, ``(d_out, d_in)``, float64.
+        prints: Digits for the bits of every parameter, as the model was.
     """
 
     def __init__(self, adapter: ModelAdapter, layers: Sequence[int]) -> None:
@@ -51,6 +52,7 @@ class WrittenWeights:
         self.written = dict(self.base)
         self.deltas: dict[str, Tensor] = {}
         self._untouched = Untouched(adapter.model, self.names.values())
+        self.prints = {**self._untouched.prints, **{name: print_of(weight) for name, weight in self.base.items()}}
         self._edited: dict[int, tuple[Tensor, Tensor]] = {}  # the delta last asked for, and the weight
 
     @property

@@ -26,6 +26,7 @@ from lit_edit.files.trees import CheckpointError, load_tree
 from lit_edit.ledger.edit_ledger import EditLedger, weights_state
 from lit_edit.ledger.history import EditHistory, LedgerEntry
 from lit_edit.ledger.journal import Journal
+from lit_edit.ledger.ownership import other_base
 from lit_edit.metrics.evaluation import Summary, summarise
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.language_model import LanguageModel
@@ -82,6 +83,7 @@ def open_run(folder: Path) -> OpenRun:
 
     Raises:
         RunError: If the folder is no finished run.
+        WeightsChangedError: If the base model is not the one that the edits were made on.
     """
     folder = check_folder(folder)
     deltas = deltas_path(folder)
@@ -104,7 +106,6 @@ def open_run(folder: Path) -> OpenRun:
         raise RunError(f"{folder} cannot be opened: {error}") from error
     model, tokenizer = language_model.load()
     base_hash = weights_hash(model)
-    cast_as(model, precision_of(folder))
     adapter = ModelAdapter(model, language_model.arch, products=language_model.products)
     layers = [layer for layer in range(adapter.n_layers) if adapter.weight_name(layer) in names]
     if len(layers) != len(names):
@@ -112,7 +113,19 @@ def open_run(folder: Path) -> OpenRun:
     editor = stream_of(folder).editor if entries and not layers else None
     if editor is not None and not isinstance(editor, MemoryEditor):
         raise RunError(f"{folder} has edits and no updates: {deltas} does not belong to it")
-    return OpenRun(folder, language_model, EditLedger(adapter, layers), tokenizer, entries, base_hash, editor)
+    ledger = EditLedger(adapter, layers, adopt=True)  # that it is the run's base is seen by the hash
+    begun = [r for r in _records(folder) if r["kind"] == "begin" and r["base_hash"] != base_hash]
+    if begun:
+        hashes = begun[-1]["base_hash"], base_hash
+        raise other_base(language_model.name, begun[-1].get("parameters"), ledger.prints, hashes)
+    cast_as(model, precision_of(folder))
+    ledger.align()
+    return OpenRun(folder, language_model, ledger, tokenizer, entries, base_hash, editor)
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    path = journal_path(folder)
+    return Journal(path, writable=False).records if path.is_file() else []
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lit_edit.editors.base import Editor, Proposal, Status, commit_proposal, sil
 from lit_edit.errors import ArgumentError
 from lit_edit.ledger.edit_ledger import Change, EditLedger, LedgerEntry
 from lit_edit.ledger.journal import JournalError, Record
+from lit_edit.ledger.ownership import other_base
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class Replay:
                     "version": version("lit-edit"),
                     "model": self.model_name,
                     "base_hash": self.base_hash,
+                    **({} if self.ledger.adapter.sharded else {"parameters": self.ledger.prints}),
                     "settings": self.editor.settings(),
                     "opening": self.editor.opening(),
                     "kernels": self.ledger.adapter.kernels(),
@@ -96,10 +98,8 @@ class Replay:
         if begun["format"] != _FORMAT:
             raise ArgumentError(f"the journal was written by another version of lit-edit ({begun['version']})")
         if begun["base_hash"] != self.base_hash:
-            raise ArgumentError(
-                f"the edits were made on other base weights than those of {self.model_name!r} (hash "
-                f"{begun['base_hash']} against {self.base_hash}); load the model they were made with"
-            )
+            hashes = begun["base_hash"], self.base_hash
+            raise other_base(self.model_name, begun.get("parameters"), self.ledger.prints, hashes)
         then, now = begun["settings"], self.editor.settings()
         if other := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
             told = "; ".join(f"{name} {_short(then.get(name))}, now {_short(now.get(name))}" for name in other)
