@@ -85,11 +85,7 @@ def _options(args: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 
 def _grid(options: argparse.Namespace, settings: Mapping[str, str]) -> Grid:
-    """Read the editors to compare.
-
-    Raises:
-        ArgumentError: If the file is no comparison.
-    """
+    """Read the editors to compare; :class:`ArgumentError` if the file is no comparison."""
     grid = read_grid(Path(find_config(options.config)))
     if list(grid.axes) != [AXIS]:
         raise ArgumentError(
@@ -117,10 +113,6 @@ def _chosen(grid: Grid, only: Sequence[str] | None) -> list[Point]:
 
 def check_one_stream(grid: Grid, settings: Mapping[str, Any]) -> None:
     """Check that all editors get the same edits, in the same order, on the same model.
-
-    Args:
-        grid: The comparison.
-        settings: What its runs are given, by name.
 
     Raises:
         ArgumentError: If not; names the editor and the setting.

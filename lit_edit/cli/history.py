@@ -163,11 +163,7 @@ def _choose(parser: CommandParser, which: str) -> None:
 
 
 def _chosen(options: argparse.Namespace, history: EditHistory, hold: bool) -> list[int]:
-    """Return the numbers of the edits that were named.
-
-    Raises:
-        ArgumentError: If none were, or there are no such edits.
-    """
+    """Return the numbers of the edits that were named; :class:`ArgumentError` if none were, or there are no such."""
     from lit_edit.errors import ArgumentError
 
     there = [e for e in history.made if (e.number not in history.undone) == hold]

@@ -120,16 +120,7 @@ def _chosen(grid: Grid, only: list[int] | None) -> list[Point]:
 
 
 def write_script(grid: Grid, folder: Path, command: str) -> Path:
-    """Write the script of a SLURM array into the sweep's folder; one that is there keeps what was set in it.
-
-    Args:
-        grid: The sweep.
-        folder: Its folder.
-        command: What runs it.
-
-    Returns:
-        Where the script is.
-    """
+    """Write the script of a SLURM array into the sweep's folder; one that is there keeps what was set in it."""
     script, last = folder / "sweep.sbatch", len(grid.points) - 1
     if script.is_file():
         old = script.read_text(encoding="utf-8")

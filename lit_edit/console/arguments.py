@@ -33,13 +33,9 @@ SHORT = MappingProxyType(
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parser of a command.
+    """Parser of ``lit-edit COMMAND``; its help shows defaults.
 
-    Args:
-        command: Behind ``lit-edit``.
-        description: What it does.
-        settings: Whether any setting of ``lit-edit fit`` may follow; :meth:`parse_known_args` leaves those.
-        more: As for :class:`argparse.ArgumentParser`.
+    With ``settings`` any setting of ``lit-edit fit`` may follow; :meth:`parse_known_args` leaves those.
     """
 
     def __init__(self, command: str, description: str, settings: bool = False, **more: Any) -> None:
@@ -54,11 +50,8 @@ class CommandParser(argparse.ArgumentParser):
     ) -> argparse.Action:
         """Add an argument.
 
-        Args:
-            names: Of the argument.
-            aliases: Other spellings, which the help does not show.
-            complete: Returns values for the shell's completion; by default file names.
-            more: As for :class:`argparse.ArgumentParser`.
+        ``aliases`` are other spellings, which the help does not show. ``complete`` returns values for the shell's
+        completion, by default file names.
         """
         action = super().add_argument(*names, **more)
         self._aliases |= dict.fromkeys(aliases, names[0])

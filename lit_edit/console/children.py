@@ -41,12 +41,7 @@ class ProcessLine:
             signal.signal(number, handler)
 
     def run(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
-        """Run a command to its end.
-
-        Args:
-            command: Program and arguments.
-            log: File that takes what it writes, behind what is there.
-            environment: Variables that it gets beside those of this process.
+        """Run a command to its end, with some variables beside those of this process; ``log`` takes what it writes.
 
         Returns:
             Its exit status; minus the signal's number if one has ended it.

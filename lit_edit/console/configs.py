@@ -109,10 +109,7 @@ def _kind(node: Any) -> str:
 
 
 def check_settings(config: Any) -> None:
-    """Check what the types of the settings do not say.
-
-    Args:
-        config: The parsed settings of a command.
+    """Check what the types of a command's settings do not say.
 
     Raises:
         ArgumentError: If something cannot work; names the setting.
@@ -177,9 +174,7 @@ def _leaves(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def changed_settings(trainer: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """Return the Trainer's plain settings that the user has chosen, for a message: ``accelerator='gpu', devices=2``.
 
-    Args:
-        trainer: All settings.
-        ours: What they are with lit-edit; the others are Lightning's.
+    ``ours`` are those that lit-edit sets; the others are Lightning's.
     """
     from lightning.pytorch import Trainer
 

@@ -65,13 +65,7 @@ STREAM_DEFAULTS = TRAINER_DEFAULTS | {
 
 
 class EditCLI(RunCLI):
-    """The command line of an edit stream.
-
-    Args:
-        command: ``fit``, ``validate`` or ``test``.
-        words: Its arguments.
-        more: As for :class:`RunCLI`.
-    """
+    """The command line of an edit stream: ``fit``, ``validate`` or ``test``, with its arguments."""
 
     def __init__(self, command: str, words: Sequence[str] = (), **more: Any) -> None:
         self._ended = False

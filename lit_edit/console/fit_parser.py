@@ -42,10 +42,7 @@ class FitParser(EditCLI):
         return settings
 
     def make(self, bare: bool = False) -> Any:
-        """Make the stream, the data module, the callbacks and the loggers of what was parsed last; no Trainer.
-
-        Args:
-            bare: Neither callbacks nor loggers.
+        """Make the stream, the data module, the callbacks and the loggers (not if ``bare``) of what was parsed last.
 
         Raises:
             ArgumentError: If a constructor refuses its values.

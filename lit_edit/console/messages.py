@@ -13,8 +13,7 @@ from lit_edit.console.terminal import show_messages
 def quieten(quiet: bool = False) -> None:
     """Show our own notes; keep Lightning's tips, which are about other kinds of training, to themselves.
 
-    Args:
-        quiet: Of our own, show warnings and errors only.
+    If ``quiet``, show warnings and errors only of our own.
     """
     os.environ.setdefault(
         "JSONARGPARSE_DEPRECATION_WARNINGS", "off"

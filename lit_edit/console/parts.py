@@ -16,12 +16,7 @@ def choose_part(
 ) -> Callable[[list[str]], int | None] | None:
     """Return the function that the first argument names, or print the help and return ``None``.
 
-    Args:
-        command: The command above.
-        about: What it does.
-        what: What its parts are, one of them and several.
-        parts: By name: what stands for it (``module:function``), and what it does.
-        args: The arguments behind the command.
+    ``what`` parts are called, one of them and several; they are given by name: ``module:function``, and what it does.
 
     Raises:
         ArgumentError: If the first argument names none of them.

@@ -24,17 +24,11 @@ _DECISION = "LIT_EDIT_DECISION"
 
 @dataclass(frozen=True)
 class Decision:
-    """What the leader has found out about a run.
-
-    Attributes:
-        folder: The run folder.
-        checkpoint: Where to go on.
-        ended: Whether there is nothing left to do.
-    """
+    """What the leader has found out about a run."""
 
     folder: str
-    checkpoint: str | None = None
-    ended: bool = False
+    checkpoint: str | None = None  # where to go on
+    ended: bool = False  # whether there is nothing left to do
 
 
 def leads() -> bool:

@@ -137,14 +137,7 @@ class RunCLI(LightningCLI):
             self._locked = True
 
     def begin_run(self, goes_on: bool, overwrite: bool) -> bool:
-        """Make the run folder.
-
-        Args:
-            goes_on: What an earlier run has left in it is needed.
-            overwrite: It is to be deleted.
-
-        Returns:
-            Whether there was none before.
+        """Make the run folder, unless an earlier run has left in it what is not needed; return whether there was none.
 
         Raises:
             ArgumentError: If it cannot be made, or there is something in it.

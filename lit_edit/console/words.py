@@ -51,11 +51,8 @@ def full_settings(args: Sequence[str], elsewhere: bool = False) -> list[str]:
     """Return arguments of ``lit-edit fit`` with all settings by their full names, and ``_`` for ``-`` in names.
 
     What short forms stand for comes behind the configs, wherever they stood: it wins over these. A config or a class is
-    no file of edits and no model: ``--data x.yaml`` and ``--model package.Class`` stay Lightning's.
-
-    Args:
-        args: As they were written.
-        elsewhere: They are used in other processes, or again: ``--data`` must be there, and is named in full.
+    no file of edits and no model: ``--data x.yaml`` and ``--model package.Class`` stay Lightning's. If they are used
+    ``elsewhere``, in other processes, or again, ``--data`` must be there, and is named in full.
 
     Raises:
         ArgumentError: If a short form has no value, or one that cannot be.

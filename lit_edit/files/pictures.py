@@ -37,16 +37,9 @@ def add_panel(
     whole: bool = False,
     grid: bool = True,
 ) -> Axes:
-    """Add a panel.
+    """Add a panel at ``place``: rows and columns of panels, and which of them it is, from 1.
 
-    Args:
-        figure: To which.
-        place: Rows and columns of panels, and which of them it is, from 1.
-        heading: Above it.
-        name: By which it is found again.
-        x_label: Below it.
-        whole: Whether its x axis is of whole numbers.
-        grid: Whether lines help to read values.
+    It is found again by its ``name``; ``whole`` numbers stand along its x axis; lines (``grid``) help to read values.
     """
     from matplotlib.ticker import MaxNLocator
 

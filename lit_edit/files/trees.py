@@ -323,11 +323,7 @@ class _Reader:
 
 
 def _description(file: Any) -> Any:
-    """Return the JSON that describes the tree.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Return the JSON that describes the tree; :class:`ValueError` if there is none."""
     metadata = file.metadata() or {}
     if metadata.get("format") != _FORMAT["format"]:
         raise ValueError("a safetensors file of another kind")

@@ -36,12 +36,7 @@ def write_answers(
     """Write ``ledger/answers.jsonl``: one line per edit, with all its prompts.
 
     What an earlier call wrote of the base model and of the moment of the edit stays if it is not measured now.
-
-    Args:
-        folder: The run's.
-        history: Its edits.
-        results: By stage and id.
-        tokenizer: Decodes first choices.
+    ``results`` are by stage and id.
     """
     rows = answers_of(history, results, tokenizer)
     earlier = {row["number"]: row for row in read_answers(folder)}
@@ -87,13 +82,7 @@ def _is_whole(prompt: Mapping[str, Any]) -> bool:
 def answer_rows(
     history: EditHistory, results: Mapping[str, Mapping[str, EditResult]], decode: Decode
 ) -> list[dict[str, Any]]:
-    """Return one row per edit whose request is on record.
-
-    Args:
-        history: The edits.
-        results: By stage and id.
-        decode: From token ids to text.
-    """
+    """Return one row per edit whose request is on record; ``results`` are by stage and id."""
     from lit_edit.metrics.evaluation import KINDS
 
     rows = []

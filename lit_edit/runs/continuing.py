@@ -14,10 +14,7 @@ from lit_edit.runs.reading import read_history
 def check_source(source: Path, target: Path, overwrite: bool = False) -> None:
     """Check that a run can begin, or has begun, with the edits of another.
 
-    Args:
-        source: The folder of the earlier run.
-        target: The folder of the new one, which may exist.
-        overwrite: It will be deleted.
+    ``overwrite`` says that ``target`` will be deleted.
 
     Raises:
         RunError: If the earlier run is not there or has no journal.
@@ -37,14 +34,7 @@ def check_source(source: Path, target: Path, overwrite: bool = False) -> None:
 
 
 def carry_over(source: Path, target: Path) -> int:
-    """Begin a run's journal with the edits of another run, whose ids are marked with its name.
-
-    Args:
-        source: The folder of the earlier run.
-        target: The folder of the new one.
-
-    Returns:
-        How many edits hold.
+    """Begin a run's journal with the edits of another, whose ids are marked with its name; return how many hold.
 
     Raises:
         RunError: If the earlier run has no journal.

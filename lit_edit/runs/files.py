@@ -40,9 +40,7 @@ def deltas_path(folder: Path) -> Path:
 def run_lock(folder: Path, other: str = "--run_name") -> Iterator[None]:
     """Keep other processes out of a run folder; the system lifts the lock when a process dies, however it dies.
 
-    Args:
-        folder: The folder, which exists.
-        other: The option that names another one, for the message.
+    ``other`` is the option that names another folder, for the message.
 
     Raises:
         RunLockedError: If another process is in it.
@@ -67,12 +65,7 @@ def write_run_files(
 ) -> None:
     """Write ``ledger/edits.jsonl`` and ``ledger/deltas.safetensors``: what the journal adds up to.
 
-    Args:
-        folder: The run's.
-        ledger: Its edits.
-        base_hash: Of the weights that they change.
-        results: By stage and id.
-        missed: By id, of edits that were found not to hold along the stream: after how many edits that was.
+    ``missed`` says by id, of edits that were found not to hold along the stream, after how many edits that was.
     """
     from lit_edit.export.model import save_deltas
 
@@ -143,12 +136,7 @@ def update_summary(folder: Path, ledger: EditLedger, final: Summary | None) -> N
     """Bring ``summary.json`` up to edits that were taken out or put back after the end.
 
     What callbacks had measured is of the model as it was at the end, and is not measured again: it is moved to
-    ``before_change``.
-
-    Args:
-        folder: The run's.
-        ledger: As it is now.
-        final: The metrics over the edits that hold; ``None`` if they were not measured.
+    ``before_change``. ``final`` are the metrics over the edits that hold; ``None`` if they were not measured.
     """
     path = folder / "summary.json"
     if not path.is_file():

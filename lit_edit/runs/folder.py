@@ -158,17 +158,11 @@ def _catch_up(folder: Path) -> None:
 
 @dataclass
 class ChangingRun:
-    """A run whose edits are being changed.
-
-    Attributes:
-        folder: The run's.
-        stream: With the model as the journal left it.
-        session: Makes the changes.
-    """
+    """A run whose edits are being changed."""
 
     folder: Path
-    stream: EditStream
-    session: EditSession
+    stream: EditStream  # with the model as the journal left it
+    session: EditSession  # makes the changes
 
     def measure(self) -> Summary:
         """Measure the edits that hold on the model as it is now."""

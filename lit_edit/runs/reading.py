@@ -59,17 +59,11 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class EditLog:
-    """The edits of a run, as its folder tells them.
+    """The edits of a run, as its folder tells them."""
 
-    Attributes:
-        rows: As in ``ledger/edits.jsonl``, one per edit ever made.
-        verdicts: What has become of them, and behind them of the edits that were refused.
-        times: By number: when an edit was made.
-    """
-
-    rows: list[dict[str, Any]]
-    verdicts: list[Verdict]
-    times: dict[int, str]
+    rows: list[dict[str, Any]]  # as in ledger/edits.jsonl, one per edit ever made
+    verdicts: list[Verdict]  # what has become of them, and behind them of the edits that were refused
+    times: dict[int, str]  # by number: when an edit was made
 
     def as_list(self) -> list[dict[str, Any]]:
         """Return a row per edit with its verdict, for programs."""

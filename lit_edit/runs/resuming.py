@@ -34,12 +34,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def find_run(runs: Path, config: str) -> Path | None:
-    """Return the newest run folder with the same settings.
-
-    Args:
-        runs: Where run folders are.
-        config: The settings, as YAML.
-    """
+    """Return the newest run folder with the same settings, given as YAML."""
     wanted = _comparable(config)
     same = [
         path

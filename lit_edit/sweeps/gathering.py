@@ -60,15 +60,7 @@ def state_of(folder: Path) -> str:
 
 
 def gather(grid: Grid, folder: Path) -> str:
-    """Write ``table.md``, ``table.csv`` and ``table.json`` of a sweep.
-
-    Args:
-        grid: Its points.
-        folder: The sweep's.
-
-    Returns:
-        The table as Markdown.
-    """
+    """Write ``table.md``, ``.csv`` and ``.json`` of a sweep; return the table as Markdown."""
     rows = [row_of(point, folder / point.name) for point in grid.points]
     over = over_seeds(grid, rows)
     text = f"# {grid.name}\n\n{as_markdown(shown(rows, [name for name in rows[0] if name != 'point']))}"
@@ -85,10 +77,7 @@ def row_of(
 ) -> dict[str, Any]:
     """Return a point's row; what is not there is ``None``.
 
-    Args:
-        point: Which.
-        folder: Its run's.
-        metrics: By column: where ``summary.json`` has it (stage, kind, name).
+    ``metrics`` says by column where ``summary.json`` has it: stage, kind, name.
     """
     row: dict[str, Any] = {"index": point.index, "point": point.name, "state": state_of(folder), **point.labels}
     row |= dict.fromkeys(("edits", *metrics, *COSTS))

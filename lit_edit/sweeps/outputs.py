@@ -23,19 +23,7 @@ def write_outputs(
     figure: Figure | None = None,
     content: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write ``<name>.md`` and, of what is given, ``.csv``, ``.json`` and ``.png``.
-
-    Args:
-        folder: Where.
-        name: Of the files.
-        text: Markdown.
-        rows: Of the table.
-        figure: The picture.
-        content: For programs, as primitives.
-
-    Returns:
-        The text.
-    """
+    """Write Markdown to ``<name>.md`` and, of what is given, table, numbers and picture beside it; return the text."""
     write_text(folder / f"{name}.md", text)
     if rows:
         write_text(folder / f"{name}.csv", as_csv(rows))

@@ -62,11 +62,6 @@ def _culprit(grid: Grid, point: Point, parser: FitParser) -> str:
 def check_begun(folder: Path, points: Sequence[Point], settings: Mapping[str, Any]) -> None:
     """Check that points which are done or begun were begun with the settings that the grid gives them now.
 
-    Args:
-        folder: The sweep's.
-        points: Which.
-        settings: Those that the grid gives them, by name.
-
     Raises:
         ArgumentError: If not; names the point and the setting.
     """
@@ -99,12 +94,6 @@ def list_points(grid: Grid, points: Sequence[Point], folder: Path) -> str:
 
 def run_points(grid: Grid, folder: Path, points: Sequence[Point], settings: Mapping[str, Any]) -> int:
     """Run points that are not done, one after another; one that fails does not stop the others.
-
-    Args:
-        grid: The sweep.
-        folder: Its folder.
-        points: Which.
-        settings: Theirs, by name.
 
     Returns:
         The exit status: 0 all well, 1 a point has failed, 128 and a signal's number if one has stopped the sweep.

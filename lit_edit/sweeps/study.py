@@ -36,11 +36,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_there(grid: Grid, folder: Path, what: str = "study") -> None:
-    """Refuse to gather nothing.
-
-    Raises:
-        ArgumentError: If none of the runs was begun.
-    """
+    """Refuse to gather nothing: :class:`ArgumentError` if none of the runs was begun."""
     if not any((folder / point.name).is_dir() for point in grid.points):
         raise ArgumentError(f"nothing of this {what} is done yet in {folder}; leave --gather out")
 
@@ -50,11 +46,7 @@ def run_rest(
 ) -> int | None:
     """Run what is left of a grid, or list it.
 
-    Args:
-        grid: The runs.
-        folder: Their folder.
-        dry_run: List them and run nothing.
-        prepare: Does what comes before the first run; receives the settings of all by name.
+    ``prepare`` does what comes before the first run; it receives the settings of all by name.
 
     Returns:
         The exit status of :func:`~lit_edit.sweeps.points.run_points`; ``None`` after a listing.

@@ -44,17 +44,11 @@ from lit_edit.training.data import RecordBatch
 
 @dataclass(frozen=True)
 class PreparedRecord:
-    """What of a record does not depend on the network.
+    """What of a record does not depend on the network."""
 
-    Attributes:
-        inputs: By layer, ``(tokens, d_in)``.
-        gradients: By layer, ``(tokens, d_out)``.
-        exam: What the edited model is asked.
-    """
-
-    inputs: dict[int, Tensor]
-    gradients: dict[int, Tensor]
-    exam: Exam
+    inputs: dict[int, Tensor]  # by layer, (tokens, d_in)
+    gradients: dict[int, Tensor]  # by layer, (tokens, d_out)
+    exam: Exam  # what the edited model is asked
 
 
 class Exam(LessonLoss):
