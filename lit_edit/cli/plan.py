@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.terminal import write_json
+from lit_edit.console.words import check_names, expand_arguments, with_config
 from lit_edit.errors import ArgumentError, UserError
+from lit_edit.files.paths import write_json as write_json_file
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ON_SCREEN = "-"
 ASSUMED_BANDWIDTH = 2000e9  # bytes per second, where a rate is given and this is not
 
 DESCRIPTION = """\
@@ -42,6 +46,8 @@ examples:
 def run_plan(args: list[str]) -> None:
     """Print the plan of a ``fit`` with the same arguments."""
     options, rest = _parser().parse_known_args(args)
+    check_names("fit", rest)
+    expand_arguments(with_config(rest))  # before anything heavy is imported
     stream, data, trainer = _read_settings(rest)
 
     from lit_edit.editors.closed_form.engine import ClosedFormEditor
@@ -56,10 +62,12 @@ def run_plan(args: list[str]) -> None:
         )
     case = _make_case(options, stream, data, trainer, editor)
     plan = make_plan(case.sizes, editor, case.setup, case.workload, case.speed)
+    found = {**case.as_dict(), **plan.as_dict()}
+    if options.json == ON_SCREEN:
+        write_json(found)
+        return
     if options.json is not None:
-        from lit_edit.files.paths import write_json
-
-        write_json(options.json, {**case.as_dict(), **plan.as_dict()})
+        write_json_file(Path(options.json), found)
     show_plan(case, plan, options.device_memory)
 
 
@@ -88,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--link", type=_positive_number, default=100.0, help="between devices, in GB/s (default: %(default)s)")
     add("--device-memory", type=read_size, metavar="SIZE", help="of a device, say 80GB: does it fit, and if not, why")
     add("--model-config", metavar="FILE", help="a config.json, or a folder or hub id that has one, for the model's")
-    add("--json", type=Path, metavar="FILE", help="write everything there as well")
+    text = "one JSON object instead of tables; with a name, it is written to that file beside them"
+    add("--json", nargs="?", const=ON_SCREEN, metavar="FILE", help=text)
     return parser
 
 
@@ -127,7 +136,6 @@ def _read_settings(args: Sequence[str]) -> tuple[EditStream, EditDataModule, Any
     """Parse and check arguments as ``fit`` does; return what it would make, and the Trainer's settings."""
     from lit_edit.console.fit_parser import FitParser
     from lit_edit.console.messages import quieten
-    from lit_edit.console.words import with_config
 
     quieten()
     parser = FitParser()

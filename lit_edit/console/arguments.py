@@ -64,7 +64,7 @@ class CommandParser(argparse.ArgumentParser):
     def add_run(self, **more: Any) -> None:
         """Add ``--run``: the folder of a run."""
         more = {"type": Path, "help": "the run folder, for example runs/x", **more}
-        self.add_argument("--run", required=True, complete=run_folders, **more)
+        self.add_argument("--run", required=True, complete=run_folders, action=_Checked, check=check_run, **more)
 
     def add_data(self, text: str, *aliases: str, **more: Any) -> None:
         """Add ``--data``: the edits, facts or events that a command reads."""
@@ -101,13 +101,15 @@ class CommandParser(argparse.ArgumentParser):
 
     def add_model(self, default: str | None = "smollm2-135m", **more: Any) -> None:
         """Add ``--model``: a packaged one, a folder or a hub id."""
-        more = {"help": "packaged model, folder or hub id", "default": default, **more}
-        self.add_argument("--model", aliases=("--model.language_model.name",), complete=packaged_models, **more)
+        more = {"help": "packaged model, folder or hub id", "default": default, "action": _Checked, **more}
+        names = "--model", "--model.language_model.name"
+        self.add_argument(names[0], aliases=names[1:], complete=packaged_models, check=check_model, **more)
 
     def add_method(self, default: Any, **more: Any) -> None:
         """Add ``--method``: an editor with its settings."""
         more = {"help": "the editor: rome, or a YAML file like those of configs/method", **more}
-        self.add_argument("--method", type=method_config, default=default, complete=methods, **more)
+        more |= {"default": default, "action": _Checked, "check": method_config}
+        self.add_argument("--method", complete=methods, **more)
 
     def add_layers(self, text: str) -> None:
         """Add ``--layers``: ``6 7``, ``6,7`` or ``[6,7]``."""
@@ -201,6 +203,17 @@ def _plain(name: str) -> str:
     return name.replace("_", "-")
 
 
+class _Checked(argparse.Action):
+    """Keeps what ``check`` returns; what that refuses is said as commands say it, before anything heavy is imported."""
+
+    def __init__(self, *names: Any, check: Callable[[Any], Any], **more: Any) -> None:
+        super().__init__(*names, **more)
+        self.check = check
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, [*map(self.check, values)] if isinstance(values, list) else self.check(values))
+
+
 class _Layers(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         try:
@@ -224,6 +237,23 @@ def read_layers(words: Sequence[str]) -> list[int]:
     if not re.fullmatch(r"(\[)?\s*-?\d+(\s*[\s,]\s*-?\d+)*\s*(?(1)\])", text):
         raise ValueError(f"expected numbers of layers (6 7, 6,7 or [6,7]), got {text!r}")
     return [int(number) for number in re.findall(r"-?\d+", text)]
+
+
+def check_run(folder: Path) -> Path:
+    """Return a run's folder if it is there."""
+    from lit_edit.runs.reading import find_folder
+
+    find_folder(folder)
+    return folder
+
+
+def check_model(name: str) -> str:
+    """Return the name of a model if it can be one."""
+    from lit_edit.models.packaged import PACKAGED, find_source
+
+    if name not in PACKAGED:
+        find_source(name)
+    return name
 
 
 def positive(text: str) -> int:

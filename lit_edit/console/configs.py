@@ -48,15 +48,28 @@ def find_config(name: str) -> str:
 
 
 def method_config(name: str) -> str:
-    """Return the config of a method by any of its names; a file, and what is none of them, as it is.
+    """Return the config of a method by any of its names; a file, and a config that ships, as it is.
+
+    Raises:
+        ArgumentError: If it is none of them.
 
     Example:
-        >>> method_config("rome"), method_config("RROME"), method_config("ft-l"), method_config("mine.yaml")
-        ('method/rome', 'method/r_rome', 'method/ft_l', 'mine.yaml')
+        >>> method_config("rome"), method_config("RROME"), method_config("ft-l"), method_config("method/d4s")
+        ('method/rome', 'method/r_rome', 'method/ft_l', 'method/d4s')
     """
-    known = {re.sub("[_-]", "", name): name for name in shipped_configs() if name.startswith("method/")}
+    shipped = shipped_configs()
+    known = {re.sub("[_-]", "", config): config for config in shipped if config.startswith("method/")}
     wanted = f"method/{re.sub('[_-]', '', name.removeprefix('method/').lower())}"
-    return name if os.path.isfile(name) else known.get(wanted, name)
+    if os.path.isfile(name) or name.removesuffix(".yaml") in shipped:
+        return name
+    if wanted not in known:
+        near = get_close_matches(wanted, known, 3)
+        meant = f" Did you mean {', '.join(known[word].removeprefix('method/') for word in near)}?" if near else ""
+        raise ArgumentError(
+            f"--method {shorten(name)}: no such file, and no method of that name ships (lit-edit editors lists "
+            f"them).{meant}"
+        )
+    return known[wanted]
 
 
 SECTIONS = ("model", "data", "trainer")

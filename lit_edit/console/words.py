@@ -47,6 +47,18 @@ def check_names(command: str, args: Sequence[str]) -> None:
             )
 
 
+def check_data(args: Sequence[str]) -> None:
+    """Refuse a file of edits (``--data FILE``) that is not there.
+
+    Raises:
+        ArgumentError: If it is not.
+    """
+    words = full_settings(args)
+    paths = [word.partition("=")[2] for word in words if word.startswith("--data.path=")]
+    if "--data.source=file" in words and paths and not Path(paths[-1]).expanduser().is_file():
+        raise ArgumentError(f"{paths[-1]}: no such file")
+
+
 def full_settings(args: Sequence[str], elsewhere: bool = False) -> list[str]:
     """Return arguments of ``lit-edit fit`` with all settings by their full names, and ``_`` for ``-`` in names.
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from lit_edit.models.packaged import PACKAGED, ModelUnavailableError, fetch
+from lit_edit.models.packaged import PACKAGED, ModelUnavailableError, fetch, find_source
 from lit_edit.models.products import Products
 from lit_edit.models.spec import ArchSpec
 
@@ -87,7 +87,7 @@ class LanguageModel:
                 cut_layers(model.eval().requires_grad_(False).to(cut[1]), cut[0], self.arch)
             return model.eval().requires_grad_(False), tokenizer
         if self.name not in PACKAGED:
-            return self._load(self._resolve(), cut)
+            return self._load(find_source(self.name), cut)
         try:
             return self._load(str(fetch(PACKAGED[self.name])), cut)
         except ModelUnavailableError as error:
@@ -127,19 +127,6 @@ class LanguageModel:
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         return load_in_parts(Path(folder), *cut, dtype, self.arch, **options)
-
-    def _resolve(self) -> str:
-        folder = os.path.expanduser(self.name)
-        if self.name and os.path.isdir(folder):
-            if not os.path.isfile(os.path.join(folder, "config.json")):
-                raise ModelUnavailableError(f"{self.name} is no model folder: it holds no config.json")
-            return folder
-        if os.path.exists(folder) or self.name.startswith((".", "/", "~")) or "/" not in self.name:
-            raise ModelUnavailableError(
-                f"there is no model {self.name!r} (model.language_model.name): not a packaged model "
-                f"({', '.join(PACKAGED)}), not a folder, and not a hub id (owner/name)"
-            )
-        return self.name
 
 
 @contextmanager

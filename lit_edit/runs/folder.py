@@ -32,7 +32,7 @@ from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.spec import ArchSpec
 from lit_edit.runs.answers import write_answers
 from lit_edit.runs.files import deltas_path, journal_path, run_lock, update_summary, write_run_files
-from lit_edit.runs.reading import RunError, check_folder, has_ended, read_history
+from lit_edit.runs.reading import RunError, check_finished, check_folder, read_history
 from lit_edit.stats.second_moment import weights_hash
 from lit_edit.stream.edit_stream import EditStream
 from lit_edit.stream.precision import cast_as
@@ -83,13 +83,8 @@ def open_run(folder: Path) -> OpenRun:
     Raises:
         RunError: If the folder is no finished run.
     """
-    folder = check_folder(folder)
+    folder = check_finished(folder)
     deltas = deltas_path(folder)
-    if not deltas.is_file() and not has_ended(folder):
-        raise RunError(
-            f"{folder} is no finished run (no {deltas.name}); if the run was interrupted, finish it: "
-            f"lit-edit fit --config {folder}/config.yaml --resume auto"
-        )
     _catch_up(folder)
     try:
         settings = dict(_read_config(folder)["model"]["language_model"])

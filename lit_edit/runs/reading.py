@@ -11,7 +11,7 @@ from lit_edit.errors import UserError
 from lit_edit.ledger.history import EditHistory
 from lit_edit.ledger.journal import Journal
 from lit_edit.runs.answers import read_answers
-from lit_edit.runs.files import current_rows, journal_path
+from lit_edit.runs.files import current_rows, deltas_path, journal_path
 from lit_edit.runs.holding import Verdict, counts, failures, judge
 
 
@@ -25,17 +25,31 @@ def has_ended(folder: Path) -> bool:
     return path.is_file() and any(record["kind"] == "end" for record in Journal(path, writable=False).records)
 
 
-def check_folder(folder: Path) -> Path:
-    """Return the folder of a run, with ``~`` put in full.
-
-    Raises:
-        RunError: If there is none, or it is no run's.
-    """
+def find_folder(folder: Path) -> Path:
+    """Return the folder of a run, with ``~`` put in full; :class:`RunError` if there is none."""
     folder = folder.expanduser()
     if not folder.is_dir():
         raise RunError(f"there is no run folder {folder}")
+    return folder
+
+
+def check_folder(folder: Path) -> Path:
+    """Return the folder of a run that has got as far as its settings; :class:`RunError` if it is none."""
+    folder = find_folder(folder)
     if not (folder / "config.yaml").is_file():
         raise RunError(f"{folder} is no finished run (no config.yaml)")
+    return folder
+
+
+def check_finished(folder: Path) -> Path:
+    """Return the folder of a run whose edited model can be opened; :class:`RunError` if it is none."""
+    folder = check_folder(folder)
+    deltas = deltas_path(folder)
+    if not deltas.is_file() and not has_ended(folder):
+        raise RunError(
+            f"{folder} is no finished run (no {deltas.name}); if the run was interrupted, finish it: "
+            f"lit-edit fit --config {folder}/config.yaml --resume auto"
+        )
     return folder
 
 
@@ -49,9 +63,7 @@ def read_history(folder: Path) -> EditHistory:
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
-    folder = folder.expanduser()
-    if not folder.is_dir():
-        raise RunError(f"there is no run folder {folder}")
+    folder = find_folder(folder)
     if not journal_path(folder).is_file():
         raise RunError(f"{folder} has no journal ({journal_path(folder)}): it is no run of this version of lit-edit")
     return Journal(journal_path(folder), writable=False).records

@@ -185,4 +185,5 @@ def test_fit_reads_short_forms_as_the_settings_that_they_stand_for(
 def test_methods_have_the_names_that_people_use() -> None:
     assert method_config("MEMITSeq") == "method/memit_seq"
     assert method_config("method/rome") == "method/rome"
-    assert method_config("mine.yaml") == "mine.yaml"
+    with pytest.raises(ArgumentError, match=r"--method mine\.yaml: no such file"):
+        method_config("mine.yaml")
