@@ -112,11 +112,7 @@ def _chosen(grid: Grid, only: Sequence[str] | None) -> list[Point]:
 
 
 def check_one_stream(grid: Grid, settings: Mapping[str, Any]) -> None:
-    """Check that all editors get the same edits, in the same order, on the same model.
-
-    Raises:
-        ArgumentError: If not; names the editor and the setting.
-    """
+    """Refuse editors that get other edits, in another order, or on another model; name the editor and the setting."""
     from lit_edit.console.fit_parser import changes
 
     first, *others = settings

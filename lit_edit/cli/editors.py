@@ -41,11 +41,7 @@ def editor_names() -> list[str]:
 
 
 def find_editor(name: str, editors: list[KnownEditor]) -> KnownEditor:
-    """Return the editor of a name; upper and lower case are one.
-
-    Raises:
-        ArgumentError: If there is none; names those that come near.
-    """
+    """Return the editor of a name in any case; the :class:`ArgumentError` names those that come near."""
     by_name = {editor.name.lower(): editor for editor in editors}
     wanted = name.rpartition(".")[2].lower()
     if wanted in by_name:

@@ -107,7 +107,9 @@ def _write_lora(run: OpenRun, target: Path, options: argparse.Namespace) -> None
     else:
         needed = max(part.needed for part in parts.values())
         sys.stdout.write(f"The adapter of rank {rank} is an approximation: nothing would be lost at rank {needed}.\n")
-        _show_errors(parts)
+        sys.stdout.write("Relative error of the updates (Frobenius):\n")
+        for name, part in parts.items():
+            sys.stdout.write(f"  {name}: {part.error:.2g} (rank of the whole update: {part.needed})\n")
         _show_cost(run, parts, rank)
     sys.stdout.write(
         f"The adapter is in {target}. Load it onto {run.language_model.name}, unedited, with\n"
@@ -120,12 +122,6 @@ def _say_where(target: Path) -> None:
         f"The edited model is in {target}. Load it with\n"
         f'  transformers.AutoModelForCausalLM.from_pretrained("{target}")\n'
     )
-
-
-def _show_errors(parts: Mapping[str, LowRank]) -> None:
-    sys.stdout.write("Relative error of the updates (Frobenius):\n")
-    for name, part in parts.items():
-        sys.stdout.write(f"  {name}: {part.error:.2g} (rank of the whole update: {part.needed})\n")
 
 
 def _show_cost(run: OpenRun, parts: Mapping[str, LowRank], rank: int) -> None:

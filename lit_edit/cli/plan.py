@@ -102,17 +102,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive_number(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
+    if not 0 < float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return value
+    return float(text)
 
 
 def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
+    if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
-    return value
+    return float(text)
 
 
 def read_size(text: str) -> float:

@@ -9,39 +9,15 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 from lit_edit.console.arguments import make_parser
 from lit_edit.console.configs import find_config
 from lit_edit.console.words import read_settings
 from lit_edit.errors import ArgumentError
-from lit_edit.files.paths import write_atomically
+from lit_edit.files.paths import write_text
 from lit_edit.sweeps.grids import Grid, Point, read_grid, with_changes
-
-SCRIPT = """\
-#!/bin/bash
-# The points of the sweep {name}, each a task of a SLURM array. Set the resources of one point, then
-#   sbatch {script}
-# A point that is done ends at once; one that was cut goes on. Afterwards, or meanwhile, the table:
-#   {command} --gather
-#SBATCH --job-name={name}
-# 0-{last}%4 runs four at a time.
-#SBATCH --array=0-{last}
-#SBATCH --output={folder}/slurm-%A_%a.out
-# One process and one device per point; take one # away for a GPU.
-#SBATCH --nodes=1
-#SBATCH --ntasks=1
-#SBATCH --cpus-per-task=4
-##SBATCH --gpus-per-node=1
-#SBATCH --time=04:00:00
-# Two minutes before the time is up the run saves itself and is queued again.
-#SBATCH --signal=SIGUSR1@120
-#SBATCH --requeue
-#SBATCH --open-mode=append
-
-cd {here} || exit 1
-srun --cpus-per-task="${{SLURM_CPUS_PER_TASK:-1}}" {command} --only "$SLURM_ARRAY_TASK_ID"
-"""
 
 
 def run_sweep(args: list[str]) -> int:
@@ -126,10 +102,10 @@ def write_script(grid: Grid, folder: Path, command: str) -> Path:
         old = script.read_text(encoding="utf-8")
         text = re.sub(r"(?m)^#SBATCH --array=\d+-\d+", f"#SBATCH --array=0-{last}", old)
     else:
-        text = SCRIPT.format(
-            name=grid.name, last=last, folder=folder, command=command, script=script, here=shlex.quote(str(Path.cwd()))
-        )
-    write_atomically(script, lambda path: path.write_text(text, encoding="utf-8"))
+        told = {"name": grid.name, "last": last, "folder": folder, "command": command, "script": script}
+        template = files("lit_edit.sweeps").joinpath("array.sbatch").read_text(encoding="utf-8")
+        text = template.format(**told, here=shlex.quote(str(Path.cwd())))
+    write_text(script, text)
     return script
 
 

@@ -224,10 +224,7 @@ class _Layers(argparse.Action):
 
 
 def read_layers(words: Sequence[str]) -> list[int]:
-    """Read numbers of layers.
-
-    Raises:
-        ValueError: If they are none.
+    """Read numbers of layers; :class:`ValueError` if they are none.
 
     Example:
         >>> read_layers(["6", "7"]), read_layers(["6,7"]), read_layers(["[6,", "7]"])

@@ -26,11 +26,7 @@ class FitParser(EditCLI):
         super().__init__("fit")
 
     def parse(self, args: list[str]) -> dict[str, Any]:
-        """Return all settings that arguments of ``lit-edit fit`` lead to.
-
-        Raises:
-            ArgumentError: If the command would refuse them.
-        """
+        """Return all settings that arguments of ``lit-edit fit`` lead to; :class:`ArgumentError` as there."""
         with argv_of(()):
             try:
                 self.parse_arguments(self.parser, ["fit", *expand_arguments(args)])
@@ -42,11 +38,7 @@ class FitParser(EditCLI):
         return settings
 
     def make(self, bare: bool = False) -> Any:
-        """Make the stream, the data module, the callbacks and the loggers (not if ``bare``) of what was parsed last.
-
-        Raises:
-            ArgumentError: If a constructor refuses its values.
-        """
+        """Make stream, data, callbacks and loggers (not if ``bare``) of what was parsed last, as ``fit`` does."""
         if bare:
             self.config["fit"].trainer.logger = self.config["fit"].trainer.callbacks = None
         try:

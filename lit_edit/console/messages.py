@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 
 from lit_edit.console.processes import leads
@@ -15,9 +14,6 @@ def quieten(quiet: bool = False) -> None:
 
     If ``quiet``, show warnings and errors only of our own.
     """
-    os.environ.setdefault(
-        "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
-    )  # they are about Lightning's calls, not the user's
     own = logging.WARNING if quiet else logging.INFO
     show_messages(own if leads() else logging.ERROR)  # one of them speaks for all
     for name in ("lightning.pytorch", "lightning.fabric"):

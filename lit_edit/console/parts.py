@@ -17,9 +17,6 @@ def choose_part(
     """Return the function that the first argument names, or print the help and return ``None``.
 
     ``what`` parts are called, one of them and several; they are given by name: ``module:function``, and what it does.
-
-    Raises:
-        ArgumentError: If the first argument names none of them.
     """
     if args and args[0] in parts:
         module, _, function = parts[args[0]][0].partition(":")

@@ -66,11 +66,7 @@ def handed_down() -> Decision | None:
 
 
 def check_launched(trainer: Trainer) -> None:
-    """Refuse to run as one of several processes that do not know of each other.
-
-    Raises:
-        ArgumentError: If torchrun or SLURM has started other than as many as the Trainer is made for.
-    """
+    """Refuse to run as one of several processes that do not know of each other: torchrun's or SLURM's, unasked."""
     started = _started()
     if started_together() and started != trainer.world_size:
         raise ArgumentError(

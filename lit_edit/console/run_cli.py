@@ -137,11 +137,7 @@ class RunCLI(LightningCLI):
             self._locked = True
 
     def begin_run(self, goes_on: bool, overwrite: bool) -> bool:
-        """Make the run folder, unless an earlier run has left in it what is not needed; return whether there was none.
-
-        Raises:
-            ArgumentError: If it cannot be made, or there is something in it.
-        """
+        """Make the run folder, and return whether there was none; what is in it must be needed (``goes_on``) or go."""
         config, folder = self.config[self._command], self.run_folder
         left = [path for path in folder.iterdir() if path.name != ".lock"] if folder.is_dir() else []
         if left and not goes_on:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,16 @@ def without_nan(value: Any) -> Any:
 def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
     """Write strict JSON (no NaN), readable and atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Return what each line of a file says; texts in it may hold other kinds of line breaks."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write a line of strict JSON for each row, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 def write_text(path: Path, text: str) -> None:

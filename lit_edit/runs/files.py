@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from lit_edit.errors import UserError
-from lit_edit.files.paths import without_nan, write_atomically, write_json
+from lit_edit.files.paths import read_json_lines, without_nan, write_json, write_json_lines
 
 if TYPE_CHECKING:
     from lit_edit.ledger.edit_ledger import EditLedger
@@ -75,16 +75,14 @@ def write_run_files(
         old = kept.get(row["number"], {})
         if old.get("id") == row["id"]:
             row |= {k: v for k, v in old.items() if k.startswith(("base_", "immediate_", "missed_")) and k not in row}
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    write_atomically(folder / "ledger" / "edits.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+    write_json_lines(folder / "ledger" / "edits.jsonl", rows)
     save_deltas(ledger, deltas_path(folder), base_hash)  # last: it says up to where the files have come
 
 
 def _earlier_rows(path: Path) -> dict[int, dict[str, Any]]:
     """Return the rows that a run's list of edits holds so far, by number; none if it cannot be read."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        return {row["number"]: row for row in rows}
+        return {row["number"]: row for row in read_json_lines(path)}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
@@ -22,6 +21,7 @@ from lit_edit.data.request import DataError, EditRequest
 from lit_edit.editors.memory.engine import MemoryEditor
 from lit_edit.errors import UserError
 from lit_edit.export.model import apply_deltas
+from lit_edit.files.paths import read_json_lines
 from lit_edit.files.trees import CheckpointError, load_tree
 from lit_edit.ledger.edit_ledger import EditLedger, weights_state
 from lit_edit.ledger.history import EditHistory, LedgerEntry
@@ -78,11 +78,7 @@ class OpenRun:
 
 
 def open_run(folder: Path) -> OpenRun:
-    """Load the base model of a run and read what the run edited.
-
-    Raises:
-        RunError: If the folder is no finished run.
-    """
+    """Load the base model of a run and read what the run edited; :class:`RunError` if it is no finished run."""
     folder = check_finished(folder)
     deltas = deltas_path(folder)
     _catch_up(folder)
@@ -125,10 +121,9 @@ def _entries(folder: Path) -> list[LedgerEntry]:
     """Return the edits that hold: from the journal, or the list of a run that has none."""
     if journal_path(folder).is_file():
         return read_history(folder).live
-    rows = (folder / "ledger" / "edits.jsonl").read_text("utf-8").split("\n")  # texts may hold other line breaks
     return [
         LedgerEntry(row["id"], row["subject"], row["prompt"], row["target_new"])
-        for row in (json.loads(row) for row in rows if row)
+        for row in read_json_lines(folder / "ledger" / "edits.jsonl")
         if row.get("status", "holds") == "holds"
     ]
 
@@ -229,11 +224,7 @@ def open_as_of(folder: Path, edits: int) -> Iterator[ChangingRun]:
 
 
 def records_until(history: EditHistory, records: Sequence[Mapping[str, Any]], edits: int) -> int:
-    """Return how many records of a journal lead to its first so many edits, with what came of them before the next one.
-
-    Raises:
-        RunError: If there are not so many.
-    """
+    """Return how many records of a journal lead to its first so many edits, with what came of them before the next."""
     if edits > len(history.made):
         raise RunError(f"the run has made {len(history.made)} edits, not {edits}")
     made = 0

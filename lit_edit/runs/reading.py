@@ -54,11 +54,7 @@ def check_finished(folder: Path) -> Path:
 
 
 def read_history(folder: Path) -> EditHistory:
-    """Return what the journal of a run says, without opening a model or changing a file.
-
-    Raises:
-        RunError: If there is no such run or it has no journal.
-    """
+    """Return what the journal of a run says, without opening a model or changing a file."""
     return EditHistory.of(_records(folder))
 
 
@@ -84,11 +80,7 @@ class EditLog:
 
 
 def read_log(folder: Path) -> EditLog:
-    """Return what the folder of a run says of its edits, without opening a model or changing a file.
-
-    Raises:
-        RunError: If there is no such run or it has no journal.
-    """
+    """Return what the folder of a run says of its edits, without opening a model or changing a file."""
     records, folder = _records(folder), folder.expanduser()
     rows = current_rows(folder, EditHistory.of(records))
     times = {entry["number"]: record.get("time", "") for record in records for entry in record.get("entries", ())}
@@ -96,11 +88,7 @@ def read_log(folder: Path) -> EditLog:
 
 
 def read_outcome(folder: Path) -> dict[str, Any]:
-    """Return what a program wants to know of a run: counts, the main numbers of its summary, and what does not hold.
-
-    Raises:
-        RunError: If there is no such run or it has no journal.
-    """
+    """Return what a program wants to know of a run: counts, main numbers of its summary, and what does not hold."""
     verdicts = read_log(folder).verdicts
     path = folder.expanduser() / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

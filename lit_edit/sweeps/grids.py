@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
+from lit_edit.console.configs import readable_yaml
 from lit_edit.data.files import read_text
-from lit_edit.data.request import DataError, shorten
+from lit_edit.data.request import shorten
 from lit_edit.errors import ArgumentError
 
 KEYS = ("name", "base", "settings", "grid")
@@ -75,25 +76,11 @@ class Grid:
 
 
 def read_grid(path: Path) -> Grid:
-    """Read a grid.
-
-    Raises:
-        ArgumentError: If the file is none; names the file and the entry.
-    """
-    try:
+    """Read a grid; the :class:`ArgumentError` names the file and the entry that cannot be."""
+    with readable_yaml(path):
         text = read_text(path)
         _check_twice(path, yaml.compose(text, yaml.SafeLoader))
         content = yaml.safe_load(text)
-    except DataError as error:
-        raise ArgumentError(str(error)) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = path if mark is None else f"{path}:{mark.line + 1}"
-        raise ArgumentError(f"{place}: bad YAML: {getattr(error, 'problem', None) or error}") from None
-    return _grid_of(path, content)
-
-
-def _grid_of(path: Path, content: Any) -> Grid:
     if not isinstance(content, dict):
         raise ArgumentError(f"{path}: a grid has the entries {', '.join(KEYS)}, got {shorten(repr(content))}")
     if unknown := [str(key) for key in content if key not in KEYS]:
@@ -119,9 +106,6 @@ def with_changes(grid: Grid, where: str, name: str | None = None, settings: Mapp
     """Return a grid under another name, or with other settings of every run, which win over those of its file.
 
     ``where`` says in messages where the changes come from.
-
-    Raises:
-        ArgumentError: If a name or a setting is none, or an axis makes the setting as well.
     """
     made = grid.settings | _settings(Path(where), "settings", dict(settings or {}))
     _check_overlaps(grid.path, made, grid.axes)

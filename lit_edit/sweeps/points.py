@@ -25,8 +25,7 @@ from lit_edit.sweeps.grids import Grid, Point
 def parse_points(grid: Grid, points: Sequence[Point]) -> dict[str, Any]:
     """Return the settings of points by name, from the parser that ``lit-edit fit`` uses.
 
-    Raises:
-        ArgumentError: If one would be refused; names the axis and the value.
+    The :class:`ArgumentError` for one that it would refuse names the axis and the value.
     """
     parser = FitParser()
     found = {}
@@ -60,11 +59,7 @@ def _culprit(grid: Grid, point: Point, parser: FitParser) -> str:
 
 
 def check_begun(folder: Path, points: Sequence[Point], settings: Mapping[str, Any]) -> None:
-    """Check that points which are done or begun were begun with the settings that the grid gives them now.
-
-    Raises:
-        ArgumentError: If not; names the point and the setting.
-    """
+    """Refuse points that are done or begun with other settings than the grid gives them now; name the setting."""
     for point in points:
         run = folder / point.name
         before = read_record(run).get("settings")
@@ -95,8 +90,7 @@ def list_points(grid: Grid, points: Sequence[Point], folder: Path) -> str:
 def run_points(grid: Grid, folder: Path, points: Sequence[Point], settings: Mapping[str, Any]) -> int:
     """Run points that are not done, one after another; one that fails does not stop the others.
 
-    Returns:
-        The exit status: 0 all well, 1 a point has failed, 128 and a signal's number if one has stopped the sweep.
+    Returns the exit status: 0 all well, 1 a point has failed, 128 and a signal's number if one has stopped the sweep.
     """
     failed = elsewhere = 0
     with ProcessLine() as line:

@@ -21,9 +21,10 @@ def value_of(action: argparse.Action) -> str:
     if action.choices:
         return str(next(iter(action.choices)))
     kind: Any = action.type or str
-    for word in ("3", "80GB", "0.5", "x"):
+    check: Any = getattr(action, "check", str)
+    for word in ("3", "80GB", "0.5", "rome", "smollm2-135m", ".", "x"):
         try:
-            kind(word)
+            check(kind(word))
         except (ValueError, argparse.ArgumentTypeError):
             continue
         return word
