@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from lit_edit.console.words import read_settings
 from lit_edit.data.request import shorten
 from lit_edit.errors import ArgumentError
 from lit_edit.sweeps.grids import Grid, Point, read_grid, with_changes
+from lit_edit.sweeps.study import run_rest
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,18 +40,12 @@ def run_compare(args: list[str]) -> int:
     folder = folder_of(grid, options.runs_dir)
     chosen = _chosen(grid, options.only)
 
-    from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
-
     if options.gather:
         _report(grid, folder, options.measure)
         return 0
-    parsed = parse_points(grid, chosen)
-    check_one_stream(grid, parsed)
-    check_begun(folder, chosen, parsed)
-    if options.dry_run:
-        sys.stdout.write(list_points(grid, chosen, folder))
+    status = run_rest(grid, folder, options.dry_run, points=chosen, check=partial(check_one_stream, grid))
+    if status is None:
         return 0
-    status = run_points(grid, folder, chosen, parsed)
     sys.stdout.write("\n")
     _report(grid, folder, options.measure)
     if status > 128:

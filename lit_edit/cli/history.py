@@ -38,12 +38,13 @@ def run_undo(args: list[str]) -> None:
 
     with open_for_change(options.run) as run:
         editor = run.session.editor
-        off = 0.0 if options.exact or editor.exact_undo else _how_far(run, numbers)
+        exact = options.exact or editor.exact_undo  # else: how far it is from a stream without the edits
+        off = 0.0 if exact else editor.deviation(editor.retract(run.session.ledger.facts_of(numbers)))
         before = _answers(run, numbers)
         run.session.undo(numbers, exact=options.exact)
         later = any(entry.number > min(numbers) for entry in run.session.ledger.entries)
         note = ""
-        if later and not off and not options.exact and not editor.exact_undo:
+        if later and not off and not exact:
             note = (
                 f"What {type(editor).__name__} had written for these is out. Later edits were made on a model that had "
                 "them, and what they wrote stays as it is."
@@ -194,12 +195,6 @@ def parse_numbers(text: str) -> list[int]:
             raise ArgumentError(f"--edit {text}: too many numbers")
         numbers += found
     return numbers
-
-
-def _how_far(run: ChangingRun, numbers: Sequence[int]) -> float:
-    """Estimate how far an undo is from a stream without the edits."""
-    editor, ledger = run.session.editor, run.session.ledger
-    return editor.deviation(editor.retract(ledger.facts_of(numbers)))
 
 
 def _answers(run: ChangingRun, numbers: Sequence[int]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,19 +47,24 @@ def run_plan(args: list[str]) -> None:
     options, rest = _parser().parse_known_args(args)
     check_names("fit", rest)
     expand_arguments(with_config(rest))  # before anything heavy is imported
-    stream, data, trainer = _read_settings(rest)
 
+    from lit_edit.console.fit_parser import FitParser
+    from lit_edit.console.messages import quieten
     from lit_edit.editors.closed_form.engine import ClosedFormEditor
     from lit_edit.planning.estimate import make_plan
     from lit_edit.planning.report import show_plan
 
-    editor = stream.editor
+    quieten()
+    parser = FitParser()
+    parser.parse(with_config(rest))
+    made = parser.make(bare=True)  # no Trainer: the devices may be those of another machine
+    editor = made.model.editor
     if not isinstance(editor, ClosedFormEditor):
         raise ArgumentError(
             f"lit-edit plan knows the closed-form editors (D4S, MEMIT), got model.editor={type(editor).__name__}: "
             "measure this one on a few edits"
         )
-    case = _make_case(options, stream, data, trainer, editor)
+    case = _make_case(options, made.model, made.data, parser.config["fit"].trainer, editor)
     plan = make_plan(case.sizes, editor, case.setup, case.workload, case.speed)
     found = {**case.as_dict(), **plan.as_dict()}
     if options.json == ON_SCREEN:
@@ -128,18 +132,6 @@ def read_size(text: str) -> float:
 
 
 # ---- what fit would do --------------------------------------------------------------------------------------------
-
-
-def _read_settings(args: Sequence[str]) -> tuple[EditStream, EditDataModule, Any]:
-    """Parse and check arguments as ``fit`` does; return what it would make, and the Trainer's settings."""
-    from lit_edit.console.fit_parser import FitParser
-    from lit_edit.console.messages import quieten
-
-    quieten()
-    parser = FitParser()
-    parser.parse(with_config(list(args)))
-    made = parser.make(bare=True)  # no Trainer: the devices may be those of another machine
-    return made.model, made.data, parser.config["fit"].trainer
 
 
 def _make_case(

@@ -18,6 +18,7 @@ from lit_edit.console.words import read_settings
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_text
 from lit_edit.sweeps.grids import Grid, Point, read_grid, with_changes
+from lit_edit.sweeps.study import run_rest
 
 
 def run_sweep(args: list[str]) -> int:
@@ -30,26 +31,25 @@ def run_sweep(args: list[str]) -> int:
     chosen = _chosen(grid, options.only)
 
     from lit_edit.sweeps.gathering import gather
-    from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
+    from lit_edit.sweeps.points import check_begun, parse_points
 
     if options.gather:
         sys.stdout.write(gather(grid, folder))
         return 0
-    parsed = parse_points(grid, chosen)
-    check_begun(folder, chosen, parsed)
-    if options.dry_run:
-        sys.stdout.write(list_points(grid, chosen, folder))
-        return 0
     words = [*(f"--method={name}" for name in method), *changes_again(options.name, settings)]
     again = command_again("sweep", options.config, options.runs_dir, *words)
     if options.array:
+        check_begun(folder, chosen, parse_points(grid, chosen))
         script = write_script(grid, folder, again)
         sys.stdout.write(f"{len(grid.points)} points; set their resources in the script, then\n  sbatch {script}\n")
         return 0
-    status = run_points(grid, folder, chosen, parsed)
+    status = run_rest(grid, folder, options.dry_run, points=chosen)
+    if status is None:
+        return 0
     sys.stdout.write(f"\n{gather(grid, folder)}\nEverything is in {folder}/\n")
     if status > 128:
-        sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {again}{_only(options)}\n")
+        only = "" if options.only is None else f" --only {','.join(map(str, options.only))}"
+        sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {again}{only}\n")
     return status
 
 
@@ -119,7 +119,3 @@ def command_again(command: str, name: str, runs_dir: str, *words: str) -> str:
 def changes_again(name: str | None, settings: Mapping[str, str]) -> list[str]:
     """Return the arguments that change what a grid's file says."""
     return [*([] if name is None else ["--run_name", name]), *(f"--{key}={value}" for key, value in settings.items())]
-
-
-def _only(options: argparse.Namespace) -> str:
-    return "" if options.only is None else f" --only {','.join(map(str, options.only))}"

@@ -8,7 +8,7 @@ import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 
@@ -34,17 +34,14 @@ class ProcessLine:
                 self._before[number] = signal.signal(number, self._pass_on)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def run(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
         """Run a command to its end, with some variables beside those of this process; ``log`` takes what it writes.
 
-        Returns:
-            Its exit status; minus the signal's number if one has ended it.
+        Returns its exit status; minus the signal's number if one has ended it.
         """
         with log.open("ab") as file:
             self._process = subprocess.Popen(

@@ -12,11 +12,9 @@ from lit_edit.console.edit_cli import EditCLI
 from lit_edit.console.run_cli import argv_of
 from lit_edit.console.words import expand_arguments
 from lit_edit.errors import ArgumentError, UserError
+from lit_edit.runs.resuming import OF_ONE_RUN
 
-_OF_ONE_RUN = (
-    "config", "run_name", "runs_dir", "resume", "overwrite", "ckpt_path", "weights_only",
-    "trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir",
-)  # fmt: skip
+_UNCOMPARED = (*OF_ONE_RUN, "trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir")
 
 
 class FitParser(EditCLI):
@@ -74,7 +72,7 @@ def changes(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _collect(before: Any, after: Any, name: str, found: dict[str, tuple[Any, Any]]) -> None:
-    if name in _OF_ONE_RUN or before == after:
+    if name in _UNCOMPARED or before == after:
         return
     if isinstance(before, dict) and isinstance(after, dict):
         for key in dict.fromkeys([*before, *after]):

@@ -52,18 +52,18 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def without_nan(value: Any) -> Any:
-    """Return plain data with ``None`` in place of NaN and infinity, which JSON does not have.
+def without_nan(value: Any, instead: Callable[[float], Any] = lambda _: None) -> Any:
+    """Return plain data with something (``None``) in place of NaN and infinity, which JSON does not have.
 
     Example:
         >>> without_nan({"a": [1.0, float("nan")]})
         {'a': [1.0, None]}
     """
     if isinstance(value, Mapping):
-        return {name: without_nan(part) for name, part in value.items()}
+        return {name: without_nan(part, instead) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [without_nan(part, instead) for part in value]
+    return instead(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:

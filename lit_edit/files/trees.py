@@ -271,7 +271,7 @@ class _Reader:
         self._loaded: dict[str, Tensor] = {}
         self._kinds: dict[str, Callable[[Any, int], Any]] = {
             "dict": self._dict,
-            "tuple": self._tuple,
+            "tuple": lambda content, depth: tuple(self.value(_of(list, content), depth)),
             "tensor": self._tensor,
             "bytes": lambda content, _: _bytes(self._file, content),
             "float": lambda content, _: _float(_of(str, content)),
@@ -300,9 +300,6 @@ class _Reader:
         if len(found) < len(pairs):
             raise ValueError("a dictionary with a key twice")
         return found
-
-    def _tuple(self, content: Any, depth: int) -> tuple[Any, ...]:
-        return tuple(self.value(_of(list, content), depth))
 
     def _tensor(self, content: Any, depth: int) -> Tensor:
         name, order = _pair(content) if isinstance(content, list) else (content, [])

@@ -13,7 +13,7 @@ from lit_edit.files.metric_rows import read_rows
 from lit_edit.files.pictures import add_panel, looks_of, new_figure
 from lit_edit.sweeps import gathering
 from lit_edit.sweeps.gathering import COSTS, METRICS, failure_of, row_of, with_failures
-from lit_edit.sweeps.grids import Grid, Point
+from lit_edit.sweeps.grids import Grid
 from lit_edit.sweeps.outputs import as_markdown, write_outputs
 
 if TYPE_CHECKING:
@@ -96,8 +96,11 @@ def write_comparison(grid: Grid, folder: Path, measure: str = "success") -> list
     """
     rows, courses = [], []
     for point in grid.points:
-        row, course = _row_and_course(point, folder / point.name)
-        rows.append(row)
+        row = row_of(point, folder / point.name, COMPARED)
+        course = read_course(point.labels[AXIS], row["state"], folder / point.name)
+        if row["edits"] is None and course.edits:
+            row["edits"] = course.edits
+        rows.append(row | {"error": failure_of(row, folder / point.name)})
         courses.append(course)
     text = f"# {grid.name}\n\n{as_markdown(shown(rows))}"
     text = with_failures(text, [f"{row[AXIS]}: {row['error']}" for row in rows if row["error"]])
@@ -106,14 +109,6 @@ def write_comparison(grid: Grid, folder: Path, measure: str = "success") -> list
     content = {"comparison": grid.name, "settings": grid.settings, "editors": rows}
     write_outputs(folder, "compare", text, rows, figure, content)
     return rows
-
-
-def _row_and_course(point: Point, folder: Path) -> tuple[dict[str, Any], Course]:
-    row = row_of(point, folder, COMPARED)
-    course = read_course(point.labels[AXIS], row["state"], folder)
-    if row["edits"] is None and course.edits:
-        row["edits"] = course.edits
-    return row | {"error": failure_of(row, folder)}, course
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

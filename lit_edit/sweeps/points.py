@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import signal
@@ -16,7 +15,7 @@ from lit_edit.console.children import ProcessLine
 from lit_edit.console.fit_parser import FitParser, changes
 from lit_edit.data.request import shorten
 from lit_edit.errors import ArgumentError
-from lit_edit.files.paths import write_json
+from lit_edit.files.paths import without_nan, write_json
 from lit_edit.runs.files import RunLockedError, journal_path, run_lock
 from lit_edit.sweeps.gathering import LOG, RECORD, is_done, last_line, read_record, state_of
 from lit_edit.sweeps.grids import Grid, Point
@@ -31,20 +30,12 @@ def parse_points(grid: Grid, points: Sequence[Point]) -> dict[str, Any]:
     found = {}
     for point in points:
         try:
-            found[point.name] = _in_json(parser.parse(grid.arguments(point.choices)))
+            # Numbers that are not finite (a clamp that never clamps) stand in JSON by name.
+            found[point.name] = without_nan(parser.parse(grid.arguments(point.choices)), str)
             parser.make()
         except ArgumentError as error:
             raise ArgumentError(f"{grid.path}: {_culprit(grid, point, parser)}: {error}") from None
     return found
-
-
-def _in_json(value: Any) -> Any:
-    """Return settings as JSON can hold them: numbers that are not finite (a clamp that never clamps) by name."""
-    if isinstance(value, Mapping):
-        return {name: _in_json(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_in_json(part) for part in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _culprit(grid: Grid, point: Point, parser: FitParser) -> str:

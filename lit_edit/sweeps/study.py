@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_edit.errors import ArgumentError
-from lit_edit.sweeps.grids import Grid
+from lit_edit.sweeps.grids import Grid, Point
 
 
 def begin_study() -> None:
@@ -42,28 +42,31 @@ def check_there(grid: Grid, folder: Path, what: str = "study") -> None:
 
 
 def run_rest(
-    grid: Grid, folder: Path, dry_run: bool, prepare: Callable[[Mapping[str, Any]], None] | None = None
+    grid: Grid,
+    folder: Path,
+    dry_run: bool,
+    prepare: Callable[[Mapping[str, Any]], None] | None = None,
+    points: Sequence[Point] | None = None,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> int | None:
-    """Run what is left of a grid, or list it.
+    """Run what is left of a grid, or of some of its points, or list it.
 
-    ``prepare`` does what comes before the first run; it receives the settings of all by name.
-
-    Returns:
-        The exit status of :func:`~lit_edit.sweeps.points.run_points`; ``None`` after a listing.
-
-    Raises:
-        ArgumentError: If a run would be refused, or was begun with other settings.
+    ``check`` looks at the settings of all by name, ``prepare`` at the same before the first run. Returns the exit
+    status of :func:`~lit_edit.sweeps.points.run_points`; ``None`` after a listing.
     """
     from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
 
-    settings = parse_points(grid, grid.points)
-    check_begun(folder, grid.points, settings)
+    points = grid.points if points is None else points
+    settings = parse_points(grid, points)
+    if check is not None:
+        check(settings)
+    check_begun(folder, points, settings)
     if dry_run:
-        sys.stdout.write(list_points(grid, grid.points, folder))
+        sys.stdout.write(list_points(grid, points, folder))
         return None
     if prepare is not None:
         prepare(settings)
-    return run_points(grid, folder, grid.points, settings)
+    return run_points(grid, folder, points, settings)
 
 
 def say_report(text: str, folder: Path, *files: str) -> None:
