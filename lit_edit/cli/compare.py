@@ -148,16 +148,8 @@ def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     from lit_edit.sweeps.comparison import shown
     from lit_edit.sweeps.gathering import COSTS
 
-    headings: tuple[str, ...] = (
-        AXIS,
-        "state",
-        ">edits",
-        ">efficacy",
-        ">right after\nthe edit",
-        ">generalization",
-        ">locality",
-    )
-    headings += (">agreement", ">perplexity", ">mean |W|", ">seconds\nper edit")
+    headings = [AXIS, "state", ">edits", ">efficacy", ">right after\nthe edit", ">generalization", ">locality"]
+    headings += [">agreement", ">perplexity", ">mean |W|", ">seconds\nper edit"]
     found = []
     for line in shown(rows):
         pairs = [

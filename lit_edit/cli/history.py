@@ -71,14 +71,10 @@ def run_redo(args: list[str]) -> None:
         before = _answers(run, numbers)
         run.session.redo(numbers)
         note = (
-            ""
-            if run.session.editor.exact_undo
-            else (
-                "The facts are back as they were recorded. Where other edits were taken out or made again meanwhile, "
-                "the weights are near those of before, not equal to them."
-            )
+            "The facts are back as they were recorded. Where other edits were taken out or made again meanwhile, the "
+            "weights are near those of before, not equal to them."
         )
-        _finish(run, options, numbers, before, "put back", note)
+        _finish(run, options, numbers, before, "put back", "" if run.session.editor.exact_undo else note)
 
 
 def run_log(args: list[str]) -> None:

@@ -16,20 +16,12 @@ FILE = Path(__file__).with_name("editors.json")
 
 @dataclass(frozen=True)
 class KnownEditor:
-    """An editor that can be chosen.
+    """An editor that can be chosen."""
 
-    Attributes:
-        name: Of its class; ``lit_edit.editors.NAME`` is the class path.
-        about: The fields of its :class:`lit_edit.editors.base.EditorInfo`.
-        summary: First paragraph of its docstring, without markup.
-        settings: What its constructor takes: name below ``model.editor.init_args``, type, and default as one writes it
-            (``None`` if it must be given).
-    """
-
-    name: str
-    about: dict[str, Any]
-    summary: str
-    settings: list[dict[str, str | None]]
+    name: str  # of its class in lit_edit.editors
+    about: dict[str, Any]  # the fields of its EditorInfo
+    summary: str  # first paragraph of its docstring, without markup
+    settings: list[dict[str, str | None]]  # name below model.editor.init_args, type, default as one writes it
 
 
 def known_editors() -> list[KnownEditor]:

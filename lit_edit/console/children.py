@@ -18,13 +18,10 @@ class ProcessLine:
     Each gets a session of its own, so that a Ctrl-C in the terminal reaches it once, through here. SIGTERM and SIGUSR1
     (SLURM's warning that the time is up) are passed on as well. A second Ctrl-C kills the process at work; a run loses
     nothing by that.
-
-    Attributes:
-        stopped: The first signal that has come, if one has; no process is to be started then.
     """
 
     def __init__(self) -> None:
-        self.stopped: signal.Signals | None = None
+        self.stopped: signal.Signals | None = None  # by the first that has come; no process is to be started then
         self._process: subprocess.Popen[bytes] | None = None
         self._before: dict[signal.Signals, Any] = {}
 

@@ -46,17 +46,10 @@ class FitParser(EditCLI):
         except (ValueError, TypeError) as error:
             raise ArgumentError(explain(str(error))) from error
 
-    def before_instantiate_classes(self) -> None:
-        """Touch no run folder."""
+    def _parse_only(self, subcommand: str = "") -> None:
+        """Touch no run folder, leave the global random state alone, make nothing unasked, run nothing."""
 
-    def instantiate_classes(self) -> None:
-        """Make nothing unasked."""
-
-    def _set_seed(self) -> None:
-        """Leave the global random state alone."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run nothing."""
+    before_instantiate_classes = instantiate_classes = _set_seed = _run_subcommand = _parse_only
 
 
 def changes(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:

@@ -90,9 +90,7 @@ def share_decision(trainer: Trainer, module: LightningModule, decision: Decision
         return told
     strategy: Any = trainer.strategy
     if not strategy.cluster_environment.creates_processes_externally:
-        os.environ[_DECISION] = json.dumps(
-            asdict(decision)
-        )  # the processes that Lightning is about to start inherit it
+        os.environ[_DECISION] = json.dumps(asdict(decision))  # for the processes that Lightning is about to start
         return decision
     strategy.connect(module)
     strategy.setup_environment()  # Lightning does the same again later and finds it done

@@ -45,12 +45,8 @@ def argv_of(words: Sequence[str]) -> Iterator[None]:
 class RunCLI(LightningCLI):
     """LightningCLI of one command, with run folders.
 
-    Args:
-        kind: Classes of the module and the data.
-        command: One of Lightning's. The parser of no other is built: each takes as long, and none is looked at.
-        words: Its arguments, as :func:`lit_edit.console.words.expand_arguments` returns them.
-        argv: What the processes of other devices are started with.
-        more: As for LightningCLI.
+    The parser of no other command is built: each takes as long, and none is looked at. ``words`` are as
+    :func:`~lit_edit.console.words.expand_arguments` returns them; processes of other devices are started with ``argv``.
     """
 
     run_folder: Path

@@ -26,11 +26,7 @@ class Measured:
 
 
 def measure_speed(adapter: ModelAdapter, dtype: torch.dtype, gpu: bool) -> Measured:
-    """Measure a device of this machine, with the products that the model would choose.
-
-    Raises:
-        ArgumentError: If there is no GPU to be measured.
-    """
+    """Measure a device of this machine, with the products that the model would choose."""
     device = torch.accelerator.current_accelerator() if gpu and torch.accelerator.is_available() else None
     if gpu and device is None:
         raise ArgumentError("there is no GPU here to be measured: give the rate of one device with --tflops, say 400")

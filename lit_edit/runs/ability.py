@@ -36,10 +36,7 @@ def measure_run(run: Path, numbers: Sequence[int], asked: Asked, out: Path) -> l
 
     A task's result is kept as it comes (``results.jsonl``) and used again while the run has done the same by then and
     the task has the same items. ``ability.json`` has these tasks at all numbers of edits that are known, also from
-    earlier.
-
-    Raises:
-        ArgumentError: If the run has not made so many edits, or ``out`` holds results of other settings.
+    earlier. :class:`ArgumentError` if ``out`` holds results of other settings.
     """
     from tqdm import tqdm
 

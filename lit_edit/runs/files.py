@@ -40,10 +40,7 @@ def deltas_path(folder: Path) -> Path:
 def run_lock(folder: Path, other: str = "--run_name") -> Iterator[None]:
     """Keep other processes out of a run folder; the system lifts the lock when a process dies, however it dies.
 
-    ``other`` is the option that names another folder, for the message.
-
-    Raises:
-        RunLockedError: If another process is in it.
+    ``other`` is the option that names another folder, for the message of :class:`RunLockedError`.
     """
     lock = FileLock(folder / ".lock", blocking=False)
     try:
@@ -65,7 +62,7 @@ def write_run_files(
 ) -> None:
     """Write ``ledger/edits.jsonl`` and ``ledger/deltas.safetensors``: what the journal adds up to.
 
-    ``missed`` says by id, of edits that were found not to hold along the stream, after how many edits that was.
+    ``results`` and ``missed`` are as for :func:`edit_rows`.
     """
     from lit_edit.export.model import save_deltas
 

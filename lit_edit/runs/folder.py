@@ -43,20 +43,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class OpenRun:
-    """A run's model, unedited until :meth:`apply` is called, and what was edited.
-
-    Attributes:
-        entries: The edits that hold.
-        editor: The run's, if it keeps its edits beside the weights.
-    """
+    """A run's model, unedited until :meth:`apply` is called, and what was edited."""
 
     folder: Path
     language_model: LanguageModel
     ledger: EditLedger
     tokenizer: Any
-    entries: list[LedgerEntry]
+    entries: list[LedgerEntry]  # the edits that hold
     base_hash: str
-    editor: MemoryEditor | None = None
+    editor: MemoryEditor | None = None  # the run's, if it keeps its edits beside the weights
 
     @property
     def requests(self) -> list[EditRequest]:
@@ -179,12 +174,7 @@ class ChangingRun:
 
 @contextmanager
 def open_for_change(folder: Path) -> Iterator[ChangingRun]:
-    """Open a run at the end of its journal, for nobody else to work in meanwhile.
-
-    Raises:
-        RunError: If it cannot be opened.
-        RunLockedError: If another process works in it.
-    """
+    """Open a run at the end of its journal, for nobody else to work in meanwhile: :class:`RunLockedError`."""
     folder = check_folder(folder).resolve()
     if not journal_path(folder).is_file():
         raise RunError(f"{folder} has no journal ({journal_path(folder)}): its edits cannot be changed")
@@ -195,7 +185,8 @@ def open_for_change(folder: Path) -> Iterator[ChangingRun]:
         assert stream.model is not None  # noqa: S101 - for the type checker
         cast_as(stream.model, _precision(folder))
         stream.ledger.align()
-        session = stream.open(newest_checkpoint(folder))
+        path = find_checkpoint(folder)
+        session = stream.open(None if path is None else load_tree(path)["lit_edit"])
         yield ChangingRun(folder, stream, session)
 
 
@@ -204,13 +195,7 @@ def open_as_of(folder: Path, edits: int) -> Iterator[ChangingRun]:
     """Open a run as it was after so many edits, in a folder that is gone afterwards; the run itself is not touched.
 
     The edits are replayed from the journal, without fitting anything. Where one step made several, all of them are.
-
-    Args:
-        folder: The run's.
-        edits: How many were made, whether they hold still or not.
-
-    Raises:
-        RunError: If the run cannot be opened or has not made so many.
+    Edits are counted whether they hold still or not; :class:`RunError` if the run has not made so many.
     """
     folder = check_folder(folder).resolve()
     count = records_until(read_history(folder), Journal(journal_path(folder), writable=False).records, edits)
@@ -249,13 +234,6 @@ def _stream_of(folder: Path) -> EditStream:
         raise RunError(f"{folder}/config.yaml does not describe a run: {error}") from error
     assert isinstance(stream, EditStream)  # noqa: S101 - for the type checker
     return stream
-
-
-def newest_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Return what the newest checkpoint of a run holds under ``lit_edit``, if it is whole and fits the journal."""
-    path = find_checkpoint(folder)
-    saved = None if path is None else load_tree(path)["lit_edit"]
-    return saved if isinstance(saved, dict) else None
 
 
 def find_checkpoint(folder: Path) -> Path | None:

@@ -17,8 +17,7 @@ Row = TypeVar("Row")
 def read_lines(path: Path, read: Callable[[Mapping[str, Any]], Row]) -> Iterator[Row]:
     """Read results, each made of a line's primitives; a last line that was cut off is taken away.
 
-    Raises:
-        UserError: If another line is damaged; names file and line.
+    The :class:`UserError` for another damaged line names file and line.
     """
     if not path.exists():
         return
@@ -61,8 +60,7 @@ class ResultsFolder(Generic[Row]):
         """Begin here, or go on: return the results on record. ``settings`` are all that decides about the numbers.
 
         Raises:
-            ArgumentError: If the folder was begun with other settings.
-            UserError: If its files are damaged.
+            ArgumentError: If the folder was begun with other settings; :class:`UserError` if its files are damaged.
         """
         wanted = without_nan(json.loads(json.dumps(settings)))
         file = self.path / "settings.json"

@@ -22,15 +22,11 @@ RECORD = "sweep.json"
 LOG = "sweep.log"
 """In a point's folder: what its processes have written."""
 
-METRICS = {  # by column: where summary.json has it, and digits
-    "efficacy success": ("final", "efficacy", "success"),
-    "efficacy accuracy": ("final", "efficacy", "accuracy"),
-    "generalization success": ("final", "generalization", "success"),
-    "generalization accuracy": ("final", "generalization", "accuracy"),
-    "locality success": ("final", "locality", "success"),
-    "locality accuracy": ("final", "locality", "accuracy"),
-    "agreement": ("final", "locality", "agreement"),
-}
+METRICS = {  # by column: where summary.json has it
+    f"{kind} {name}": ("final", kind, name)
+    for kind in ("efficacy", "generalization", "locality")
+    for name in ("success", "accuracy")
+} | {"agreement": ("final", "locality", "agreement")}
 COSTS = ("perplexity change", "largest growth of mean |W|", "seconds per edit")
 COLUMNS = ("edits", *METRICS, *COSTS)
 _AS_PERCENT = ("perplexity change", "largest growth of mean |W|")
@@ -75,10 +71,7 @@ def gather(grid: Grid, folder: Path) -> str:
 def row_of(
     point: Point, folder: Path, metrics: Mapping[str, tuple[str, str, str]] = MappingProxyType(METRICS)
 ) -> dict[str, Any]:
-    """Return a point's row; what is not there is ``None``.
-
-    ``metrics`` says by column where ``summary.json`` has it: stage, kind, name.
-    """
+    """Return a point's row, ``None`` for what is not there; ``metrics`` are places in ``summary.json`` by column."""
     row: dict[str, Any] = {"index": point.index, "point": point.name, "state": state_of(folder), **point.labels}
     row |= dict.fromkeys(("edits", *metrics, *COSTS))
     if row["state"] != "done":

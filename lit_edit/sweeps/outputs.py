@@ -48,8 +48,8 @@ def as_markdown(rows: Sequence[Mapping[str, str]]) -> str:
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows as a CSV file, every digit kept; without rows an empty one."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
     if rows:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-    writer.writerows(rows)
+        writer.writerows(rows)
     return file.getvalue()

@@ -52,14 +52,9 @@ class PreparedRecord:
 
 
 class Exam(LessonLoss):
-    """What a model is asked after an edit: the edit itself, in some wordings, and what is to stay.
+    """What a model is asked after an edit: rows of the edit itself (``taught``), and of what is to stay (``kept``).
 
-    Args:
-        adapter: The original model.
-        taught: Rows of the edit.
-        kept: Rows of other facts.
-        first: The lowest layer that is edited; what lies below is run here, once.
-        pad: Any token id.
+    What lies below ``first``, the lowest layer that is edited, is run here, once; ``pad`` is any token id.
     """
 
     def __init__(

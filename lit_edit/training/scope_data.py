@@ -96,11 +96,7 @@ class ScopeData(LightningDataModule):
         self.held: list[EditRequest] = []
 
     def setup(self, stage: str) -> None:
-        """Read the records, once; called by Lightning.
-
-        Raises:
-            DataError: If a record is broken or too few are left.
-        """
+        """Read the records, once; :class:`DataError` if one is broken or too few are left."""
         if self.requests:
             return
         found, _ = load_requests(self.source, self.path, self.limit, self.offset, self.on_error, self.split)
