@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_edit.console.arguments import make_parser, positive
+from lit_edit.errors import ArgumentError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,8 +81,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def run_trace(args: list[str]) -> None:
     """Run ``lit-edit trace``."""
-    parser = _parser()
-    options = parser.parse_args(args)
+    options = _parser().parse_args(args)
+    if options.data not in ("builtin", "known_facts") and not Path(options.data).expanduser().is_file():
+        raise ArgumentError(f"--data {options.data}: no such file")
 
     from lit_edit.models import LanguageModel, ModelAdapter
     from lit_edit.runs.files import run_lock
@@ -143,7 +145,6 @@ def _choose(
     """Return the first facts that the model knows."""
     from tqdm import tqdm
 
-    from lit_edit.errors import ArgumentError
     from lit_edit.studies.tracing.prompts import known_facts
 
     with tqdm(total=len(facts), desc="which facts are known", unit="fact", leave=False) as bar:

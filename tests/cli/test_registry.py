@@ -127,6 +127,7 @@ def test_what_only_reads_does_without_torch(tmp_path: Path) -> None:
            ["ask", "--run", "nowhere", "Hi"], ["ask", "--run", "x", "Hi"], ["export", "--run", "nowhere"],
            ["ability", "--run", "nowhere"], ["eval-harness", "--run", "nowhere", "--tasks", "sst2"],
            ["plan", "--config", "nowhere"], ["plan", "--limt", "3"], ["stats", "--model", "nowhere"],
+           ["trace", "--data", "nowhere"],
            ["apply", "--delta", "nowhere", "--model", "smollm2-135m"], ["fit", "--data", "nowhere.csv"],
            ["fit", "--method", "rme"], ["plan", "--method", "rme"], ["mine-hard", "--method", "rme"],
            ["sweep", "--config", "sweep/editors", "--method", "rme"],
