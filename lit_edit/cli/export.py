@@ -66,7 +66,7 @@ def run_apply(args: list[str]) -> None:
     parser.add_out("a new folder; by default that of the file, without its suffix")
     options = parser.parse_args(args)
     if not options.delta.expanduser().is_file():
-        raise ArgumentError(f"--delta {options.delta}: no such file")
+        raise ArgumentError(f"--delta {options.delta} cannot be read: there is no such file")
 
     from lit_edit.export.delta import edit_with, read_delta
     from lit_edit.export.model import check_export_folder, export_model

@@ -70,10 +70,7 @@ SECTIONS = ("model", "data", "trainer")
 
 
 def check_config(path: str) -> None:
-    """Check that a config can be read: settings by name, with references that lead somewhere.
-
-    The :class:`ArgumentError` names the file and, where there is one, the line or the setting.
-    """
+    """Check that a config can be read; the :class:`ArgumentError` names the file and, if known, line or setting."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

@@ -22,10 +22,7 @@ from lit_edit.sweeps.grids import Grid, Point
 
 
 def parse_points(grid: Grid, points: Sequence[Point]) -> dict[str, Any]:
-    """Return the settings of points by name, from the parser that ``lit-edit fit`` uses.
-
-    The :class:`ArgumentError` for one that it would refuse names the axis and the value.
-    """
+    """Return the settings of points by name; the :class:`ArgumentError` of one that ``fit`` would refuse names it."""
     parser = FitParser()
     found = {}
     for point in points:
