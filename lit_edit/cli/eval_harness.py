@@ -10,7 +10,6 @@ from typing import Any
 
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.errors import ArgumentError
-from lit_edit.runs.reading import check_finished
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,6 @@ def run_eval_harness(args: list[str]) -> None:
         parser.error(f"argument --shots: must not be negative, got {options.shots}")
     if options.include_path is not None and not options.include_path.is_dir():
         raise ArgumentError(f"--include_path {options.include_path}: there is no such folder")
-    check_finished(options.run)
     lm_eval = import_lm_eval()  # before the model is loaded
 
     from lit_edit.console.tables import print_whole

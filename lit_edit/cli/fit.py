@@ -30,7 +30,8 @@ def run_training(command: str, args: list[str]) -> None:
     if command == "fit" and not asks:
         args = with_config(args)
     network = trains_network(args)
-    check_data(args)
+    if not asks and not any(word.replace("_", "-").startswith("--print-config") for word in args):
+        check_data(args)
     if network and command != "fit":
         raise ArgumentError(f"lit-edit {command} measures an edit stream; a network is trained: lit-edit fit")
 
