@@ -9,7 +9,6 @@ time of each phase is the leader's, from ``summary.json``; the statistics are th
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -17,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from common import make_parser, write_result
 from safetensors.torch import load_file
 
 PHASES = ("targets", "keys", "solve", "metrics")
@@ -47,13 +47,12 @@ def distance(one: Path, other: Path) -> float:
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--devices", type=int, default=2, help="processes")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     parser.add_argument("--edits", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=2, help="runs of each variant; the fastest of each phase counts")
     parser.add_argument("--data", help="CounterFact file; by default the built-in facts")
-    parser.add_argument("--json", help="write the results to this file")
     args = parser.parse_args()
     common = [f"--data.limit={args.edits}"]
     if args.data:
@@ -82,8 +81,8 @@ def main() -> None:
         ratios = [one[phase] / found[phase] for phase in ("targets", "metrics")]
         print(f"{variant:14}" + "".join(f"{found[phase]:10.2f}" for phase in PHASES)
               + "".join(f"{ratio:15.2f}x" for ratio in ratios) + f"{differ[variant]:16.1e}")  # fmt: skip
-    if args.json:
-        Path(args.json).write_text(json.dumps({"seconds": best, "differ": differ, **vars(args)}, indent=1))
+    told = {name: value for name, value in vars(args).items() if name != "json"}
+    write_result(args.json, {"seconds": best, "differ": differ, **told})
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ relative difference between its final weights and the engine's is printed with t
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -22,11 +20,11 @@ from typing import Any
 
 import torch
 import yaml
+from common import add_model, load_model, make_edits, make_parser, read_data, write_result
 from torch import Tensor
 
-from lit_edit import D4S, KeyStatistics, LanguageModel
+from lit_edit import D4S, KeyStatistics
 from lit_edit.console.configs import find_config
-from lit_edit.data.datamodule import EditDataModule
 from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import Stopwatch
 from lit_edit.ledger.edit_ledger import EditLedger
@@ -158,33 +156,21 @@ def run_textbook(
 def run_engine(
     editor: D4S, ledger: EditLedger, requests: Sequence[EditRequest], window: int, seconds: dict[str, float]
 ) -> Iterator[int]:
-    watch = Stopwatch(seconds)
-    for number, request in enumerate(requests, 1):
-        first = (number - 1) // window * window
-        proposal = editor.propose([request], requests[first : first + window])
-        for phase, spent in proposal.seconds.items():
-            seconds[phase] = seconds.get(phase, 0.0) + spent
-        with watch("solve"):
-            ledger.commit(proposal.updates, proposal.entries)
-            editor.accept(proposal)
+    for number, spent in enumerate(make_edits(editor, ledger, requests, window), 1):
+        for phase, value in spent.items():
+            seconds[phase] = seconds.get(phase, 0.0) + value
         yield number
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--data", default=None, help="a file of edits; by default the built-in facts")
-    parser.add_argument("--edits", type=int, default=20)
+    parser = make_parser(__doc__, edits=20)
+    add_model(parser)
     parser.add_argument("--windows", type=int, nargs="+", default=[32, 1, 8], help="the first is the default window")
-    parser.add_argument("--tokens", type=int, default=20_000, help="tokens of the key statistics")
-    parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    data = EditDataModule("builtin" if options.data is None else "file", options.data, options.edits).read()
-    requests = data.requests[: options.edits]
-    model, tokenizer = LanguageModel(options.model).load()
-    adapter = ModelAdapter(model)
+    requests = read_data(options.data, options.edits).requests[: options.edits]
+    adapter, tokenizer = load_model(options.model)
     moments = KeyStatistics(tokens=options.tokens).compute(adapter, tokenizer, D4S().resolve_layers(adapter))
 
     seconds: dict[str, dict[str, float]] = {}
@@ -219,19 +205,17 @@ def main() -> None:
     total = {name: sum(phases.values()) for name, phases in per_edit.items()}
     reference = weights["textbook"]
 
-    def difference(name: str) -> float:
-        pairs = [(weights[name][n] - textbook.base[n], reference[n] - textbook.base[n]) for n in layers]
+    def difference(name: str, base: dict[int, Tensor]) -> float:
+        pairs = [(weights[name][n] - base[n], reference[n] - base[n]) for n in layers]
         return max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
 
-    def weight_difference(name: str) -> float:
-        return max(float((weights[name][n] - reference[n]).norm() / reference[n].norm()) for n in layers)
-
+    nothing = {n: torch.zeros_like(weight) for n, weight in reference.items()}  # else of updates
     titles = [*PHASES, "all", "ratio", "same products", "weights differ", "updates differ"]
     print(f"\n{'seconds per edit':26s}" + "".join(f"{title:>16s}" for title in titles))
     for name, phases in per_edit.items():
         times = "".join(f"{phases[phase]:16.3f}" for phase in PHASES)
         ratios = "".join(f"{total[book] / total[name]:15.1f}x" for book in TEXTBOOKS)
-        differ = f"{weight_difference(name):16.1e}{difference(name):16.1e}"
+        differ = "".join(f"{difference(name, base):16.1e}" for base in (nothing, textbook.base))
         print(f"{name:26s}{times}{total[name]:16.3f}{ratios}{differ}")
     engines = [name for name in editors if name != "turbo"]
 
@@ -249,11 +233,10 @@ def main() -> None:
         "seconds_per_edit": {name: {**phases, "all": total[name]} for name, phases in per_edit.items()},
         **ratios_to("textbook", ""),
         **ratios_to("textbook, same products", "_same_products"),
-        "max_relative_difference": max(weight_difference(name) for name in engines),
-        "max_relative_difference_of_updates": max(difference(name) for name in engines),
+        "max_relative_difference": max(difference(name, nothing) for name in engines),
+        "max_relative_difference_of_updates": max(difference(name, textbook.base) for name in engines),
     }
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1))
+    write_result(options.json, result)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,14 @@ and all else are not counted: the engine cannot reach 100 %.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 import torch
+from common import add_model, load_model, make_edits, make_parser, read_data, write_result
 
-from lit_edit import D4S, KeyStatistics, LanguageModel
-from lit_edit.data.datamodule import EditDataModule
+from lit_edit import D4S, KeyStatistics
 from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.models import ModelAdapter
 from lit_edit.targets.problem import TargetProblem, build_problem
@@ -96,35 +93,23 @@ def edit_operations(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--data", default=None, help="a file of edits; by default the built-in facts")
-    parser.add_argument("--edits", type=int, default=32)
+    parser = make_parser(__doc__, edits=32)
+    add_model(parser)
     parser.add_argument("--window", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=20_000, help="tokens of the key statistics")
-    parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
 
-    source = "builtin" if options.data is None else "file"
-    requests = EditDataModule(source, options.data, options.edits).read().requests
-    model, tokenizer = LanguageModel(options.model).load()
-    adapter = ModelAdapter(model)
+    requests = read_data(options.data, options.edits).requests
+    adapter, tokenizer = load_model(options.model)
     editor = D4S()
     ledger = EditLedger(adapter, editor.resolve_layers(adapter))
     editor.prepare(ledger, tokenizer, KeyStatistics(tokens=options.tokens))
 
     rates = MatmulRate(adapter, ledger.layers[-1])
     seconds: dict[str, float] = {}
-    for number, request in enumerate(requests):
-        first = number // options.window * options.window
+    aside = 0.0  # the measurement's own, all of it between the steps of the targets
+    for spent in make_edits(editor, ledger, requests, options.window, rates):
+        spent["targets"] -= rates.total - aside
         aside = rates.total
-        proposal = editor.propose([request], requests[first : first + options.window], rates)
-        aside = rates.total - aside  # all of it between the steps of the targets
-        start = perf_counter()
-        ledger.commit(proposal.updates, proposal.entries)
-        editor.accept(proposal)
-        spent = {**proposal.seconds, "solve": proposal.seconds["solve"] + perf_counter() - start}
-        spent["targets"] -= aside
         for phase, value in spent.items():
             seconds[phase] = seconds.get(phase, 0.0) + value
     rate, best = rates.sustained(), rates.best()
@@ -154,15 +139,14 @@ def main() -> None:
             + "{gflop:9.1f}{least_seconds:10.3f}{engine_seconds:10.3f}{fraction:9.0%}".format(**rows[phase])
         )
     print(f"of the limit at the best rate: {rows['all']['fraction'] * rate / best:.0%}")
-    if options.json is not None:
-        result = {
-            "gflops_per_second": rate / 1e9,
-            "best_gflops_per_second": best / 1e9,
-            "fraction_of_limit": rows["all"]["fraction"],
-            "fraction_of_limit_at_best_rate": rows["all"]["fraction"] * rate / best,
-            "phases": rows,
-        }
-        options.json.write_text(json.dumps(result, indent=1))
+    result = {
+        "gflops_per_second": rate / 1e9,
+        "best_gflops_per_second": best / 1e9,
+        "fraction_of_limit": rows["all"]["fraction"],
+        "fraction_of_limit_at_best_rate": rows["all"]["fraction"] * rate / best,
+        "phases": rows,
+    }
+    write_result(options.json, result)
 
 
 if __name__ == "__main__":

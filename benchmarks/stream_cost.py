@@ -14,13 +14,11 @@ made in a minute.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+from common import make_parser, write_result
 
 from lit_edit.solvers.recursive_least_squares import RidgeSolver
 
@@ -92,11 +90,10 @@ def drift_over_updates(updates: int, d_in: int = 256, d_out: int = 64) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--large-edits", type=int, default=100, help="how far to go in layers of more than 4,096")
     parser.add_argument("--updates", type=int, default=100_000)
-    parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
 
     print(
@@ -112,8 +109,7 @@ def main() -> None:
         f"{drift['drift_bound']:.0e}), inverse off by {drift['inverse_error']:.1e}, solution by "
         f"{drift['solution_error']:.1e}, factorised anew {drift['refactorisations']} times, {drift['seconds']:.0f} s"
     )
-    if options.json is not None:
-        options.json.write_text(json.dumps({"cost": rows, "drift": drift}, indent=1))
+    write_result(options.json, {"cost": rows, "drift": drift})
 
 
 if __name__ == "__main__":

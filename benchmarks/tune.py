@@ -11,21 +11,18 @@ Prints a row per run; --json writes them.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 from contextlib import suppress
 from dataclasses import fields, replace
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from lit_edit import D4S, KeyStatistics, LanguageModel, TargetSettings
-from lit_edit.data.datamodule import EditDataModule
+from common import add_model, load_model, make_parser, read_data, write_result
+
+from lit_edit import D4S, KeyStatistics, TargetSettings
 from lit_edit.editors.closed_form.located import DEFAULT_TARGET
 from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.metrics.evaluation import evaluate_edits, measure_perplexity, summarise
-from lit_edit.models import ModelAdapter
 
 TARGET = {field.name: field.type for field in fields(TargetSettings)}
 
@@ -54,8 +51,8 @@ def _value(text: str) -> int | float | bool | str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
+    parser = make_parser(__doc__)
+    add_model(parser)
     parser.add_argument("--data", default=None)
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--skip", type=int, default=0, help="leave out so many edits at the beginning")
@@ -64,16 +61,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--window", type=int, default=20)
     parser.add_argument("--set", nargs="+", default=[""], help="one run each; the empty string is the default")
-    parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    source = "builtin" if options.data is None else "file"
-    last = options.skip + options.limit
-    data = EditDataModule(source, options.data, last, perplexity_path=options.perplexity).read()
+    data = read_data(options.data, options.skip + options.limit, perplexity_path=options.perplexity)
     requests = data.requests[options.skip :]
-    model, tokenizer = LanguageModel(options.model).load()
-    adapter = ModelAdapter(model)
+    adapter, tokenizer = load_model(options.model)
     statistics = KeyStatistics(options.corpus, options.tokens)
     before = {r.id: r for r in evaluate_edits(adapter, tokenizer, requests)}
     base = measure_perplexity(adapter, tokenizer, data.perplexity_texts)["mean"]
@@ -119,8 +112,7 @@ def main() -> None:
         values = [row[name] for name in list(row)[1:]]
         layout = "{:5.2f} {:5.2f} {:5.2f} {:5.2f} {:6.3f}  {:+6.1%}  {:+6.1%}  {:5.2f} {:6.1f} {:7.2f}"
         print(f"{row['settings'][:44]:44s} " + layout.format(*(v if v is not None else float("nan") for v in values)))
-        if options.json is not None:
-            options.json.write_text(json.dumps(rows, indent=1))
+        write_result(options.json, rows)
         ledger.restore_base()
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lit_edit.ability.course import ability_metrics, summarise_ability
 from lit_edit.ability.files import TaskData, items_digest, load_task
 from lit_edit.ability.measure import measure_tasks
-from lit_edit.ability.tasks import RESERVED, TASKS, find_tasks
+from lit_edit.ability.tasks import RESERVED, find_tasks
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.stream.edit_stream import EditStream
 from lit_edit.stream.precision import passes_of
@@ -38,6 +38,8 @@ class Ability(CourseCallback):
         generation: Also let the model answer freely, besides comparing the likelihood of the options.
     """
 
+    measured_by = "settings"
+
     def __init__(
         self,
         folder: str | None = None,
@@ -53,7 +55,7 @@ class Ability(CourseCallback):
         if shots > RESERVED:
             raise ValueError(f"Ability: shots must be at most {RESERVED}, the items that are kept for it, got {shots}")
         try:
-            self.tasks = find_tasks(list(TASKS) if tasks is None else tasks)
+            self.tasks = find_tasks(tasks)
         except ValueError as error:
             raise ValueError(f"Ability: {error}") from None
         self.folder, self.generation = folder, generation
@@ -86,25 +88,12 @@ class Ability(CourseCallback):
             )
             log.info("general ability after %d edits: %s", last["edits"], found)
 
-    def _settings(self) -> dict[str, Any]:
-        names = [task.name for task in self.tasks]
+    def how(self) -> dict[str, Any]:
+        """Return the settings, and what tells the items from others."""
         return {
             "items": items_digest(self._data),
-            "tasks": names,
+            "tasks": [task.name for task in self.tasks],
             "shots": self.shots,
             "limit": self.limit,
             "generation": self.generation,
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was measured, and how."""
-        return {**super().state_dict(), "settings": self._settings()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what was measured, if it was measured in the same way."""
-        if state_dict["settings"] == self._settings():
-            super().load_state_dict(state_dict)
-        else:
-            log.warning(
-                "Ability: its settings or items have changed since the checkpoint: what was measured is dropped"
-            )

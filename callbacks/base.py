@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
+from copy import copy
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.stream.edit_stream import EditStream
+
+log = logging.getLogger(__name__)
 
 
 def as_stream(module: LightningModule, callback: object) -> EditStream:
@@ -75,11 +79,16 @@ class EveryCallback(Callback):
 
     Attributes:
         history: What was found so far; it is kept in checkpoints.
+        kept: What checkpoints keep: by its name there, the attribute. Subclasses add theirs.
+        measured_by: Name in checkpoints of :meth:`how`, where what was found depends on more than model and edits.
     """
+
+    measured_by: ClassVar[str | None] = None
 
     def __init__(self, every: int) -> None:
         self.every = every
         self.history: list[dict[str, Any]] = []
+        self.kept = {"history": "history"}
         self._seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -109,17 +118,28 @@ class EveryCallback(Callback):
     def go_on(self, stream: EditStream) -> None:
         """Do it, between two edits."""
 
+    def how(self) -> Any:
+        """Return what the findings depend on beside model and edits, as primitives."""
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the history."""
-        return {"history": self.history}
+        """Return what was found, and how."""
+        how = {self.measured_by: self.how()} if self.measured_by else {}
+        return {**{name: getattr(self, attribute) for name, attribute in self.kept.items()}, **how}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the history."""
-        self.history = list(state_dict["history"])
+        """Restore what was found, if it was found in the same way."""
+        if self.measured_by in state_dict and state_dict[self.measured_by] != self.how():
+            name = type(self).__name__
+            log.warning(
+                "%s: its settings or data have changed since the checkpoint: what was measured is dropped", name
+            )
+            return
+        for name in self.kept.keys() & state_dict.keys():
+            setattr(self, self.kept[name], copy(state_dict[name]))
 
 
 class StagedCallback(EveryCallback):
-    """Measures before the first edit, after every ``every`` edits, and at the end; subclasses say what.
+    """Measures before the first edit (:meth:`begin`), after every ``every`` edits, and at the end; subclasses say what.
 
     The end is measured once for the edits that hold there: again if some were taken out since, and also where a run was
     resumed at its end and nothing was left to train.
@@ -130,7 +150,7 @@ class StagedCallback(EveryCallback):
 
     def __init__(self, every: int) -> None:
         super().__init__(every)
-        self._ended: tuple[int, ...] | None = None  # the edits that held when the end was measured
+        self._ended: list[int] | None = None  # the edits that held when the end was measured
 
     def due(self, stream: EditStream) -> bool:
         """Tell whether it is time to measure; the end has its own measurement."""
@@ -138,23 +158,17 @@ class StagedCallback(EveryCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the end."""
-        self._finish(as_stream(pl_module, self))
+        self.on_fit_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the end of a stream that was resumed there: nothing was trained."""
-        self._finish(as_stream(pl_module, self))
-
-    def _finish(self, stream: EditStream) -> None:
+        """Measure the end, also of a stream that was resumed there: nothing was trained."""
+        stream = as_stream(pl_module, self)
         stream.finish()  # brings a stream that was resumed at its end up to its journal
         held = held_edits(stream)
         if self._ended != held:
             self.begin(stream)
             self.end(stream)
             self._ended = held
-
-    @abstractmethod
-    def begin(self, stream: EditStream) -> None:
-        """Measure the unedited model, unless that was done."""
 
     @abstractmethod
     def end(self, stream: EditStream) -> None:
@@ -170,7 +184,8 @@ class CourseCallback(StagedCallback):
 
     def __init__(self, every: int) -> None:
         super().__init__(every)
-        self._held: tuple[int, ...] | None = None  # the edits that held at the last measurement
+        self._held: list[int] | None = None  # the edits that held at the last measurement
+        self.kept["held"] = "_held"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand on what an earlier process has measured, also where nothing is left to train."""
@@ -208,16 +223,6 @@ class CourseCallback(StagedCallback):
         self.publish(stream)
         self.report(stream, perf_counter() - start)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was measured, and which edits held at the last measurement."""
-        return {**super().state_dict(), "held": None if self._held is None else list(self._held)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
-        super().load_state_dict(state_dict)
-        held = state_dict.get("held")
-        self._held = None if held is None else tuple(held)
-
     @abstractmethod
     def measure(self, stream: EditStream, adapter: ModelAdapter) -> dict[str, Any]:
         """Return a measurement of a model: the unedited one or the stream's own, as it is."""
@@ -231,6 +236,6 @@ class CourseCallback(StagedCallback):
         """Log the last measurement, and what it took."""
 
 
-def held_edits(stream: EditStream) -> tuple[int, ...]:
+def held_edits(stream: EditStream) -> list[int]:
     """Return the numbers of the edits that hold."""
-    return tuple(entry.number for entry in stream.ledger.entries)
+    return [entry.number for entry in stream.ledger.entries]

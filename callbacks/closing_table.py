@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_edit.ability.course import mean_accuracy
+from lit_edit.report.reading import look_up
 from lit_edit.runs.answers import answers_of
 from lit_edit.runs.files import edit_rows
 from lit_edit.runs.holding import Verdict, closing_lines, judge
@@ -53,19 +54,15 @@ class ClosingTable(Callback):
         if trainer.is_global_zero:
             console = Console()
             console.print(summary_table(summary), *([layers_table(summary)] if summary["layers"] else []))
-            for line in closing_lines(verdicts_of(trainer, stream), _run(stream)):
+            run = None if stream.journal is None else shown(Path(stream.journal).parent.parent)
+            for line in closing_lines(_verdicts(trainer, stream), run):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def verdicts_of(trainer: Trainer, stream: EditStream) -> list[Verdict]:
-    """Return what has become of each edit of a stream that has been measured at its end."""
+def _verdicts(trainer: Trainer, stream: EditStream) -> list[Verdict]:
     ledger = stream.ledger
     rows = edit_rows(ledger.history, stream.results, missed_edits(trainer))
     return judge(rows, answers_of(ledger.history, stream.results, stream.tokenizer), ledger.journal.records)
-
-
-def _run(stream: EditStream) -> str | None:
-    return None if stream.journal is None else shown(Path(stream.journal).parent.parent)
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
@@ -80,7 +77,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         *((f"{kind} {name}", [_number(stage[kind].get(name)) for stage in stages]) for kind, name in _ROWS),
         ("score (harmonic mean of success)", [_number(stage["score"]) for stage in stages]),
         (_SECTION, []),
-        *((label, [_number(_at(stage, path)) for stage in stages]) for label, path in _WRITTEN),
+        *((label, [_number(look_up(stage, *path)) for stage in stages]) for label, path in _WRITTEN),
         ("general ability (mean accuracy)", [_number(ability[0]), "", _number(ability[1])]),
         ("perplexity", [_number(before, 1), "", told]),
         ("seconds per edit", ["", "", _number(summary["seconds"]["per_edit"], 2)]),
@@ -103,19 +100,13 @@ def layers_table(summary: Mapping[str, Any]) -> Table:
     """Return mean |W| of the edited layers before and after."""
     table = Table(title="mean |W| of the edited layers", title_justify="left")
     for column in ("", "before", "after", "change", "mean |ΔW|"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for name, norms in summary["layers"].items():
         before, after = norms["mean_abs_before"], norms["mean_abs_after"]
         table.add_row(
             name, f"{before:.5f}", f"{after:.5f}", f"{after / before - 1:+.2%}", f"{norms['mean_abs_delta']:.5f}"
         )
     return table
-
-
-def _at(stage: Any, path: tuple[str, ...]) -> float | None:
-    for step in path:
-        stage = None if stage is None else stage.get(step)
-    return None if stage is None else float(stage)
 
 
 def _number(value: float | None, digits: int = 3) -> str | None:

@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 
 class RunFigures(RunEndCallback):
-    """Writes ``figures/*.png`` when a stream ends.
-
-    Args:
-        folder: The run folder; by default the Trainer's ``default_root_dir``.
-    """
+    """Writes ``figures/*.png`` when a stream ends."""
 
     def write(self, trainer: Trainer, stream: EditStream, folder: Path) -> None:
         """Draw what the run has recorded."""

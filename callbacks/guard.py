@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 from lit_edit.data.datamodule import perplexity_texts
 from lit_edit.devices.algebra import for_algebra
-from lit_edit.errors import ArgumentError, UserError
+from lit_edit.errors import ArgumentError, UserError, check_not_negative, check_one_of
 from lit_edit.metrics.evaluation import summarise
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.stream.edit_stream import EditStream
@@ -27,17 +28,11 @@ class HarmError(UserError):
 
 @dataclass(frozen=True)
 class Health:
-    """How a model does.
+    """How a model does."""
 
-    Attributes:
-        perplexity: Of ordinary sentences, relative to the unedited model; infinite if its logits are not finite.
-        growth: Of mean |W|, of the edited layer that grew most, relative.
-        agreement: Share of neighbours' first choices that are what they were, over a fixed sample, if there is one.
-    """
-
-    perplexity: float
-    growth: float
-    agreement: float | None
+    perplexity: float  # of ordinary sentences, relative to the unedited model; infinite if its logits are not finite
+    growth: float  # of mean |W|, of the edited layer that grew most, relative
+    agreement: float | None  # share of neighbours' first choices that are what they were, over a fixed sample
 
 
 class HarmGuard(EveryCallback):
@@ -68,11 +63,8 @@ class HarmGuard(EveryCallback):
         texts: int = 12,
     ) -> None:
         super().__init__(check_every(every, "every"))
-        if on_harm not in ("warn", "stop", "undo"):
-            raise ValueError(f"on_harm must be 'warn', 'stop' or 'undo', got {on_harm!r}")
-        for name, value in (("max_growth", max_growth), ("min_agreement", min_agreement), ("sample", sample)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must not be negative, got {value}")
+        check_one_of(("warn", "stop", "undo"), on_harm=on_harm)
+        check_not_negative(max_growth=max_growth, min_agreement=min_agreement, sample=sample)
         if max_perplexity and not 1 < max_perplexity < math.inf:
             raise ValueError(f"max_perplexity must be above 1 (or 0 for no bound), got {max_perplexity}")
         if min_agreement > 1:
@@ -82,6 +74,7 @@ class HarmGuard(EveryCallback):
         self.texts = check_every(texts, "texts")
         self._base_perplexity: float | None = None
         self._good = 0  # number of the last edit before the last good look
+        self.kept |= {"good": "_good", "base_perplexity": "_base_perplexity"}
 
     def begin(self, stream: EditStream) -> None:
         """Take what the run goes on from for good."""
@@ -120,16 +113,10 @@ class HarmGuard(EveryCallback):
             stream.session.undo([offender], f"taken back: {breach}", origin="guard")
             health = self.measure(stream)
         self._good = stream.ledger.made
-        names = {"perplexity": health.perplexity, "growth": health.growth, "agreement": health.agreement}
-        stream.log_at_edit({f"guard/{name}": value for name, value in names.items() if value is not None})
+        stream.log_at_edit({f"guard/{name}": value for name, value in vars(health).items() if value is not None})
 
     def measure(self, stream: EditStream, adapter: ModelAdapter | None = None) -> Health:
-        """Measure the model.
-
-        Args:
-            stream: Holds it.
-            adapter: The view to look at, when it is not the model as it is.
-        """
+        """Measure the stream's model as it is, or a view of it."""
         ledger = stream.ledger
         adapter = adapter or ledger.adapter
         texts = perplexity_texts()[: self.texts]
@@ -171,29 +158,14 @@ class HarmGuard(EveryCallback):
         recent = [entry.number for entry in stream.ledger.entries if entry.number > self._good]
         if not recent or self._bad_without(stream, recent):
             return None
-        low, high = 0, len(recent)  # good with the first `low` of them, bad with the first `high`
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self._bad_without(stream, recent[middle:]):
-                high = middle
-            else:
-                low = middle
-        return recent[high - 1]
+        # With all of them it is bad; the first `n` of them are enough for that if it is bad without the rest.
+        enough = range(1, len(recent))
+        return recent[bisect_left(enough, True, key=lambda n: self._bad_without(stream, recent[n:]))]
 
     def _bad_without(self, stream: EditStream, numbers: Sequence[int]) -> bool:
         proposal = stream.editor.retract(stream.ledger.facts_of(numbers))
         view = stream.session.preview(proposal)
         return bool(stream.ranks.agree(self.breach(self.measure(stream, view)) is not None))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was found so far, and up to where all was well."""
-        return {**super().state_dict(), "good": self._good, "base_perplexity": self._base_perplexity}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
-        super().load_state_dict(state_dict)
-        self._good = state_dict["good"]
-        self._base_perplexity = state_dict["base_perplexity"]
 
 
 def _title(stream: EditStream, number: int | None) -> str:

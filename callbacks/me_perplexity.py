@@ -37,6 +37,8 @@ class MEPerplexity(CourseCallback):
             published numbers are without.
     """
 
+    measured_by = "texts"
+
     def __init__(
         self,
         every: int = 1,
@@ -74,10 +76,9 @@ class MEPerplexity(CourseCallback):
 
     def report(self, stream: EditStream, seconds: float) -> None:
         """Log the last point; say it if the model has collapsed since the one before."""
-        last, before = self.history[-1], self.history[-2] if len(self.history) > 1 else None
-        found = {f"me_perplexity/{name}": value for name, value in last.items() if name != "edits"}
-        stream.log_at_edit({**found, "time/me_perplexity": seconds})
-        if self.has_collapsed(last["mean"]) and before is not None and not self.has_collapsed(before["mean"]):
+        before, last = self.history[-2:][0], self.history[-1]  # one and the same at first
+        stream.log_at_edit({**{f"me_perplexity/{name}": last[name] for name in NUMBERS}, "time/me_perplexity": seconds})
+        if self.has_collapsed(last["mean"]) and not self.has_collapsed(before["mean"]):
             log.warning(
                 "collapse: the mean perplexity of %d sentences is %.4g (bound %g), up from %.4g: one of the edits "
                 "%d to %d did it, or all of them together",
@@ -93,17 +94,6 @@ class MEPerplexity(CourseCallback):
         """Tell whether a mean perplexity is past the bound, or not a number."""
         return not (math.isfinite(mean) and mean <= self.threshold)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the history, and what it is of."""
-        return {**super().state_dict(), "texts": self._texts()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the history, if it is of the same texts."""
-        if state_dict.get("texts", self._texts()) == self._texts():
-            super().load_state_dict(state_dict)
-        else:
-            log.warning("MEPerplexity: its texts have changed since the checkpoint: what was measured is dropped")
-
-    def _texts(self) -> str:
+    def how(self) -> str:
         """Return what tells these texts, and how they are read, from others."""
         return hashlib.sha256(json.dumps([self.texts, self.bos]).encode()).hexdigest()[:16]

@@ -22,6 +22,7 @@ class EditProgressBar(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 1) -> None:
         super().__init__(refresh_rate=check_every(refresh_rate, "EditProgressBar: refresh_rate", 0))
         self._last = ""
+        self._statistics_bar: Tqdm | None = None
 
     def init_train_tqdm(self) -> Tqdm:
         """Return the bar, with room for text behind it."""
@@ -34,11 +35,6 @@ class EditProgressBar(TQDMProgressBar):
             smoothing=0,
             bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining} {postfix}",
         )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar and listen to the stream."""
-        super().on_train_start(trainer, pl_module)
-        self.train_progress_bar.set_description_str("edits")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listen to the stream from the start: statistics come before the first edit."""
@@ -60,9 +56,8 @@ class EditProgressBar(TQDMProgressBar):
         if not entries:
             return {}
         entry = entries[-1]
-        self._last = (
-            f"{entry.subject} → {entry.target_new} (p {entry.facts.get('target_probability', float('nan')):.2f})"
-        )
+        sure = entry.facts.get("target_probability", float("nan"))
+        self._last = f"{entry.subject} → {entry.target_new} (p {sure:.2f})"
         return {"last": self._last}
 
     def _show(self, message: str) -> None:
@@ -71,14 +66,11 @@ class EditProgressBar(TQDMProgressBar):
             bar.set_postfix_str(f"{self._last} {message}" if self._last else message, refresh=sys.stderr.isatty())
 
     def _count_tokens(self, done: int, total: int) -> None:
-        self.print_statistics(done, total)
-
-    def print_statistics(self, done: int, total: int) -> None:
         """Show how far the key statistics are."""
-        if not hasattr(self, "_statistics_bar"):
+        if self._statistics_bar is None:
             self._statistics_bar = Tqdm(desc="key statistics (once)", total=total, unit="token", leave=True)
         self._statistics_bar.n = done
         self._statistics_bar.refresh()
         if done >= total:
             self._statistics_bar.close()
-            del self._statistics_bar
+            self._statistics_bar = None

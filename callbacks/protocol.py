@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_edit.data.files import expand
 from lit_edit.data.request import EditRequest
+from lit_edit.errors import check_known
 from lit_edit.files.paths import write_text
 from lit_edit.metrics.ages import aged
 from lit_edit.metrics.evaluation import flatten
@@ -63,6 +64,8 @@ class ProtocolMetrics(StagedCallback):
         folder: The run folder; by default the Trainer's ``default_root_dir``.
     """
 
+    measured_by = "how"
+
     def __init__(
         self,
         every: int = 0,
@@ -79,26 +82,23 @@ class ProtocolMetrics(StagedCallback):
         batch_rows: int = 64,
         folder: str | None = None,
     ) -> None:
-        for name, value, low in (
-            ("every", every, 0),
-            ("sample", sample, 0),
-            ("prompts", prompts, 0),
-            ("top_k", top_k, 1),
-            ("length", length, 1),
-            ("bins", bins, 1),
-            ("batch_rows", batch_rows, 1),
+        for low, counts in (
+            (0, {"every": every, "sample": sample, "prompts": prompts}),
+            (1, {"top_k": top_k, "length": length, "bins": bins, "batch_rows": batch_rows}),
         ):
-            check_every(value, f"ProtocolMetrics: {name}", low)
+            for name, value in counts.items():
+                check_every(value, f"ProtocolMetrics: {name}", low)
         if not ends > 0 or (ends >= 1 and ends != int(ends)):
             raise ValueError(f"ProtocolMetrics: ends must be a number of edits or a share below 1, got {ends}")
-        if published is not None and published not in PUBLISHED:
-            raise ValueError(f"ProtocolMetrics: published must be one of {', '.join(PUBLISHED)}, got {published!r}")
+        if published is not None:
+            check_known(PUBLISHED, **{"ProtocolMetrics: published": published})
         super().__init__(every)
         self.sample, self.seed = sample, seed
         self.writing = {"top_k": top_k, "length": length, "max_prompts": prompts or None, "batch_rows": batch_rows}
         self.references, self.term_weights = references, term_weights
         self.ends, self.bins, self.published, self.folder = ends, bins, published, folder
         self._base: dict[str, tuple[GenerationResult, ByKindResult]] = {}
+        self.kept["base"] = "_base_state"
         self._filed: dict[tuple[str, str], list[str]] = {}
         self._chosen: list[EditRequest] = []
         self._vectorizer: Any = None
@@ -152,18 +152,14 @@ class ProtocolMetrics(StagedCallback):
 
     def _choose(self, stream: EditStream) -> None:
         """Choose the sample, in the stream's order, and give its edits their references."""
-        requests = stream.stream_requests()
-        if self.sample and len(requests) > self.sample:
-            chosen = sorted(random.Random(self.seed).sample(range(len(requests)), self.sample))
-        else:
-            chosen = list(range(len(requests)))
-        referred = [self._with_references(request) for request in requests]
-        self._chosen = [referred[index] for index in chosen]
-        known = [request.references for request in referred if request.references]
-        if self.references is not None and not any(request.references for request in self._chosen):
-            log.warning("%s: holds nothing about the new object of any edit measured", self.references)
+        requests = [self._with_references(request) for request in stream.stream_requests()]
+        known = [request.references for request in requests if request.references]
         if known and self._vectorizer is None:
             self._vectorizer = fit_vectorizer(known)
+        count = min(self.sample or len(requests), len(requests))
+        self._chosen = [requests[at] for at in sorted(random.Random(self.seed).sample(range(len(requests)), count))]
+        if self.references is not None and not any(request.references for request in self._chosen):
+            log.warning("%s: holds nothing about the new object of any edit measured", self.references)
 
     def _with_references(self, request: EditRequest) -> EditRequest:
         if request.references:
@@ -181,9 +177,6 @@ class ProtocolMetrics(StagedCallback):
     def _measure(
         self, stream: EditStream, adapter: ModelAdapter, requests: Sequence[EditRequest]
     ) -> tuple[dict[str, Any], dict[str, tuple[GenerationResult, ByKindResult]]]:
-        def written(done: int, total: int) -> None:
-            stream.status(f"writing texts: {done} of {total}")
-
         stream.status("writing texts")
         with stream.measuring():
             generated = evaluate_generation(
@@ -192,7 +185,7 @@ class ProtocolMetrics(StagedCallback):
                 requests,
                 seed=self.seed,
                 vectorizer=self._vectorizer,
-                progress=written,
+                progress=lambda done, total: stream.status(f"writing texts: {done} of {total}"),
                 **self.writing,  # type: ignore[arg-type]
             )
             stream.status("measuring portability")
@@ -225,37 +218,29 @@ class ProtocolMetrics(StagedCallback):
         requests: Sequence[EditRequest],
         results: dict[str, tuple[GenerationResult, ByKindResult]],
     ) -> None:
-        rows = []
+        rows: list[dict[str, str]] = []
         for request in requests:
-            found = results[request.id][0]
-            for answer in found.efficacy:
-                rows.append({"id": request.id, "prompt": request.text, "target": answer.target, "answer": answer.text})
-            rows += [
-                {"id": request.id, "prompt": prompt, "text": text}
-                for prompt, text in zip(request.generation, found.texts, strict=False)
-            ]
+            found, one = results[request.id][0], {"id": request.id}
+            rows += [{**one, "prompt": request.text, "target": a.target, "answer": a.text} for a in found.efficacy]
+            written = zip(request.generation, found.texts, strict=False)
+            rows += [{**one, "prompt": prompt, "text": text} for prompt, text in written]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(folder / "generations.jsonl", text)
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was measured, without the texts."""
-        base = [[generated.as_state(), asdict(kinds)] for generated, kinds in self._base.values()]
-        return {**super().state_dict(), "base": base, "how": self._how()}
+    @property
+    def _base_state(self) -> list[list[dict[str, Any]]]:
+        """What was measured of the unedited model, without the texts."""
+        return [[generated.as_state(), asdict(kinds)] for generated, kinds in self._base.values()]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`, if it was measured in the same way."""
-        if state_dict.get("how", self._how()) != self._how():
-            log.warning("ProtocolMetrics: its settings have changed since the checkpoint: what was measured is dropped")
-            return
-        super().load_state_dict(state_dict)
+    @_base_state.setter
+    def _base_state(self, state: list[list[dict[str, Any]]]) -> None:
         self._base = {
-            kinds["id"]: (GenerationResult.from_state(generated), ByKindResult(**kinds))
-            for generated, kinds in state_dict["base"]
+            kinds["id"]: (GenerationResult.from_state(generated), ByKindResult(**kinds)) for generated, kinds in state
         }
 
-    def _how(self) -> dict[str, Any]:
-        """Return what the numbers depend on beside model and edits."""
+    def how(self) -> dict[str, Any]:
+        """Return the settings on which the numbers depend."""
         how = {name: value for name, value in self.writing.items() if name != "batch_rows"}
         return {**how, "sample": self.sample, "seed": self.seed, "files": [self.references, self.term_weights]}

@@ -63,10 +63,9 @@ def check_replicas(stream: EditStream) -> None:
     found: list[tuple[str, bool]] = []
     for layer, name in ledger.names.items():
         own, delta = ledger.adapter.own_weight(layer), ledger.deltas.get(name)
-        weight = ledger.base[name] if delta is None else ledger.edited_weight(layer, delta)
         if isinstance(own, DTensor):
-            whole = torch.equal(own.to_local(), part_of(own, weight))
-            found.append((checksum(weight), whole))
+            weight = ledger.base[name] if delta is None else ledger.edited_weight(layer, delta)
+            found.append((checksum(weight), torch.equal(own.to_local(), part_of(own, weight))))
         else:
             found.append((checksum(own.detach()), True))
     everyone = stream.ranks.gather(found)

@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_edit.report import write_report
-from lit_edit.report.reading import write_unfinished
+from lit_edit.report.reading import write_notes
 from lit_edit.stream.edit_stream import EditStream
 
 from .base import RunEndCallback
@@ -20,9 +20,6 @@ class RunReport(RunEndCallback):
     """Writes ``report.html``, one file that needs nothing else, when a stream ends, also when it is cut short.
 
     Must stand behind :class:`RunFolder` in the list of callbacks: it shows what that writes.
-
-    Args:
-        folder: The run folder; by default the Trainer's ``default_root_dir``.
     """
 
     def write(self, trainer: Trainer, stream: EditStream, folder: Path) -> None:
@@ -41,7 +38,7 @@ class RunReport(RunEndCallback):
             for logger in trainer.loggers:  # the row at hand is to be on disk
                 logger.save()
             if cut is not None:
-                write_unfinished(folder, cut)
+                write_notes(folder, cut)
             write_report(folder)
         except Exception as error:
             log.warning("report.html was not written (%s); lit-edit report --run %s makes it", error, folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from time import perf_counter
-from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
@@ -35,6 +34,7 @@ class Retention(EveryCallback):
             raise ValueError(f"Retention: sample must not be negative, got {sample}")
         self.sample, self.perplexity, self.seed = sample, perplexity, seed
         self.missed: dict[str, int] = {}
+        self.kept["missed"] = "missed"
 
     def go_on(self, stream: EditStream) -> None:
         """Measure the edits made so far."""
@@ -57,15 +57,6 @@ class Retention(EveryCallback):
             else:
                 self.missed.setdefault(name, stream.edits_made)
         return summarise(results.values(), stream.results["base"], perplexity.get("mean"))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was measured, and which edits were missed."""
-        return {**super().state_dict(), "missed": self.missed}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
-        super().load_state_dict(state_dict)
-        self.missed = dict(state_dict.get("missed", {}))
 
 
 def missed_edits(trainer: Trainer) -> dict[str, int]:

@@ -8,7 +8,6 @@ from lightning.pytorch import Trainer
 
 from lit_edit.files.paths import without_nan, write_json
 from lit_edit.report.reading import write_notes
-from lit_edit.runs.answers import write_answers
 from lit_edit.runs.files import write_run_files
 from lit_edit.stream.edit_stream import EditStream
 
@@ -17,15 +16,10 @@ from .retention import missed_edits
 
 
 class RunFolder(RunEndCallback):
-    """Writes ``summary.json``, ``run.json`` and, in ``ledger/``, deltas, edits and answers when a stream ends.
-
-    Args:
-        folder: The run folder; by default the Trainer's ``default_root_dir``.
-    """
+    """Writes ``summary.json``, ``run.json`` and, in ``ledger/``, deltas, edits and answers when a stream ends."""
 
     def write(self, trainer: Trainer, stream: EditStream, folder: Path) -> None:
         """Write the files."""
-        write_answers(folder, stream.ledger.history, stream.results, stream.tokenizer)
         write_notes(folder, stream)
         write_run_files(folder, stream.ledger, stream.base_hash, stream.results, missed_edits(trainer))
         write_json(folder / "summary.json", without_nan(stream.summary()))

@@ -17,9 +17,6 @@ class WandbReport(RunEndCallback):
     """Sends the table of edits, the summary and the figures to wandb when a stream ends; idle without that logger.
 
     Must stand behind :class:`RunFigures` in the list of callbacks.
-
-    Args:
-        folder: The run folder; by default the Trainer's ``default_root_dir``.
     """
 
     def write(self, trainer: Trainer, stream: EditStream, folder: Path) -> None:

@@ -38,7 +38,7 @@ def check_not_negative(**values: float) -> None:
             raise ValueError(f"{name} must not be negative or infinite, got {value}")
 
 
-def check_least(low: int, **values: int | None) -> None:
+def check_least(low: float, **values: float | None) -> None:
     """Raise :class:`ValueError` for the first of some arguments that is below ``low``; ``None`` is left to defaults."""
     for name, value in values.items():
         if value is not None and value < low:
@@ -51,3 +51,33 @@ def check_one_of(choices: Iterable[object], **values: object) -> None:
     for name, value in values.items():
         if repr(value) not in (*others, last):
             raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
+
+
+def check_known(names: Iterable[str], **values: object) -> None:
+    """Raise :class:`ValueError` for the first of some arguments that is none of the names of a kind.
+
+    Example:
+        >>> check_known(("rome", "memit"), method="rime")
+        Traceback (most recent call last):
+        ValueError: method must be one of rome, memit, got 'rime'
+    """
+    names = list(names)
+    for name, value in values.items():
+        if value not in names:
+            raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
+
+
+def check_within(interval: str, **values: float) -> None:
+    """Raise :class:`ValueError` for the first of some arguments that is outside an interval such as ``(0, 1]``.
+
+    Example:
+        >>> check_within("(0, 1]", keep=1.0, share=0.0)
+        Traceback (most recent call last):
+        ValueError: share must be in (0, 1], got 0.0
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    for name, value in values.items():
+        above = low <= value if interval[0] == "[" else low < value
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            raise ValueError(f"{name} must be in {interval}, got {value}")

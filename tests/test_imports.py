@@ -234,7 +234,7 @@ PLAIN = {  # tensors that belong to no model
     "lit_edit.devices.ranks": ("tensor.copy_(moved)", "told.copy_("),
     "lit_edit.targets.losses": ("losses.gradient.copy_(", "value.copy_(found)"),
     "lit_edit.planning.speed": ("target.copy_(source)",),
-    "lit_edit.editors.gradient.ft": ("leaf.copy_(within_ball(leaf",),  # the update that is being fitted
+    "lit_edit.editors.gradient.engine": ("leaf.copy_(self.bounded(leaf",),  # the update that is being fitted
     "lit_edit.editors.gradient.lora_tuning": (
         "factors(layers[int(layer)])[kind].data.copy_(factor)",
     ),  # of stand-in layers

@@ -26,28 +26,21 @@ def summarise_ability(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
     from lit_edit.ability.measure import compare_records  # torch: the report reads what this has written, without it
 
     first, last = history[0], history[-1]
-    summary: dict[str, Any] = {
+    return {
         "edits": last["edits"],
         "base": _without_answers(first["tasks"]),
         "final": _without_answers(last["tasks"]),
         "points": [{"edits": point["edits"], **ability_metrics(point["tasks"])} for point in history],
+        "change": {name: compare_records(first["tasks"][name], record) for name, record in last["tasks"].items()},
     }
-    summary["change"] = {name: compare_records(first["tasks"][name], record) for name, record in last["tasks"].items()}
-    return summary
 
 
 def _without_answers(records: dict[str, Record]) -> dict[str, Record]:
-    return {
-        task: {name: value for name, value in record.items() if name != "answers"} for task, record in records.items()
-    }
+    return {task: {k: v for k, v in record.items() if k != "answers"} for task, record in records.items()}
 
 
 def mean_accuracy(summary: Mapping[str, Any], stage: str) -> float | None:
-    """Return the mean accuracy over tasks, by the likeliest option; ``None`` if none was measured.
-
-    Args:
-        summary: A run's, with what :func:`summarise_ability` returns under ``ability``.
-        stage: ``base`` or ``final``.
+    """Return the mean accuracy over a summary's tasks, by the likeliest option; ``None`` if none was measured.
 
     Example:
         >>> tasks = {"a": {"likelihood": {"accuracy": 0.5}}, "b": {"likelihood": {"accuracy": 1.0}}}

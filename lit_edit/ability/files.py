@@ -18,17 +18,11 @@ from lit_edit.data.request import DataError
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task with its items.
-
-    Attributes:
-        task: The task.
-        shots: The first items, which serve as examples and are never measured.
-        items: The others, in order.
-    """
+    """A task with its items."""
 
     task: Task
-    shots: tuple[Item, ...]
-    items: tuple[Item, ...]
+    shots: tuple[Item, ...]  # the first, which serve as examples and are never measured
+    items: tuple[Item, ...]  # the others, in order
 
 
 def load_task(task: Task, folder: str | Path | None = None) -> TaskData:
@@ -65,11 +59,7 @@ def items_digest(data: Sequence[TaskData]) -> str:
 
 
 def find_file(task: Task, folder: Path) -> Path:
-    """Return the file of a task in a folder.
-
-    Raises:
-        DataError: If there is none, or more than one.
-    """
+    """Return the file of a task in a folder, if there is just one."""
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder; expected one with a file per task, like {task.name}.json")
     paths = [folder / f"{prefix}{task.name}{suffix}" for prefix in ("", "glue_") for suffix in SUFFIXES]

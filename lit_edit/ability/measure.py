@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -28,19 +29,12 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Prompted:
-    """The items of a task as they are put to a model.
+    """The items of a task as they are put to a model."""
 
-    Attributes:
-        prompts: One per item.
-        items: Those that are measured.
-        shortened: How many have fewer shots than asked for, because the model's context has no room for more.
-        left_out: How many do not fit even without any.
-    """
-
-    prompts: tuple[str, ...]
-    items: tuple[Item, ...]
-    shortened: int = 0
-    left_out: int = 0
+    prompts: tuple[str, ...]  # one per item
+    items: tuple[Item, ...]  # those that are measured
+    shortened: int  # how many have fewer shots than asked for: the model's context has no room for more
+    left_out: int  # how many do not fit even without any
 
 
 def measure_task(
@@ -51,18 +45,10 @@ def measure_task(
     limit: int | None = 100,
     generation: bool = True,
 ) -> Record:
-    """Measure a model on one task.
+    """Measure a model (or a view of it) on one task: metrics with intervals, counts, and each answer.
 
-    Args:
-        adapter: The model (or a view of it).
-        tokenizer: Its tokenizer.
-        data: The task with its items.
-        shots: Answered items in front of each question, of those that are reserved for it.
-        limit: Measure the first so many items; ``None`` for all.
-        generation: Also let the model answer freely.
-
-    Returns:
-        Metrics with intervals, counts, and each answer.
+    Each of the first ``limit`` questions has some answered ones in front of it, its ``shots``; with ``generation`` the
+    model also answers freely.
 
     Raises:
         ArgumentError: If no item fits into the model's context.
@@ -73,24 +59,23 @@ def measure_task(
         raise ArgumentError(
             f"no item of {data.task.name} fits into the model's context of {context} tokens: leave this task out"
         )
-    said = None
+    gold, options = [item.gold for item in asked.items], data.task.options
     if generation:
-        chosen, texts = choose_and_say(adapter, tokenizer, asked.prompts, data.task.options)
-        said = [parse_option(text, data.task.options) for text in texts]
+        chosen, texts = choose_and_say(adapter, tokenizer, asked.prompts, options)
     else:
-        chosen = choose(adapter, tokenizer, asked.prompts, data.task.options)
-    gold, options = [item.gold for item in asked.items], len(data.task.options)
+        chosen, texts = choose(adapter, tokenizer, asked.prompts, options), []
     record: Record = {
         "items": len(gold),
         "shots": shots,
         "shortened": asked.shortened,
         "left_out": asked.left_out,
         "majority": majority(gold),
-        "likelihood": score_choices(gold, chosen, options),
+        "likelihood": score_choices(gold, chosen, len(options)),
         "answers": {"gold": gold, "likelihood": chosen},
     }
-    if said is not None:
-        record["generation"] = {**score_choices(gold, said, options), "unparsable": said.count(NONE)}
+    if generation:
+        said = [parse_option(text, options) for text in texts]
+        record["generation"] = {**score_choices(gold, said, len(options)), "unparsable": said.count(NONE)}
         record["answers"]["generation"] = said
     return record
 
@@ -104,20 +89,7 @@ def measure_tasks(
     generation: bool = True,
     status: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Record]:
-    """Measure a model on several tasks; see :func:`measure_task`.
-
-    Args:
-        adapter: The model (or a view of it).
-        tokenizer: Its tokenizer.
-        tasks: The tasks with their items.
-        shots: Answered items in front of each question.
-        limit: Measure the first so many items of each task.
-        generation: Also let the model answer freely.
-        status: Told which task is being measured.
-
-    Returns:
-        Records by the tasks' names.
-    """
+    """Return :func:`measure_task` of several tasks by their names; ``status`` is told which is being measured."""
     records = {}
     for number, data in enumerate(tasks, 1):
         status(f"general ability: {data.task.name} ({number} of {len(tasks)})")
@@ -132,30 +104,22 @@ def ask(
     limit: int | None = None,
     context: int | None = None,
 ) -> Prompted:
-    """Return the prompts of a task's items.
+    """Return the prompts of a task's first ``limit`` items, as they fit into a context of so many tokens.
 
-    Args:
-        data: The task with its items.
-        tokenizer: Counts tokens.
-        shots: Answered items in front of each question; those farthest from it are dropped where they do not fit.
-        limit: The first so many items; ``None`` for all.
-        context: Tokens that the model can see; ``None`` for any number.
+    Of the shots, those farthest from the question are dropped where there is no room for them.
     """
     options = max(len(encode(tokenizer, f" {option}")) for option in data.task.options)
     room = None if context is None else context - max(NEW_TOKENS, options)
     prompts, items, shortened = [], [], 0
     wanted = data.items[:limit]
     for item in wanted:
-        examples = list(data.shots[:shots])
-        prompt = data.task.prompt(item, examples)
-        while room is not None and len(encode(tokenizer, prompt)) > room and examples:
-            examples = examples[1:]
-            prompt = data.task.prompt(item, examples)
-        if room is not None and len(encode(tokenizer, prompt)) > room:
-            continue
-        shortened += len(examples) < shots
-        prompts.append(prompt)
-        items.append(item)
+        for first in range(len(data.shots[:shots]) + 1):
+            prompt = data.task.prompt(item, data.shots[first:shots])
+            if room is None or len(encode(tokenizer, prompt)) <= room:
+                prompts.append(prompt)
+                items.append(item)
+                shortened += len(data.shots[first:shots]) < shots
+                break
     return Prompted(tuple(prompts), tuple(items), shortened, len(wanted) - len(items))
 
 
@@ -177,12 +141,6 @@ def choose_and_say(
 
     Continuations are greedy, :data:`NEW_TOKENS` tokens long or up to the end token. Where each option is one token its
     likelihood is read where the continuation begins; the prompts where one is not are scored apart.
-
-    Args:
-        adapter: The model (or a view of it).
-        tokenizer: Its tokenizer.
-        prompts: What to continue.
-        options: The answers.
     """
     chosen: dict[str, int] = {}
     texts: dict[str, str] = {}
@@ -200,7 +158,7 @@ def choose_and_say(
 
         written = continue_rows(model, rows, [NEW_TOKENS] * len(rows), look=look)
         adapter.ranks.sum_(likelihoods)
-        texts |= {prompt: _text(tokenizer, list(new)) for prompt, new in zip(context_of, written, strict=True)}
+        texts |= {prompt: _text(tokenizer, new) for prompt, new in zip(context_of, written, strict=True)}
         best = [row.index(max(row)) for row in likelihoods.tolist()]  # the first one of equal ones
         chosen |= {prompt: index for prompt, index, head in zip(context_of, best, heads, strict=True) if head}
     rest = [prompt for prompt in texts if prompt not in chosen]
@@ -217,9 +175,8 @@ def _single_tokens(
     return [target[0] for _, target in pairs] if fits else None
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    end = tokenizer.eos_token_id
-    kept = ids[: ids.index(end)] if end in ids else ids
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    kept = list(takewhile(lambda token: token != tokenizer.eos_token_id, ids))
     return str(tokenizer.decode(kept, skip_special_tokens=True))
 
 
@@ -229,10 +186,6 @@ def parse_option(text: str, options: Sequence[str]) -> int:
     Only its first line that is not empty counts: what follows is mostly the next question, invented. Words may stand
     anywhere in it, in any case; letters must stand alone or before punctuation (``B``, ``(B)``, ``B. Paris``), and be
     capital letters but at the start (``b)``), so that the article in "A dog" is no answer.
-
-    Args:
-        text: What the model said.
-        options: The options.
 
     Example:
         >>> parse_option(" Yes, they", ("No", "Yes")), parse_option(" True or False", ("False", "True"))

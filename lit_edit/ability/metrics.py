@@ -11,7 +11,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_f1_score, multiclass_matthews_corrcoef
+from torch.nn.functional import one_hot
+from torchmetrics.functional.classification import multiclass_f1_score
 
 NONE = -1  # the choice of a model that named no option, or several
 RESAMPLES = 500
@@ -38,13 +39,8 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
 def weighted_f1(gold: Tensor, chosen: Tensor, options: int) -> Tensor:
     """Return the F1 of each option, averaged by how often it is right (``f1`` of the published editing benchmarks).
 
-    Args:
-        gold: ``(items,)`` or ``(samples, items)``, index of the right option.
-        chosen: The same shape, index of the chosen one; :data:`NONE` counts as wrong.
-        options: How many there are.
-
-    Returns:
-        A scalar, or one per sample ``(samples,)``.
+    Of indices of the right and of the chosen option, ``(items,)`` or ``(samples, items)``: a scalar, or one per sample.
+    :data:`NONE` counts as wrong.
 
     Example:
         >>> weighted_f1(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1]), 2)
@@ -58,24 +54,17 @@ def weighted_f1(gold: Tensor, chosen: Tensor, options: int) -> Tensor:
 
 
 def matthews(gold: Tensor, chosen: Tensor, options: int) -> Tensor:
-    """Return Matthews' correlation coefficient, 0 for a model that always says the same; shapes as in F1.
+    """Return Matthews' correlation coefficient (Gorodkin 2004); shapes as in F1.
+
+    It is 0 where it is 0/0, as of a model that always says the same. torchmetrics has it for one set at a time only,
+    and something else than 0 of two options.
 
     Example:
         >>> matthews(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1]), 2)
-        tensor(0.5774)
+        tensor(0.5774, dtype=torch.float64)
     """
-    if gold.dim() == 2:
-        return _matthews_of_samples(gold, _named(chosen, options), options + 1)
-    # The class of no choice makes more than two, also where there are two options: torchmetrics' binary case answers
-    # something else than 0 where the coefficient is 0/0.
-    result: Tensor = multiclass_matthews_corrcoef(_named(chosen, options), gold, options + 1, validate_args=False)
-    return result
-
-
-def _matthews_of_samples(gold: Tensor, chosen: Tensor, classes: int) -> Tensor:
-    """Return the coefficient (Gorodkin 2004) of each row; torchmetrics has it for one set at a time only."""
     right = (gold == chosen).sum(-1).double()
-    true, named = (torch.nn.functional.one_hot(x, classes).sum(-2).double() for x in (gold, chosen))
+    named, true = (one_hot(x, options + 1).sum(-2).double() for x in (_named(chosen, options), gold))
     items = gold.shape[-1]
     covered = right * items - (true * named).sum(-1)
     spread = (items**2 - (true**2).sum(-1)) * (items**2 - (named**2).sum(-1))
@@ -93,14 +82,10 @@ def bootstrap(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> tuple[float, float]:
-    """Return the 95 % percentile interval of a metric over resampled items (Efron 1979).
+    """Return the 95 % percentile interval of a metric over resampled items (Efron 1979); the same on every machine.
 
-    Args:
-        metric: Takes ``(samples, items)`` twice and returns ``(samples,)``.
-        gold: ``(items,)``.
-        chosen: ``(items,)``; the same items are drawn from both.
-        seed: Seeds the drawing; the same numbers on every machine.
-        resamples: How often to draw.
+    The same items are drawn from ``gold`` and ``chosen``, both ``(items,)``; the metric takes both as
+    ``(samples, items)`` and returns ``(samples,)``.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(gold), (resamples, len(gold)), generator=generator)
@@ -110,14 +95,8 @@ def bootstrap(
     return low, high
 
 
-def score_choices(gold: Sequence[int], chosen: Sequence[int], options: int, seed: int = 0) -> dict[str, float]:
-    """Return accuracy, weighted F1 and MCC, each with the ends of its 95 % interval.
-
-    Args:
-        gold: Index of the right option, per item.
-        chosen: Index of the chosen one, or :data:`NONE`.
-        options: How many options there are.
-        seed: Seeds the bootstrap of F1 and MCC.
+def score_choices(gold: Sequence[int], chosen: Sequence[int], options: int) -> dict[str, float]:
+    """Return accuracy, weighted F1 and MCC of chosen options, each with the ends of its 95 % interval.
 
     Raises:
         ValueError: If there are no items, or not as many choices.
@@ -130,7 +109,7 @@ def score_choices(gold: Sequence[int], chosen: Sequence[int], options: int, seed
     scores = {"accuracy": hits / len(gold), "accuracy_low": low, "accuracy_high": high}
     metrics: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {"f1": weighted_f1, "mcc": matthews}
     for name, metric in metrics.items():
-        low, high = bootstrap(lambda g, c, m=metric: m(g, c, options), right, said, seed)  # type: ignore[misc]
+        low, high = bootstrap(lambda g, c, m=metric: m(g, c, options), right, said)  # type: ignore[misc]
         scores |= {name: metric(right, said, options).item(), f"{name}_low": low, f"{name}_high": high}
     return scores
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
 from string import Formatter
 from typing import Any
@@ -30,49 +31,32 @@ class Item:
 
 @dataclass(frozen=True)
 class HubSource:
-    """Where a task lies on the hub.
+    """Where a task lies on the hub."""
 
-    Attributes:
-        path: Id of the data set.
-        config: Name of its part.
-        split: Which split; one whose labels are public.
-        names: What the data set calls its labels, in the order of their numbers; none if it does not name them.
-    """
-
-    path: str
-    config: str
-    split: str
-    names: tuple[str, ...] = ()
+    path: str  # id of the data set
+    config: str  # name of its part
+    split: str  # one whose labels are public
+    names: tuple[str, ...] = ()  # of its labels, in the order of their numbers; none if it does not name them
 
 
 @dataclass(frozen=True)
 class Task:
-    """A few-shot task whose answer is one of some options.
-
-    Attributes:
-        name: What files, logs and configs call it.
-        title: What it asks.
-        template: The prompt, with the record's fields in braces. It ends without a space: the space belongs to the
-            answer's first token.
-        options: The answers, as they follow the prompt.
-        labels: Index of the right option, by the record's label (as lower-case text).
-        hub: Where the data are on the hub.
-        label_field: Field of the label.
-        anchors: Index of the right option of items whose answer is beyond doubt, by :func:`digest` of their texts.
+    """A few-shot task whose answer is one of some options; ``tasks.yaml`` says what its fields are.
 
     Example:
-        >>> TASKS["rte"].options[TASKS["rte"].item({"sentence1": "A", "sentence2": "B", "label": 0}).gold]
+        >>> [rte] = find_tasks(["rte"])
+        >>> rte.options[rte.item({"sentence1": "A", "sentence2": "B", "label": 0}).gold]
         'True'
     """
 
-    name: str
+    name: str  # in files, logs and configs
     title: str
     template: str
     options: tuple[str, ...]
-    labels: Mapping[str, int]
+    labels: Mapping[str, int]  # by the record's label: index of the right option
     hub: HubSource
     label_field: str = "label"
-    anchors: Mapping[str, int] = field(default_factory=dict)
+    anchors: Mapping[str, int] = field(default_factory=dict)  # by digest of an item's texts: the same, beyond doubt
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -84,8 +68,7 @@ class Task:
         """Turn a raw record into a question.
 
         Raises:
-            DataError: If a field is missing, of the wrong kind or empty, the label is unknown, or it is not the answer
-                that this item is known to have.
+            DataError: If a field or the label is missing or wrong, or not the answer that this item is known to have.
         """
         if not isinstance(record, Mapping):
             raise DataError(f"expected a record with fields, got {type(record).__name__}")
@@ -147,7 +130,9 @@ def _checked(value: object, name: str) -> str:
     return value.strip()
 
 
-def _read_tasks() -> dict[str, Task]:
+@cache
+def all_tasks() -> Mapping[str, Task]:
+    """Return the tasks by name, as ``tasks.yaml`` describes them."""
     tasks = {}
     for name, told in yaml.safe_load((files("lit_edit.ability") / "tasks.yaml").read_text(encoding="utf-8")).items():
         index = {option: number for number, option in enumerate(told["options"])}
@@ -165,12 +150,8 @@ def _read_tasks() -> dict[str, Task]:
     return tasks
 
 
-TASKS: Mapping[str, Task] = _read_tasks()
-"""By name, as ``tasks.yaml`` describes them."""
-
-
-def find_tasks(names: Sequence[str]) -> list[Task]:
-    """Return tasks by name.
+def find_tasks(names: Sequence[str] | None = None) -> list[Task]:
+    """Return tasks by name, or all of them.
 
     Raises:
         ValueError: If there is none, one is unknown, or one is named twice.
@@ -179,10 +160,13 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
         >>> [task.options for task in find_tasks(["cola"])]
         [('No', 'Yes')]
     """
+    tasks = all_tasks()
+    if names is None:
+        return list(tasks.values())
     if isinstance(names, str) or not names:
-        raise ValueError(f"tasks must be a list of at least one of {', '.join(TASKS)}, got {names!r}")
-    if unknown := [name for name in names if name not in TASKS]:
-        raise ValueError(f"tasks: there is no task {unknown[0]!r}; there are {', '.join(TASKS)}")
+        raise ValueError(f"tasks must be a list of at least one of {', '.join(tasks)}, got {names!r}")
+    if unknown := [name for name in names if name not in tasks]:
+        raise ValueError(f"tasks: there is no task {unknown[0]!r}; there are {', '.join(tasks)}")
     if len(set(names)) < len(names):
         raise ValueError(f"tasks: one is named twice: {', '.join(names)}")
-    return [TASKS[name] for name in names]
+    return [tasks[name] for name in names]

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 def run_ability(args: list[str]) -> None:
     """Measure, print a table, and write ``ability.json`` into a folder of the run."""
-    from lit_edit.ability.tasks import RESERVED, TASKS
+    from lit_edit.ability.tasks import RESERVED, all_tasks
 
     parser = make_parser(
         "ability",
@@ -26,7 +26,9 @@ def run_ability(args: list[str]) -> None:
         "again. What is measured already is not measured again.",
     )
     parser.add_run()
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="by default all of them")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=all_tasks(), default=[*all_tasks()], help="by default all of them"
+    )
     parser.add_task_files("by default they come from the hub", "--folder")
     parser.add_argument(
         "--at", nargs="+", type=int, default=None, help="numbers of edits; by default 0 and all of them"

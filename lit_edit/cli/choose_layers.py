@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import make_parser, positive
-from lit_edit.studies.layers.method import BASE, Method
+from lit_edit.studies.layers import BASE
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
     from lit_edit.data.request import EditRequest
     from lit_edit.studies.layers.bench import Bench
+    from lit_edit.studies.layers.method import Method
     from lit_edit.studies.layers.search import Found, Plan
     from lit_edit.studies.layers.trial import Trial
 
@@ -44,16 +44,10 @@ def _options(args: list[str]) -> argparse.Namespace:
     parser.add_method("method/d4s")
     parser.add_limit("edits to choose by", "--edits", default=12)
     parser.add_argument("--held-out", type=positive, default=12, help="edits to compare choice and default on")
-    parser.add_argument(
-        "--widths",
-        type=positive,
-        nargs="+",
-        default=None,
-        help="layers in a group (default: 1 3 5 as far as there are)",
-    )
-    parser.add_argument(
-        "--stride", type=_stride, default=None, help="distance of the first grid's layers; auto: an eighth of the depth"
-    )
+    text = "layers in a group (default: 1 3 5 as far as there are)"
+    parser.add_argument("--widths", type=positive, nargs="+", default=None, help=text)
+    text = "distance of the first grid's layers; auto: an eighth of the depth"
+    parser.add_argument("--stride", type=_stride, default=None, help=text)
     parser.add_seed("of the draw of the edits, and of the method")
     parser.add_out("folder to write to (default: runs/layers/MODEL)")
     return parser.parse_args(args)
@@ -68,16 +62,15 @@ def run_choose_layers(args: list[str]) -> None:
     options = _options(args)
 
     from lit_edit.data.sources import load_requests
-    from lit_edit.runs.files import run_lock
+    from lit_edit.studies.frame import results_folder
+    from lit_edit.studies.layers.method import Method
     from lit_edit.studies.layers.sample import draw_samples
 
     source = {"source": "builtin"} if options.data == "builtin" else {"source": "file", "path": options.data}
     requests, _ = load_requests(**source)
     samples = draw_samples(requests, options.limit, options.held_out, options.seed)
     method = Method(options.method, options.model, options.seed)
-    out = options.out or Path("runs") / "layers" / re.sub(r"[^\w.-]+", "-", options.model).strip("-.")
-    out.mkdir(parents=True, exist_ok=True)
-    with run_lock(out, "--out"):
+    with results_folder(options.out, "layers", options.model) as out:
         found = _search(options, out, method, *samples)
     _report(*found, out)
 
@@ -85,12 +78,14 @@ def run_choose_layers(args: list[str]) -> None:
 def _search(
     options: argparse.Namespace, out: Path, method: Method, sample: list[EditRequest], held_out: list[EditRequest]
 ) -> tuple[Found, Plan, list[Trial]]:
+    from dataclasses import asdict, replace
     from functools import partial
 
     from tqdm import tqdm
 
     from lit_edit.data.datamodule import perplexity_texts
-    from lit_edit.files.paths import write_atomically
+    from lit_edit.files.paths import write_text
+    from lit_edit.files.pictures import write_figure
     from lit_edit.models import ModelAdapter
     from lit_edit.runs.results import ResultsFolder
     from lit_edit.studies.layers.bench import Bench
@@ -115,30 +110,31 @@ def _search(
             perplexity_texts(),
             method.window,
             method.stream.on_conflict,
-            progress=partial(_show_tokens, bar),
+            partial(_show_tokens, bar),
         )
-        plan = Plan(
-            adapter.n_layers,
-            stride,
-            widths if bench.takes_groups() else (1,),
-            options.limit,
-            options.held_out,
-            bench.default_layers(),
-        )
+        groups, default = widths if bench.takes_groups() else (1,), bench.default_layers()
+        plan = Plan(adapter.n_layers, stride, groups, options.limit, options.held_out, default)
         folder = ResultsFolder(out, Trial.from_dict)
-        trials = folder.open(_settings(options, method, bench, plan, sample + held_out))
-        kept = {trial.key: trial for trial in trials}
-        found = search_layers(plan, _measurer(bench, folder, kept, sample, held_out), partial(_show, bar))
+        kept = {trial.key: trial for trial in folder.open(_settings(options, method, bench, plan, sample + held_out))}
+
+        def measure(stage: Any, layers: tuple[int, ...], edits: int) -> Trial:
+            """Try a candidate, unless its trial is on record."""
+            key = Trial(stage, layers, edits).key
+            if key not in kept:
+                requests = held_out if stage == "held out" else sample
+                kept[key] = bench.measure(stage, layers, requests[:edits])
+                folder.append(asdict(kept[key]))
+            return replace(kept[key], stage=stage)
+
+        found = search_layers(plan, measure, partial(_show, bar))
     trials = list(kept.values())
-    figure = draw_search(trials, plan.default, f"{options.model}, {options.method}")
-    write_atomically(out / "layers.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    write_figure(out / "layers.png", draw_search(trials, plan.default, f"{options.model}, {options.method}"))
     how = [
         f"Layers of {options.model} for {options.method}, proposed by lit-edit choose-layers: {len(trials)} trials, "
         f"{options.limit} edits to choose by, {options.held_out} held out, seed {options.seed}.",
         f"  lit-edit fit --config {BASE} --config {out / 'proposal.yaml'} --data.path FILE",
     ]
-    text = proposal_text(found, options.model, method.editor, how, method.content())
-    write_atomically(out / "proposal.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(out / "proposal.yaml", proposal_text(found, options.model, method.editor, how, method.content()))
     return found, plan, trials
 
 
@@ -154,29 +150,6 @@ def _show_tokens(bar: tqdm[Any], done: int, total: int) -> None:
     bar.set_postfix_str(f"key statistics of all layers: {done} of {total} tokens" if done < total else "")
 
 
-def _measurer(
-    bench: Bench,
-    folder: Any,
-    kept: dict[Any, Trial],
-    sample: list[EditRequest],
-    held_out: list[EditRequest],
-) -> Any:
-    """Return what tries a candidate, unless its trial is on record."""
-    from dataclasses import replace
-
-    from lit_edit.studies.layers.trial import Trial
-
-    def measure(stage: Any, layers: tuple[int, ...], edits: int) -> Trial:
-        key = Trial(stage, layers, edits).key
-        if key not in kept:
-            requests = held_out if stage == "held out" else sample
-            kept[key] = bench.measure(stage, layers, requests[:edits])
-            folder.append(kept[key].as_dict())
-        return replace(kept[key], stage=stage)
-
-    return measure
-
-
 def _settings(
     options: argparse.Namespace, method: Method, bench: Bench, plan: Plan, requests: Sequence[EditRequest]
 ) -> dict[str, Any]:
@@ -188,41 +161,35 @@ def _settings(
         "model": options.model,
         "weights": bench.base_hash,
         "sample": hashlib.sha256(data.encode()).hexdigest()[:16],
-        "edits": plan.edits,
-        "held_out": plan.held_out,
-        "widths": list(plan.widths),
-        "stride": plan.stride,
         "seed": options.seed,
-        "default": list(plan.default),
+        **{name: value for name, value in vars(plan).items() if name != "depth"},
         **method.settings(),
     }
 
 
 def _report(found: Found, plan: Plan, trials: Sequence[Trial], out: Path) -> None:
     from rich.box import SIMPLE
-    from rich.table import Table
 
-    from lit_edit.console.tables import print_whole
+    from lit_edit.console.tables import print_whole, table_of
     from lit_edit.studies.layers.figures import thorough
     from lit_edit.studies.layers.proposal import COLUMNS, as_cell, verdict
 
-    table = Table(title="Layers, best first (each over most edits)", title_justify="left", box=SIMPLE)
-    for heading in ("layers", "edits", *COLUMNS, "refused", ""):
-        table.add_column(heading, no_wrap=True)
     searched = thorough([trial for trial in trials if trial.stage != "held out"])
     searched.sort(key=lambda trial: (trial.edits, trial.rank), reverse=True)
-    both = [found.best_held_out]
-    if found.default_held_out.layers != found.best_held_out.layers:
-        both.append(found.default_held_out)
-    for section in (searched, both):
-        for trial in section:
-            marks = ["held out"] if section is both else []
-            marks += ["default"] if trial.layers == plan.default else []
-            marks += ["proposed"] if section is both and trial.layers == found.proposed.layers else []
-            marks += ["cannot be edited"] if trial.error else ["breaks the model"] if trial.broken else []
-            cells = (as_cell(trial, name) for name in COLUMNS)
-            table.add_row(trial.name, str(trial.edits), *cells, str(trial.refused or ""), ", ".join(marks))
-        table.add_section()
+    both = list(dict.fromkeys([found.best_held_out, found.default_held_out]))
+    rows = []
+    for number, trial in enumerate([*searched, *both]):
+        apart = number >= len(searched)
+        marks = ["held out"] if apart else []
+        marks += ["default"] if trial.layers == plan.default else []
+        marks += ["proposed"] if apart and trial.layers == found.proposed.layers else []
+        marks += ["cannot be edited"] if trial.error else ["breaks the model"] if trial.broken else []
+        cells = (as_cell(trial, name) for name in COLUMNS)
+        rows.append((trial.name, trial.edits, *cells, trial.refused or "", ", ".join(marks)))
+    headings = ("layers", "edits", *COLUMNS, "refused", "")
+    title = "Layers, best first (each over most edits)"
+    table = table_of(headings, rows, whole=True, title=title, box=SIMPLE)
+    table.rows[len(searched) - 1].end_section = True
     print_whole(table)
     sys.stdout.write(f"{verdict(found)}\n")
     sys.stdout.write(f"Everything is in {out}/ (results.jsonl, layers.png, proposal.yaml); use it with\n")

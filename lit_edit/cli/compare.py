@@ -20,7 +20,6 @@ from lit_edit.console.words import read_settings
 from lit_edit.data.request import shorten
 from lit_edit.errors import ArgumentError
 from lit_edit.sweeps.grids import Grid, Point, read_grid, with_changes
-from lit_edit.sweeps.study import run_rest
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,7 +42,10 @@ def run_compare(args: list[str]) -> int:
     if options.gather:
         _report(grid, folder, options.measure)
         return 0
-    status = run_rest(grid, folder, options.dry_run, points=chosen, check=partial(check_one_stream, grid))
+
+    from lit_edit.sweeps.points import run_or_list
+
+    status = run_or_list(grid, folder, options.dry_run, chosen, check=partial(check_one_stream, grid))
     if status is None:
         return 0
     sys.stdout.write("\n")

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import math
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.errors import ArgumentError
-from lit_edit.files.paths import write_atomically, write_json
+from lit_edit.studies.frame import check_files, results_folder
 
 if TYPE_CHECKING:
     from lit_edit.data.request import EditRequest
@@ -29,11 +28,10 @@ def run_mine_hard(args: list[str]) -> None:
     options, rest = _parser().parse_known_args(args)
     if options.factor <= 0 or not math.isfinite(options.factor):
         raise ArgumentError(f"--factor must be a number above 0, got {options.factor}")
-    if options.data is not None and not options.data.is_file():
-        raise ArgumentError(f"--data {options.data}: no such file")
+    check_files(data=options.data)
 
     from lit_edit.console.fit_parser import FitParser
-    from lit_edit.runs.files import run_lock
+    from lit_edit.files.paths import write_json, write_text
     from lit_edit.runs.results import ResultsFolder
     from lit_edit.studies.hard_facts.mining import Miner, SingleEdit, as_records, choose_hard
 
@@ -42,9 +40,8 @@ def run_mine_hard(args: list[str]) -> None:
     made = parser.make()
     stream, data = made.model, made.data
     data.read()
-    out = options.out or Path("runs") / "hard" / _plain(f"{Path(options.method).stem}-{stream.language_model.name}")
-    out.mkdir(parents=True, exist_ok=True)
-    with run_lock(out, "--out"):
+    name = f"{Path(options.method).stem}-{stream.language_model.name}"
+    with results_folder(options.out, "hard", name) as out:
         folder = ResultsFolder(out, SingleEdit.from_dict, "search", "records.jsonl")
         tried = folder.open(_essence(settings, data.perplexity_texts, options.bos))
         done = {edit.id: edit for edit in tried}
@@ -57,7 +54,7 @@ def run_mine_hard(args: list[str]) -> None:
         requests = {request.id: request for request in data.requests}
         write_json(out / "hard.json", as_records(hard, requests))
         text = _describe(miner, rows, hard, requests, options)
-        write_atomically(out / "worst.md", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(out / "worst.md", text)
     sys.stdout.write(f"{text}\nEverything is in {out}/ (records.jsonl, hard.json, worst.md)\n")
     if hard:
         path = out / "hard.json"
@@ -82,19 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_data("edits, as for lit-edit fit; by default the built-in", type=Path)
     parser.add_limit("try at most so many")
     parser.add_argument("--offset", type=int, default=0, help="leave out so many at the beginning")
-    parser.add_argument(
-        "--texts",
-        type=Path,
-        default=None,
-        metavar="FILE",
-        help="whose perplexity is measured: a line each, or records with a 'text' field (ME-PPL's); by default "
-        "sentences that ship",
-    )
+    text = "whose perplexity is measured: a line each, or records with a 'text' field (ME-PPL's); by default sentences "
+    parser.add_argument("--texts", type=Path, default=None, metavar="FILE", help=f"{text}that ship")
     parser.add_argument("--bos", action="store_true", help="put the tokenizer's leading tokens before each text")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--factor", type=float, default=2.0, help="hard: perplexity is above so many times that of the base"
-    )
+    text = "hard: perplexity is above so many times that of the base"
+    which.add_argument("--factor", type=float, default=2.0, help=text)
     which.add_argument("--keep", type=positive, default=None, help="hard: so many of the worst, whatever they do")
     parser.add_out("folder to write to (default: runs/hard/METHOD-MODEL)")
     return parser
@@ -127,6 +117,8 @@ def _essence(settings: dict[str, Any], texts: Sequence[str], bos: bool) -> dict[
 
 def _mine(miner: Miner, requests: Sequence[EditRequest], done: dict[str, SingleEdit], folder: Any) -> list[SingleEdit]:
     """Try what has not been tried; return the edits of all requests."""
+    from dataclasses import asdict
+
     from tqdm import tqdm
 
     rows = []
@@ -137,7 +129,7 @@ def _mine(miner: Miner, requests: Sequence[EditRequest], done: dict[str, SingleE
             row = done.get(request.id)
             if row is None:
                 row = miner.try_edit(request)
-                folder.append(row.as_dict())
+                folder.append(asdict(row))
                 worst = worst if row.refused else max(worst, row.ratio)
                 bar.set_postfix_str(f"worst {worst:.4g} times")
                 bar.update()
@@ -182,7 +174,3 @@ def _cells(row: SingleEdit, request: EditRequest) -> dict[str, str]:
 
 def _number(value: float, form: str) -> str:
     return format(value, form) if math.isfinite(value) else "not finite"
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.")

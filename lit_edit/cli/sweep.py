@@ -18,7 +18,6 @@ from lit_edit.console.words import read_settings
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_text
 from lit_edit.sweeps.grids import Grid, Point, read_grid, with_changes
-from lit_edit.sweeps.study import run_rest
 
 
 def run_sweep(args: list[str]) -> int:
@@ -31,7 +30,7 @@ def run_sweep(args: list[str]) -> int:
     chosen = _chosen(grid, options.only)
 
     from lit_edit.sweeps.gathering import gather
-    from lit_edit.sweeps.points import check_begun, parse_points
+    from lit_edit.sweeps.points import check_begun, parse_points, run_or_list
 
     if options.gather:
         sys.stdout.write(gather(grid, folder))
@@ -43,7 +42,7 @@ def run_sweep(args: list[str]) -> int:
         script = write_script(grid, folder, again)
         sys.stdout.write(f"{len(grid.points)} points; set their resources in the script, then\n  sbatch {script}\n")
         return 0
-    status = run_rest(grid, folder, options.dry_run, points=chosen)
+    status = run_or_list(grid, folder, options.dry_run, chosen)
     if status is None:
         return 0
     sys.stdout.write(f"\n{gather(grid, folder)}\nEverything is in {folder}/\n")

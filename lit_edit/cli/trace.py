@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import re
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 KINDS = ("hidden", "mlp", "attn")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> ArgumentParser:
     parser = make_parser(
         "trace",
         "Causal tracing (Meng et al. 2022): corrupt the subject of a fact with noise, put single clean states back, "
@@ -47,33 +46,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_model()
     parser.add_limit("trace so many facts that the model knows", default=50)
-    parser.add_argument(
-        "--kinds",
-        nargs="+",
-        choices=KINDS,
-        default=list(KINDS),
-        help="what is restored: one hidden state, MLP outputs or attention outputs over a window of layers",
-    )
+    text = "what is restored: one hidden state, MLP outputs or attention outputs over a window of layers"
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help=text)
     parser.add_argument("--samples", type=positive, default=10, help="draws of the noise per fact")
-    parser.add_argument(
-        "--noise", type=float, default=3.0, help="its standard deviation, in those of the subjects' embeddings"
-    )
-    parser.add_argument(
-        "--window", type=positive, default=10, help="layers restored together (mlp, attn), around the layer named"
-    )
+    text = "its standard deviation, in those of the subjects' embeddings"
+    parser.add_argument("--noise", type=float, default=3.0, help=text)
+    text = "layers restored together (mlp, attn), around the layer named"
+    parser.add_argument("--window", type=positive, default=10, help=text)
     parser.add_seed("seed of the noise")
-    parser.add_argument(
-        "--precision",
-        choices=["fastest", "exact"],
-        default="fastest",
-        help="'fastest' multiplies in bfloat16 where the machine is clearly faster at it; 'exact' in float32",
-    )
-    parser.add_argument(
-        "--workers",
-        type=positive,
-        default=None,
-        help="facts traced at a time, by threads that share the cores (default: up to 4 on a CPU, 1 on a GPU)",
-    )
+    text = "'fastest' multiplies in bfloat16 where the machine is clearly faster at it; 'exact' in float32"
+    parser.add_argument("--precision", choices=["fastest", "exact"], default="fastest", help=text)
+    text = "facts traced at a time, by threads that share the cores (default: up to 4 on a CPU, 1 on a GPU)"
+    parser.add_argument("--workers", type=positive, default=None, help=text)
     parser.add_out("folder to write to (default: runs/traces/MODEL)")
     parser.add_argument("--no-fact-figures", action="store_true", help="draw the averages only")
     return parser
@@ -86,41 +70,36 @@ def run_trace(args: list[str]) -> None:
         raise ArgumentError(f"--data {options.data}: no such file")
 
     from lit_edit.models import LanguageModel, ModelAdapter
-    from lit_edit.runs.files import run_lock
     from lit_edit.stats.second_moment import weights_hash
+    from lit_edit.studies.frame import results_folder
     from lit_edit.studies.tracing import average_effects, read_facts
     from lit_edit.studies.tracing.facts import find_file
     from lit_edit.studies.tracing.files import TraceFolder
-    from lit_edit.studies.tracing.study import Tracer, TraceSettings, as_settings, workers_for
+    from lit_edit.studies.tracing.study import Tracer, TraceSettings, workers_for
 
     kinds = tuple(sorted(options.kinds, key=KINDS.index))
     settings = TraceSettings(kinds, options.samples, options.noise, options.window, options.seed)
     file = find_file(options.data)
     facts = read_facts(file)
-    out = options.out or Path("runs") / "traces" / re.sub(r"[^\w.-]+", "-", options.model).strip("-.")
-    out.mkdir(parents=True, exist_ok=True)
-    with run_lock(out, "--out"):
+    with results_folder(options.out, "traces", options.model) as out:
         model, tokenizer = LanguageModel(options.model).load()
         adapter = ModelAdapter(model)
         tokenized = _tokenize(file, facts, tokenizer)
         tracer = Tracer(adapter, tokenizer, tokenized, settings, options.precision == "fastest")
         folder = TraceFolder(out)
-        earlier = folder.open(
-            as_settings(
-                settings,
-                model=options.model,
-                weights=weights_hash(adapter.model),
-                data=hashlib.sha256(file.read_bytes()).hexdigest()[:16],
-                products="bfloat16" if tracer.rounds else str(adapter.dtype).removeprefix("torch."),
-            )
-        )
-        finished = {trace.id: trace for trace in earlier}
+        told = {
+            **vars(settings),
+            "model": options.model,
+            "weights": weights_hash(adapter.model),
+            "data": hashlib.sha256(file.read_bytes()).hexdigest()[:16],
+            "products": "bfloat16" if tracer.rounds else str(adapter.dtype).removeprefix("torch."),
+        }
+        finished = {trace.id: trace for trace in folder.open(told)}
         chosen = _choose(adapter, tokenizer, tokenized, options.limit)
         traces = _trace(tracer, chosen, finished, folder, options.workers or workers_for(adapter))
         averages = average_effects(traces)
         files = folder.write_tables(traces, averages)
-        title = f"{options.model}, {len(traces)} facts, {options.samples} samples, noise of {options.noise:g} sd"
-        _draw(folder, traces, averages, settings.window, title, not options.no_fact_figures)
+        _draw(out, traces, averages, options)
     _report(traces, averages, out, files)
 
 
@@ -148,11 +127,8 @@ def _choose(
     from lit_edit.studies.tracing.prompts import known_facts
 
     with tqdm(total=len(facts), desc="which facts are known", unit="fact", leave=False) as bar:
-
-        def show(tried: int) -> None:
-            bar.update(tried - bar.n)
-
-        chosen = list(islice(known_facts(adapter, tokenizer, facts, progress=show), limit))
+        tried = known_facts(adapter, tokenizer, facts, progress=lambda count: bar.update(count - bar.n))
+        chosen = list(islice(tried, limit))
     if not chosen:
         raise ArgumentError(
             f"the model knows none of the {len(facts)} facts (its first choice is never the attribute's first token): "
@@ -172,33 +148,26 @@ def _trace(
     with tqdm(total=len(chosen), initial=done, desc="tracing", unit="fact") as bar:
 
         def keep(trace: FactTrace) -> None:
-            folder.append(trace.as_dict())
+            folder.append(vars(trace))
             bar.update()
 
         return list(tracer.trace_all(chosen, finished, keep, workers))
 
 
-def _draw(
-    folder: TraceFolder,
-    traces: Sequence[FactTrace],
-    averages: Sequence[AverageEffect],
-    window: int,
-    title: str,
-    each: bool,
-) -> None:
+def _draw(out: Path, traces: Sequence[FactTrace], averages: Sequence[AverageEffect], options: Namespace) -> None:
     from tqdm import tqdm
 
-    from lit_edit.files.paths import write_atomically
+    from lit_edit.files.pictures import write_figure
     from lit_edit.studies.tracing.figures import draw_averages, draw_fact
 
-    figure = draw_averages(averages, window, title)
-    write_atomically(folder.path / "average.png", lambda path: figure.savefig(path, format="png", dpi=120))
-    for number, trace in enumerate(tqdm(traces, desc="figures", unit="fact", leave=False, disable=not each)):
+    title = f"{options.model}, {len(traces)} facts, {options.samples} samples, noise of {options.noise:g} sd"
+    write_figure(out / "average.png", draw_averages(averages, options.window, title))
+    shown = [] if options.no_fact_figures else traces
+    for number, trace in enumerate(tqdm(shown, "figures", unit="fact", leave=False, disable=not shown)):
         name = re.sub(r"[^\w-]+", "-", trace.prompt).strip("-")[:60]
-        path = folder.path / "facts" / f"{number:03d}-{name}.png"
-        if each and not path.exists():
-            of_fact = draw_fact(trace, window)
-            write_atomically(path, partial(of_fact.savefig, format="png", dpi=100))
+        path = out / "facts" / f"{number:03d}-{name}.png"
+        if not path.exists():
+            write_figure(path, draw_fact(trace, options.window))
 
 
 def _report(traces: Sequence[FactTrace], averages: Sequence[AverageEffect], out: Path, files: Sequence[str]) -> None:

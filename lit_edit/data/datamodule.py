@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lit_edit.data.files import expand
+from lit_edit.data.files import expand, repeated
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.data.sources import OnError, Source, builtin_text, load_requests
 from lit_edit.data.texts import read_documents
@@ -19,10 +19,8 @@ from lit_edit.errors import check_least
 class EditBatch:
     """The edits of one step. Not a dataclass: Lightning would take it apart to convert the numbers in it.
 
-    Args:
-        requests: To be committed together (one, unless ``batch_size`` is larger).
-        window: The edits whose targets may be prepared together, these included. Windows lie at fixed places of the
-            stream, so a resumed run sees the same ones.
+    ``requests`` are committed together; ``window`` are the edits whose targets may be prepared together, these too.
+    Windows lie at fixed places of the stream, so a resumed run sees the same ones.
     """
 
     __slots__ = ("requests", "window")
@@ -118,15 +116,14 @@ class EditDataModule(LightningDataModule):
             DataError: If there are none, or two have the same id.
         """
         module = cls(**options)
-        ids = [request.id for request in requests]
-        if not ids:
+        if not requests:
             raise DataError("no edits to make")
-        if len(set(ids)) < len(ids):
-            raise DataError(f"duplicate id {next(i for i in ids if ids.count(i) > 1)!r}")
+        if twice := repeated(request.id for request in requests):
+            raise DataError(f"duplicate id {twice[0]!r}")
         end = None if module.limit is None else module.offset + module.limit
         module.requests = list(requests)[module.offset : end]
         if not module.requests:
-            raise DataError(f"no edits left behind data.offset={module.offset}: there are {len(ids)}")
+            raise DataError(f"no edits left behind data.offset={module.offset}: there are {len(requests)}")
         module._shuffle()
         return module
 
@@ -169,11 +166,7 @@ class EditDataModule(LightningDataModule):
 
 
 def perplexity_texts(path: str | None = None) -> list[str]:
-    """Return the texts whose perplexity is measured: those of a file, or sentences written for this project.
-
-    Raises:
-        DataError: If the file cannot be read or holds no text of two words.
-    """
+    """Return the texts whose perplexity is measured: those of a file, or sentences written for this project."""
     if path is None:
         return builtin_text("plain_sentences.txt").splitlines()
     texts = read_documents(expand(path))

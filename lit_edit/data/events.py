@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -30,13 +30,9 @@ COLUMNS = ("head", "relation", "tail", "group")
 
 @dataclass(frozen=True)
 class Event:
-    """One tuple.
+    """One tuple: ``PersonX bakes bread``, one of :data:`RELATIONS`, and what it implies: ``to knead the dough``.
 
-    Attributes:
-        head: The event: ``PersonX bakes bread``.
-        relation: One of :data:`RELATIONS`.
-        tail: What it implies: ``to knead the dough``.
-        group: What the tail is about, if that is known: tails of another group do not answer for this head by accident.
+    The group says what the tail is about, if that is known: tails of another do not answer for this head by accident.
     """
 
     head: str
@@ -46,36 +42,22 @@ class Event:
 
 
 def read_events(source: str | None = None, split: str = "train") -> list[Event]:
-    """Read events.
+    """Read events, in order and each once: those that ship, of a file, or of a hub data set (``owner/name``).
 
-    Tuples that say nothing are left out, and counted in the log: tails ``none``, heads with a blank (``___``), and
-    relations of ATOMIC 2020 that are none of :data:`RELATIONS`.
-
-    Args:
-        source: A file of tuples with tabs between head, relation and tail (and group, if there is one), or the id
-            (``owner/name``) of a hub data set with these columns; by default the events that ship.
-        split: Split of the hub data set.
-
-    Returns:
-        The events in order, each once.
-
-    Raises:
-        DataError: If a line is no tuple (names the file and the line), or there are none.
+    A file has tabs between head, relation and tail (and group, if there is one); a data set has these columns. Tuples
+    that say nothing are left out, and counted in the log: tails ``none``, heads with a blank (``___``), and relations
+    of ATOMIC 2020 that are none of :data:`RELATIONS`. A :class:`DataError` names the line that is no tuple.
     """
     if source is None:
         name, rows = "events.txt", _lines("events.txt", builtin_text("events.txt"))
     elif _is_hub_id(source):
         name, rows = source, _hub(source, split)
     else:
-        path = expand(source)
-        name, rows = source, _lines(source, read_text(path))
+        name, rows = source, _lines(source, read_text(expand(source)))
     left_out: Counter[str] = Counter()
     events: dict[Event, None] = {}
     for place, cells in rows:
-        try:
-            event = _event(cells)
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from None
+        event = _event(place, cells)
         if reason := _says_nothing(event):
             left_out[reason] += 1
         else:
@@ -123,22 +105,22 @@ def _hub(name: str, split: str) -> Iterator[tuple[str, list[str]]]:
         yield place, [*(row[column].strip() for column in COLUMNS[:3]), group if isinstance(group, str) else ""]
 
 
-def _event(cells: list[str]) -> Event:
+def _event(place: str, cells: list[str]) -> Event:
     if len(cells) not in (3, 4):
         raise DataError(
-            f"expected head, relation and tail (and, if you like, a group) with tabs between them, got {len(cells)} "
-            f"columns: {shorten(' | '.join(cells))!r}"
+            f"{place}: expected head, relation and tail (and, if you like, a group) with tabs between them, got "
+            f"{len(cells)} columns: {shorten(' | '.join(cells))!r}"
         )
     for column, cell in zip(COLUMNS[:3], cells, strict=False):
         if not cell:
-            raise DataError(f"the {column} is empty")
+            raise DataError(f"{place}: the {column} is empty")
         if fault := find_fault(cell) or ("{}, which stands for the subject" if "{}" in cell else None):
-            raise DataError(f"the {column} holds {fault}")
+            raise DataError(f"{place}: the {column} holds {fault}")
     head, relation, tail = (" ".join(cell.split()) for cell in cells[:3])
     if relation not in (*RELATIONS, *OTHERS):
         near = get_close_matches(relation, RELATIONS, 1)
         meant = f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(RELATIONS)}"
-        raise DataError(f"unknown relation {shorten(relation)!r}{meant}")
+        raise DataError(f"{place}: unknown relation {shorten(relation)!r}{meant}")
     return Event(head.rstrip(" ."), relation, tail.rstrip(" ."), cells[3] if len(cells) > 3 else "")
 
 
@@ -157,7 +139,7 @@ def _tell(left_out: Counter[str]) -> str:
 
 def tails_by_relation(events: Iterable[Event]) -> dict[str, list[Event]]:
     """Return the events of each relation, in order."""
-    found: dict[str, list[Event]] = {}
+    found: defaultdict[str, list[Event]] = defaultdict(list)
     for event in events:
-        found.setdefault(event.relation, []).append(event)
+        found[event.relation].append(event)
     return found

@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,7 @@ SUFFIXES = (".json", ".jsonl", ".csv")
 
 
 def expand(name: str | Path) -> Path:
-    """Return a path with ``~`` replaced by the home folder.
-
-    Raises:
-        DataError: If nobody has such a home.
-    """
+    """Return a path with ``~`` replaced by the home folder; nobody's is a :class:`DataError`."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -28,11 +25,7 @@ def expand(name: str | Path) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file in UTF-8.
-
-    Raises:
-        DataError: If it cannot be read; names the file and, where the text is at fault, the line.
-    """
+    """Return the text of a file in UTF-8; a :class:`DataError` names it and, where the text is at fault, the line."""
     if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe might never end
         kind = "a folder" if os.path.isdir(path) else "no ordinary file"
         raise DataError(f"{path}: is {kind}; expected a file ({', '.join(SUFFIXES)})")
@@ -57,11 +50,8 @@ def read_text(path: Path) -> str:
 def read_file(path: Path) -> Iterator[tuple[int, Any | DataError]]:
     """Yield ``(line, record)`` for each record of a file, or ``(line, DataError)`` for one that cannot be read.
 
-    Args:
-        path: A ``.json`` list, ``.jsonl`` (a record per line) or ``.csv`` (with a header) in UTF-8.
-
-    Raises:
-        DataError: If the file as a whole cannot be read; names file and line.
+    It is a ``.json`` list, ``.jsonl`` (a record per line) or ``.csv`` (with a header) in UTF-8. The :class:`DataError`
+    that is raised is about the file as a whole.
     """
     if path.suffix.lower() not in SUFFIXES and not os.path.isdir(path):
         raise DataError(f"{path}: unknown kind of file {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
@@ -105,10 +95,8 @@ def _jsonl(path: Path, text: str) -> Iterator[tuple[int, Any | DataError]]:
             continue
         try:
             yield line, json.loads(row, parse_constant=_refuse_constant, object_pairs_hook=_object)
-        except json.JSONDecodeError as error:
-            yield line, DataError(f"bad JSON: {error.msg}")
         except (ValueError, RecursionError) as error:
-            yield line, DataError(f"bad JSON: {error}")
+            yield line, DataError(f"bad JSON: {getattr(error, 'msg', error)}")
 
 
 def _csv(path: Path, text: str) -> Iterator[tuple[int, Any | DataError]]:
@@ -132,9 +120,8 @@ def _csv(path: Path, text: str) -> Iterator[tuple[int, Any | DataError]]:
 def _check_header(path: Path, names: list[str]) -> None:
     if not any(names):
         raise DataError(f"{path}:1: the file is empty; expected a header (prompt,subject,target_new)")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{path}:1: a column name occurs twice: {shorten(twice)!r}")
+    if twice := repeated(names):
+        raise DataError(f"{path}:1: a column name occurs twice: {shorten(twice[0])!r}")
     for mark in (";", "\t"):
         if len(names) == 1 and mark in names[0]:
             raise DataError(f"{path}:1: expected commas between the columns, got {mark!r}: {shorten(names[0])!r}")
@@ -142,12 +129,14 @@ def _check_header(path: Path, names: list[str]) -> None:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of its members; JSON itself would silently keep the last of two with one name."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{shorten(twice)!r} occurs twice in an object")
-    return made
+    if twice := repeated(name for name, _ in pairs):
+        raise ValueError(f"{shorten(twice[0])!r} occurs twice in an object")
+    return dict(pairs)
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """Return the names that occur more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _refuse_constant(name: str) -> Any:

@@ -36,12 +36,7 @@ HELD_OUT = 3
 
 @dataclass(frozen=True)
 class Wording:
-    """How a relation is put into words; ``{}`` is the head.
-
-    Attributes:
-        direct: A sentence that the tail completes.
-        question: A question that the tail answers; it begins with the same words up to the head.
-    """
+    """A sentence about the head ``{}`` that the tail completes, and a question with the same words up to the head."""
 
     direct: str
     question: str
@@ -93,12 +88,8 @@ class Seed:
     """What all three kinds ask about.
 
     Attributes:
-        head: The event.
-        relation: What is asked.
-        answer: A right tail.
-        distractors: Wrong tails.
-        place: Where the answer stands among the options.
-        rival: Which wrong tail an edit's target is compared with, and the wrong statement says.
+        place: Where the answer, a right tail, stands among the options.
+        rival: Which of the wrong tails an edit's target is compared with, and the wrong statement says.
         holds: Whether the statement that is to be judged is the right one.
     """
 
@@ -147,21 +138,11 @@ class Seed:
 
 
 def build_mqd(events: Sequence[Event], count: int | None = None, seed: int = 0) -> dict[str, list[EditRequest]]:
-    """Make the data set; the same events and seed give the same one, and a smaller count its beginning.
+    """Make the data set by kind of :data:`KINDS`: requests about the same seeds in the same order.
 
-    Letters are in balance over every four requests from the first, and truth values over every two.
-
-    Args:
-        events: Tuples; several of one head and relation are all right, and the first is asked for.
-        count: Requests of each kind; by default as many as there are heads and relations to edit.
-        seed: Of the order, the distractors, and the places of right answers.
-
-    Returns:
-        By kind of :data:`KINDS`, requests about the same seeds in the same order.
-
-    Raises:
-        ArgumentError: If there are not so many.
-        DataError: If there are too few tails to choose wrong answers from.
+    The same events and seed give the same one, and a smaller count its beginning; by default all heads and relations
+    are asked that can be edited. Of several tails of one head and relation the first is asked for. Letters are in
+    balance over every four requests from the first, and truth values over every two.
     """
     edited, held_out = split_heads(events, seed)
     if count is not None and count > len(edited):
@@ -242,14 +223,12 @@ def _balanced(values: Sequence[int], random: Random) -> Iterator[int]:
 def _distractors(event: Event, right: Sequence[str], pool: Sequence[Event], seed: int) -> tuple[str, ...]:
     """Choose wrong answers: tails of the relation that no tail of the head is like, nor they each other."""
     random = Random(f"{seed}/distractors/{_key(event.head)}/{event.relation}")
-    taken, wanted = list(right), len(LETTERS) - 1
+    wanted = len(LETTERS) - 1
     chosen: list[str] = []
     for other in _drawn(pool, random):
-        if event.group and other.group == event.group:
+        same_group = event.group and other.group == event.group
+        if same_group or any(are_alike(other.tail, tail) for tail in (*right, *chosen)):
             continue
-        if any(are_alike(other.tail, tail) for tail in taken):
-            continue
-        taken.append(other.tail)
         chosen.append(other.tail)
         if len(chosen) == wanted:
             return tuple(chosen)

@@ -89,11 +89,9 @@ class EditRequest:
     target_id: str = ""
 
     def __post_init__(self) -> None:
+        _check_texts(prompt=self.prompt, subject=self.subject, target_new=self.target_new)
         for name in ("prompt", "subject", "target_new"):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                raise DataError(f"{name} must be text, got {type(value).__name__}")
-            if not value.strip():
+            if not getattr(self, name).strip():
                 raise DataError(f"{name} is empty")
         for name, value in vars(self).items():
             if fault := next((fault for text in _texts_in(value) if (fault := find_fault(text))), None):
@@ -126,9 +124,7 @@ class EditRequest:
             >>> EditRequest.from_text("1", "Ada is in Canada; Ada speaks", "Ada", "Greek").prompt
             'Ada is in Canada; {} speaks'
         """
-        for name, value in (("prompt", prompt), ("subject", subject), ("target_new", target_new)):
-            if not isinstance(value, str):
-                raise DataError(f"{name} must be text, got {type(value).__name__}")
+        _check_texts(prompt=prompt, subject=subject, target_new=target_new)
         prompt, subject, target_new = prompt.strip(), subject.strip(), target_new.strip()
         if not subject:
             raise DataError("subject is empty")
@@ -180,6 +176,12 @@ class EditRequest:
         """Start and end of the subject in :attr:`text`."""
         start = self.prompt.index("{}")
         return start, start + len(self.subject)
+
+
+def _check_texts(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise DataError(f"{name} must be text, got {type(value).__name__}")
 
 
 def _plain(value: object) -> Any:

@@ -30,18 +30,10 @@ def load_requests(
     on_error: OnError = "raise",
     split: str = "train",
 ) -> tuple[list[EditRequest], list[str]]:
-    """Read the requests of a stream.
+    """Read the requests of a stream; returns them, and a line for each record that was left out.
 
-    Args:
-        source: ``builtin``; ``file`` (format seen from its fields) or the name of a format; ``hub``.
-        path: The file, or the id of the hub data set.
-        limit: Take at most this many.
-        offset: Leave out this many valid records first.
-        on_error: ``raise`` on the first broken record, or ``skip`` it and go on.
-        split: Split of the hub data set.
-
-    Returns:
-        The requests, and a line for each record that was left out.
+    ``source`` is ``builtin``, ``file`` (the format is seen from its fields), the name of a format, or ``hub``; ``path``
+    the file, or the id of the data set. ``offset`` counts valid records. A broken record is raised, or skipped.
 
     Raises:
         DataError: On a broken record (names file and line), or if nothing is left to edit.
@@ -99,11 +91,7 @@ def _builtin() -> Iterator[tuple[str, Any]]:
 
 
 def hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
-    """Yield the place and content of each row of a hub data set.
-
-    Raises:
-        DataError: If it cannot be loaded.
-    """
+    """Yield the place and content of each row of a hub data set; :class:`DataError` if it cannot be loaded."""
     from datasets import load_dataset
 
     try:

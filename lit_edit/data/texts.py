@@ -9,11 +9,7 @@ from lit_edit.data.request import DataError, find_fault
 
 
 def read_documents(path: Path) -> list[str]:
-    """Read texts from a file: lines of text, or records with a ``text`` or ``Text`` field.
-
-    Raises:
-        DataError: If it cannot be read or holds no text; names the file and, where one is at fault, the line.
-    """
+    """Read texts from a file: lines of text, or records with a ``text`` or ``Text`` field; there must be some."""
     records = read_file(path) if path.suffix.lower() in SUFFIXES else enumerate(read_text(path).splitlines(), 1)
     texts = []
     for line, record in records:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
@@ -24,15 +24,7 @@ R = TypeVar("R")
 
 @cache
 def supports_float64(kind: str) -> bool:
-    """Tell whether a kind of device computes in float64; found out by trying, once per process.
-
-    Args:
-        kind: ``torch.device.type``.
-
-    Example:
-        >>> supports_float64("cpu")
-        True
-    """
+    """Tell whether a kind of device (``torch.device.type``) computes in float64; tried once per process."""
     try:
         numbers = torch.ones(2, 2, dtype=torch.float64, device=kind)
         return (numbers @ numbers).dtype == torch.float64
@@ -41,12 +33,7 @@ def supports_float64(kind: str) -> bool:
 
 
 def algebra_device(device: torch.device) -> torch.device:
-    """Return where to compute with what lies on a device: there, or on the CPU if it has no float64.
-
-    Example:
-        >>> algebra_device(torch.device("cpu"))
-        device(type='cpu')
-    """
+    """Return where to compute with what lies on a device: there, or on the CPU if it has no float64."""
     if device.type == "cpu" or supports_float64(device.type):
         return device
     _warn(
@@ -57,12 +44,7 @@ def algebra_device(device: torch.device) -> torch.device:
 
 
 def algebra_dtype(device: torch.device) -> torch.dtype:
-    """Return the type to compute in with what lies on a device: float64, or float32 if even the CPU has nothing better.
-
-    Example:
-        >>> algebra_dtype(torch.device("cpu"))
-        torch.float64
-    """
+    """Return the type to compute in with what lies on a device: float64, or float32 if even the CPU has no better."""
     if supports_float64(algebra_device(device).type):
         return torch.float64
     _warn(
@@ -95,12 +77,10 @@ def without_autocast(*devices: torch.device) -> AbstractContextManager[object]:
         ...     (ones @ ones).dtype
         torch.float32
     """
-    kinds = {device.type for device in devices if _in_autocast(device.type)}
-    if not kinds:
-        return nullcontext()
     stack = ExitStack()
-    for kind in kinds:
-        stack.enter_context(torch.autocast(kind, enabled=False))
+    for kind in {device.type for device in devices}:
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
     return stack
 
 
@@ -113,10 +93,6 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return run
-
-
-def _in_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 @cache

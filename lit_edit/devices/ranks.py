@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import safetensors.torch
@@ -36,16 +37,11 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """One rank's view of all of them.
+    """One rank's view of all of them, with the host name and process id of each, and where tensors are exchanged.
 
-    Args:
-        rank: This one, from 0.
-        size: How many there are.
-        device: Where tensors are when they are exchanged.
-        lockstep: Whether all ranks must run the same layers at the same time, because each holds a part of them: what
-            is dealt out is then filled up so that all run equally many passes.
-        alike: Whether all ranks must run everything, because how often a layer is run goes with what is run.
-        places: Host name and process id of every rank.
+    In ``lockstep`` all ranks must run the same layers at the same time, because each holds a part of them: what is
+    dealt out is then filled up so that all run equally many passes. ``alike`` they must run everything, because how
+    often a layer is run goes with what is run.
 
     Example:
         >>> Ranks().deal(["a", "b", "c"])
@@ -98,22 +94,20 @@ class Ranks:
     def sum_(self, *tensors: Tensor) -> None:
         """Add up each tensor over all ranks, in place; afterwards all have the same bits."""
         for tensor in tensors if self.together else ():
-            moved = tensor.to(self.device).contiguous()  # memory is added up, not what a view shows of it
-            with self._watched("adding up"):
-                dist.all_reduce(moved)
-            if moved is not tensor:
-                tensor.copy_(moved)
+            self._add_up(tensor, dist.all_reduce)
 
     def sum_at_leader_(self, tensor: Tensor) -> None:
         """Add a tensor up over all ranks into the leader's, in place; the others' is zero afterwards."""
-        if not self.together:
-            return
-        moved = tensor.to(self.device).contiguous()
+        if self.together:
+            self._add_up(tensor, partial(dist.reduce, dst=0))
+            if not self.leads:
+                tensor.zero_()
+
+    def _add_up(self, tensor: Tensor, reduce: Callable[[Tensor], object]) -> None:
+        moved = tensor.to(self.device).contiguous()  # memory is added up, not what a view shows of it
         with self._watched("adding up"):
-            dist.reduce(moved, dst=0)
-        if not self.leads:
-            tensor.zero_()
-        elif moved is not tensor:
+            reduce(moved)
+        if moved is not tensor:
             tensor.copy_(moved)
 
     # ---- agreeing -----------------------------------------------------------------------------------------------
@@ -136,14 +130,10 @@ class Ranks:
         return agreed
 
     def lead(self, work: Callable[[], Payload], errors: Sequence[type[Exception]] = ()) -> Payload:
-        """Let the leader do something and return what comes of it, on every rank.
+        """Let the leader do something and return what comes of it, plain data and tensors, on every rank.
 
-        Args:
-            work: Returns plain data and tensors; run by the leader only.
-            errors: Exceptions that are raised on every rank as they are; they must be made of a message alone.
-
-        Raises:
-            RankError: On the other ranks, if the leader has failed in another way.
+        If it fails, some kinds of errors, made of a message alone, are raised on every rank as they are; others reach
+        the rest of the ranks as :class:`RankError`.
         """
         if not self.together:
             return work()
@@ -212,11 +202,11 @@ class Ranks:
 
     def _gone(self, here: str) -> list[str]:
         """Name the other ranks of this host that have ended."""
-        gone = []
-        for rank, (host, pid) in enumerate(self.places):
-            if host == here and rank != self.rank and not _lives(pid):
-                gone.append(f"rank {rank} (process {pid} on {host})")
-        return gone
+        return [
+            f"rank {rank} (process {pid} on {host})"
+            for rank, (host, pid) in enumerate(self.places)
+            if host == here and rank != self.rank and not _lives(pid)
+        ]
 
 
 def _lives(pid: int) -> bool:

@@ -43,7 +43,6 @@ class Proposal:
     """What an editor wants written for some requests. Making it reads the model and changes nothing.
 
     Attributes:
-        requests: The edits.
         updates: One per layer.
         entries: For the ledger, one per request.
         pending: What :meth:`Editor.accept` takes into the editor's state after the commit.
@@ -85,15 +84,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Step:
-    """What an editor is asked for.
-
-    Attributes:
-        requests: The edits to make.
-        window: The edits of the window that the step lies in, itself included.
-        status: Receives a line about what is going on.
-        replaced: Earlier edits that are taken out in the same step, before these are made.
-        watch: Takes the times.
-    """
+    """What an editor is asked for; the fields are those of :meth:`Editor.propose`, and ``watch`` takes the times."""
 
     requests: tuple[EditRequest, ...]
     window: tuple[EditRequest, ...]
@@ -138,11 +129,7 @@ class EditorInfo:
 
 
 def commit_proposal(ledger: EditLedger, editor: Editor, proposal: Proposal) -> tuple[LedgerEntry, ...]:
-    """Write a proposal and take it into the editor's state: both or neither.
-
-    Raises:
-        EditRefusedError: If it must not be written; nothing has changed then.
-    """
+    """Write a proposal and take it into the editor's state: both or neither, if it must not be written."""
     with deferred_interrupts():  # a Ctrl-C in between would leave weights and editor apart
         entries = ledger.commit(proposal.updates, proposal.entries, proposal.change)
         editor.accept(replace(proposal, entries=entries))
@@ -246,15 +233,12 @@ class Editor(ABC):
         return [[] for _ in requests]
 
     def replay(self, change: Change, entries: Sequence[LedgerEntry], old: Sequence[RecordedFacts]) -> Proposal | None:
-        """Do again what is on record, bit for bit, without fitting anything.
+        """Do again what is on record, bit for bit, without fitting anything; ``None``: it must be worked out anew.
 
         Args:
             change: What was done, with its tensors.
             entries: The edits that were made.
             old: The facts, as they were before, of all edits that are removed, restored or rewritten.
-
-        Returns:
-            ``None`` if this editor must work it out anew.
         """
         return None
 
@@ -283,11 +267,7 @@ class Editor(ABC):
         return proposal
 
     def reinstate(self, facts: Sequence[RecordedFacts]) -> Proposal:
-        """Work out the updates with some edits that were taken out put back.
-
-        Raises:
-            ArgumentError: If this editor cannot do that.
-        """
+        """Work out the updates with some edits put back; an :class:`ArgumentError` if this editor cannot do that."""
         proposal = self.replay(Change("redo", restored=numbers_of(facts)), (), facts)
         if proposal is None:
             raise ArgumentError(f"{type(self).__name__} cannot put edits back")
@@ -340,11 +320,7 @@ class Editor(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict` on a prepared editor.
-
-        Raises:
-            ArgumentError: If it is of other layers or another kind of editor.
-        """
+        """Restore :meth:`state_dict` on a prepared editor; an :class:`ArgumentError` if it is another editor's."""
 
     # ---- what methods share ------------------------------------------------------------------------------------------
 

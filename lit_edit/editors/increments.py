@@ -118,21 +118,13 @@ class IncrementEditor(Editor):
         return self._proposal(plus(sums, self.increments(record), 1), change, tuple(entries), record)
 
     def retract(self, facts: Sequence[RecordedFacts], reason: str = "", exact: bool = False) -> Proposal:
-        """Subtract what some steps have added; see :meth:`Editor.retract`.
-
-        Raises:
-            ArgumentError: If ``exact``, or if some of the edits were made in one step with others.
-        """
+        """Subtract what some steps have added; refuse edits that cannot be told from others of their step."""
         if not exact:
             self._check_together(facts, "taken out")
         return super().retract(facts, reason, exact)
 
     def reinstate(self, facts: Sequence[RecordedFacts]) -> Proposal:
-        """Add what some steps had added; see :meth:`Editor.reinstate`.
-
-        Raises:
-            ArgumentError: If some of the edits were made in one step with others.
-        """
+        """Add what some steps had added; as :meth:`retract`."""
         self._check_together(facts, "put back")
         return super().reinstate(facts)
 

@@ -32,11 +32,7 @@ def chosen_layers(layers: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def existing_layers(adapter: ModelAdapter, layers: Sequence[int]) -> tuple[int, ...]:
-    """Return layers that the model has.
-
-    Raises:
-        ArgumentError: If it lacks one.
-    """
+    """Return layers that the model has; an :class:`ArgumentError` if it lacks one."""
     for layer in layers:
         adapter.check_layer(layer)
     return tuple(layers)

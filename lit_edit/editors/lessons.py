@@ -38,12 +38,9 @@ class Lesson:
 
 
 def target_lesson(prompt: Sequence[int], target: Sequence[int], loss: Loss = "target") -> Lesson:
-    """Return where the tokens of a target are taught.
+    """Return where the tokens of a target, as they follow the prompt, are taught.
 
-    Args:
-        prompt: Its token ids.
-        target: Those of the target as they follow it.
-        loss: ``target``: each token after those before it; ``prompt_last``: all of them after the prompt.
+    With the loss ``target`` each is taught after those before it, with ``prompt_last`` all of them after the prompt.
 
     Example:
         >>> target_lesson([1, 2, 3], [7, 8])
@@ -58,15 +55,10 @@ def target_lesson(prompt: Sequence[int], target: Sequence[int], loss: Loss = "ta
 
 
 class LessonLoss:
-    r"""The loss of some edits as a function of the weights of a few layers.
+    r"""The loss of some edits, each with its lessons, as a function of the weights of a few layers.
 
-    An edit's loss is the mean of :math:`-\log p(w)` over all the places of its lessons.
-
-    Args:
-        adapter: The model.
-        lessons: Per edit.
-        first: The lowest layer whose weights will vary; what lies below is run here, once.
-        pad: Any token id.
+    An edit's loss is the mean of :math:`-\log p(w)` over all the places of its lessons. What lies below ``first``, the
+    lowest layer whose weights will vary, is run here, once.
     """
 
     def __init__(self, adapter: ModelAdapter, lessons: Sequence[Sequence[Lesson]], first: int, pad: int) -> None:

@@ -48,8 +48,8 @@ def collect_gradients(
 ) -> TokenGradients:
     """Run edits forward and backward, each with the mean cross entropy of its target's tokens (teacher forcing).
 
-    Each edit is a loss of its own: what is found does not depend, but for round-off, on what else is in the batch. The
-    released code takes the mean over all target tokens of a batch.
+    Each edit is a loss of its own: what is found, in float64, does not depend, but for round-off, on what else is in
+    the batch. The released code takes the mean over all target tokens of a batch.
 
     Args:
         adapter: The model, or a view of it.
@@ -59,9 +59,6 @@ def collect_gradients(
         batch_tokens: Tokens at a time, at most, or one row.
         everywhere: Return all tokens that are read, not only those that predict the target's: the gradient of a weight
             is the sum over all of them.
-
-    Returns:
-        In float64.
     """
     counts = [len(target) + everywhere * (len(prompt) - 1) for prompt, target in rows]
     owner = torch.tensor([edit for edit, count in enumerate(counts) for _ in range(count)], dtype=torch.long)

@@ -31,14 +31,9 @@ _TEXTS = ("id", "prompt", "subject", "target_new")
 
 @dataclass(frozen=True)
 class DeltaFile:
-    """An exported file of deltas, in order by itself but not yet compared with a model.
+    """An exported file of deltas ``(d_out, d_in)``, float64, in order by itself but not yet compared with a model.
 
-    Attributes:
-        path: Where it was read.
-        base_hash: Hash of the weights that the deltas belong to, in the type that ``base`` names.
-        base: How the edited model was loaded.
-        entries: What was edited.
-        deltas: ``(d_out, d_in)`` by parameter name, float64.
+    ``base`` says how the edited model was loaded, ``base_hash`` is of its weights in the type that ``base`` names.
     """
 
     path: Path
@@ -53,27 +48,18 @@ class DeltaFile:
 
 
 def export_delta(ledger: EditLedger, path: Path, base_hash: str, base: LanguageModel) -> Path:
-    """Write the updates of a ledger as one safetensors file that :func:`apply_delta` reads.
+    """Write the updates of a ledger as one new safetensors file that :func:`apply_delta` reads.
 
     In float64, so that the edited weights come back bit for bit; from float32, one weight in seven of a real run came
-    back with another last bit.
-
-    Args:
-        ledger: What was edited.
-        path: A new file.
-        base_hash: Hash of the unedited weights.
-        base: How the model was loaded.
-
-    Returns:
-        The file.
-
-    Raises:
-        ExportError: If the file exists or cannot be made, or nothing was edited.
+    back with another last bit. ``base`` is how the model was loaded, ``base_hash`` that of its unedited weights.
     """
     check_written(ledger)
     path = path.expanduser()
     check_export_file(path)
     check_edited(ledger)
+    arch = None if base.arch is None else asdict(base.arch)
+    if arch is not None:
+        del arch["model_types"]  # of no use with a given model
     meta = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -83,7 +69,7 @@ def export_delta(ledger: EditLedger, path: Path, base_hash: str, base: LanguageM
         "base_model": base.name,
         "base_revision": base.revision or "",
         "base_dtype": str(ledger.adapter.dtype).removeprefix("torch.") if base.dtype == "auto" else base.dtype,
-        "base_arch": json.dumps(_arch_fields(base.arch)),
+        "base_arch": json.dumps(arch),
         "edits": json.dumps([{key: getattr(e, key) for key in _TEXTS} for e in ledger.entries], ensure_ascii=False),
     }
     tensors = {name: delta.to("cpu", torch.float64).contiguous() for name, delta in ledger.deltas.items()}
@@ -98,11 +84,7 @@ def check_edited(ledger: EditLedger) -> None:
 
 
 def read_delta(path: Path) -> DeltaFile:
-    """Read a file that :func:`export_delta` wrote.
-
-    Raises:
-        ExportError: If the file is damaged, is something else, or holds values that cannot be added to weights.
-    """
+    """Read a file that :func:`export_delta` wrote; :class:`ExportError` if it is damaged, or is something else."""
     meta, deltas = read_tensors(path)
     if meta.get("format") == "lit-edit-deltas":
         raise ExportError(
@@ -116,11 +98,16 @@ def read_delta(path: Path) -> DeltaFile:
             "lit-edit export --run RUN --as delta writes one"
         )
     try:
-        base_hash, dtype = meta["base_hash"], _dtype(meta["base_dtype"])
-        base = LanguageModel(
-            meta["base_model"], meta["base_revision"] or None, dtype, arch=_arch_of(json.loads(meta["base_arch"]))
-        )
-        entries = tuple(_entry(fields) for fields in json.loads(meta["edits"]))
+        base_hash, dtype = meta["base_hash"], meta["base_dtype"]
+        if dtype not in get_args(DType) or dtype == "auto":
+            raise ValueError(f"base_dtype {dtype!r} is no type of weights")
+        arch = json.loads(meta["base_arch"])
+        edits = [{key: fields[key] for key in _TEXTS} for fields in json.loads(meta["edits"])]
+        _check_texts(value for value in (arch or {}).values() if value is not None)
+        _check_texts(text for edit in edits for text in edit.values())
+        arch = None if arch is None else ArchSpec(**arch)
+        base = LanguageModel(meta["base_model"], meta["base_revision"] or None, cast("DType", dtype), arch=arch)
+        entries = tuple(LedgerEntry(**edit) for edit in edits)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ExportError(f"{path} has damaged metadata: {error!r}; export it anew") from error
     if not deltas:
@@ -129,14 +116,11 @@ def read_delta(path: Path) -> DeltaFile:
 
 
 def apply_delta(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
-    """Write exported updates into the model they were made on, in place.
+    """Write exported updates into the model they were made on, in place, and return it.
 
     Args:
         model: The base model, unedited, in the type that it had when the edits were made.
         path: A file that ``lit-edit export --as delta`` wrote.
-
-    Returns:
-        The same model, edited.
 
     Raises:
         ExportError: If the file is damaged, or belongs to other weights; the model is as it was then.
@@ -148,8 +132,7 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
 def edit_with(model: PreTrainedModel, file: DeltaFile) -> EditLedger:
     """Write the updates of a file into its base model and return the ledger, which can take them back.
 
-    Raises:
-        ExportError: If the file belongs to other weights or does not fit them; the model is as it was then.
+    An :class:`ExportError` for other weights, or where they do not fit, leaves the model as it was.
     """
     found = weights_hash(model)
     if found != file.base_hash:
@@ -184,30 +167,6 @@ def _checked(path: Path, name: str, delta: Tensor) -> Tensor:
     if not torch.isfinite(delta).all():
         raise ExportError(f"{path}: {name!r} holds NaN or infinite values; export it anew")
     return delta
-
-
-def _dtype(text: str) -> DType:
-    if text not in get_args(DType) or text == "auto":
-        raise ValueError(f"base_dtype {text!r} is no type of weights")
-    return cast("DType", text)
-
-
-def _entry(fields: Any) -> LedgerEntry:
-    texts = {key: fields[key] for key in _TEXTS}
-    _check_texts(texts.values())
-    return LedgerEntry(**texts)
-
-
-def _arch_fields(arch: ArchSpec | None) -> dict[str, str | None] | None:
-    """Return what tells where a model keeps its parts; the types it is found by are of no use with a given model."""
-    return None if arch is None else {key: value for key, value in asdict(arch).items() if key != "model_types"}
-
-
-def _arch_of(fields: Any) -> ArchSpec | None:
-    if fields is None:
-        return None
-    _check_texts([value for value in fields.values() if value is not None])
-    return ArchSpec(**fields)
 
 
 def _check_texts(values: Iterable[Any]) -> None:

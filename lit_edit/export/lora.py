@@ -55,20 +55,11 @@ class LowRank:
 
 @torch.no_grad()
 def factorise(deltas: Mapping[str, Tensor], rank: int | None = None) -> dict[str, LowRank]:
-    r"""Write updates as products of two matrices of one rank ``r``.
+    r"""Write updates ``(d_out, d_in)`` as products of two matrices of one rank ``r``, ``rank`` at most.
 
-    The best approximation of a rank is the beginning of the singular value decomposition (Eckart and Young, 1936);
+    By default that is what the layer that needs most needs; a layer that needs less is filled up with zeros. The best
+    approximation of a rank is the beginning of the singular value decomposition (Eckart and Young, 1936);
     :math:`\sqrt{\sigma}` goes to either side, so that neither matrix is large.
-
-    Args:
-        deltas: ``(d_out, d_in)`` by parameter name.
-        rank: ``r`` is not to exceed this; by default it is what the layer that needs most needs.
-
-    Returns:
-        The factors by parameter name. A layer that needs less than ``r`` is filled up with zeros.
-
-    Raises:
-        ArgumentError: If ``rank`` is below 1.
 
     Example:
         >>> delta = torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0, 4.0]))
@@ -104,20 +95,9 @@ def _cut(delta: Tensor, whole: tuple[Tensor, Tensor, Tensor], size: int) -> LowR
 
 
 def export_lora(ledger: EditLedger, folder: Path, base: LanguageModel, rank: int | None = None) -> dict[str, LowRank]:
-    """Write the updates of a ledger as an adapter folder for ``peft``, completely or not at all.
+    """Write the updates of a ledger as an adapter folder for ``peft``, completely or not at all; returns its factors.
 
-    Args:
-        ledger: What was edited.
-        folder: Where to; must be empty or not exist.
-        base: How the model was loaded, for the adapter's settings and its card.
-        rank: The largest rank allowed; by default as large as it takes.
-
-    Returns:
-        What was written, by parameter name.
-
-    Raises:
-        ExportError: If the folder holds files or is one, or nothing was edited.
-        ArgumentError: If ``rank`` is below 1.
+    They are of rank ``rank`` at most.
     """
     check_written(ledger)
     check_edited(ledger)
@@ -197,19 +177,9 @@ def measure_truncation(
     requests: Sequence[EditRequest],
     parts: Mapping[str, LowRank],
 ) -> tuple[Summary, Summary]:
-    """Measure what a truncated adapter costs.
+    """Measure what a truncated adapter costs: metrics of the edited model, and of the base model with the adapter.
 
-    Args:
-        ledger: The edited model.
-        tokenizer: Its tokenizer.
-        requests: The edits, with their probes.
-        parts: What was written.
-
-    Returns:
-        The metrics of the edited model, and of the base model with the adapter; agreement is with the base model.
-
-    Raises:
-        ValueError: If there are no requests.
+    Agreement is with the base model.
     """
     if not requests:
         raise ValueError("metrics need at least one request")

@@ -35,18 +35,9 @@ def export_model(
     base_name: str,
     state: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write model, tokenizer and card into ``folder``, completely or not at all.
+    """Write model, tokenizer and card into a new or empty folder, completely or not at all.
 
-    Args:
-        model: The edited model.
-        tokenizer: Its tokenizer.
-        ledger: What was edited.
-        folder: Where to; must be empty or not exist.
-        base_name: Name of the model that was edited, for the card.
-        state: The model's weights, where it does not hold them whole itself.
-
-    Raises:
-        ExportError: If the folder holds files, or is one.
+    ``state`` holds the model's weights, where it does not hold them whole itself; the card names the base model.
     """
     check_written(ledger)
 
@@ -70,17 +61,9 @@ def check_written(ledger: EditLedger) -> None:
 
 
 def write_folder(folder: Path, fill: Callable[[Path], object]) -> Path:
-    """Let ``fill`` write a folder beside its place, then put it there in one step; on any exception nothing stays.
+    """Let ``fill`` write files, ``README.md`` among them, beside a new or empty folder, then put them there at once.
 
-    Args:
-        folder: Where to; must be empty or not exist.
-        fill: Writes the files, ``README.md`` among them.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ExportError: If ``folder`` holds files, or is one.
+    On any exception nothing stays; :class:`ExportError` says that ``folder`` holds files, or is one.
     """
     folder = folder.expanduser()
     check_export_folder(folder)
@@ -182,11 +165,7 @@ def save_deltas(ledger: EditLedger, path: Path, base_hash: str) -> None:
 
 
 def read_tensors(path: Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
-    """Return metadata and tensors of a safetensors file.
-
-    Raises:
-        ExportError: If there is no such file or it is damaged.
-    """
+    """Return metadata and tensors of a safetensors file; :class:`ExportError` if there is none or it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -196,11 +175,7 @@ def read_tensors(path: Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
 
 @torch.no_grad()
 def apply_deltas(ledger: EditLedger, path: Path, base_hash: str) -> None:
-    """Write saved updates into an unedited model.
-
-    Raises:
-        ExportError: If the file is damaged or belongs to other weights.
-    """
+    """Write saved updates into an unedited model; :class:`ExportError` if damaged, or those of other weights."""
     meta, deltas = read_tensors(path)
     if meta.get("base_hash") != base_hash:
         raise ExportError(f"{path} belongs to other base weights (hash {meta.get('base_hash')} against {base_hash})")

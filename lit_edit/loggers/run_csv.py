@@ -1,4 +1,4 @@
-"""Loggers that know what a run folder is."""
+"""``metrics.csv`` of a run: one row per number of edits, however often the run is killed and resumed."""
 
 from __future__ import annotations
 
@@ -53,10 +53,7 @@ class RunCSVLogger(Logger):
         """The run folder."""
         return str(self._dir)
 
-    @property
-    def log_dir(self) -> str:
-        """The run folder."""
-        return str(self._dir)
+    log_dir = save_dir
 
     @property
     def path(self) -> Path:

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_edit.files.metric_rows import read_rows
-from lit_edit.files.paths import write_atomically
+from lit_edit.files.paths import write_text
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +73,7 @@ class RunWandbLogger(WandbLogger):
         kept = _read_id(folder / "run_id")
         self._id = self._wandb_init["id"] or kept or secrets.token_hex(4)
         if self._id != kept:
-            text = f"{self._id}\n"
-            write_atomically(folder / "run_id", lambda path: path.write_text(text, encoding="utf-8"))
+            write_text(folder / "run_id", f"{self._id}\n")
         # Before wandb starts: within the same second it would take the same folder and overwrite it.
         for old in sorted(folder.glob(f"offline-run-*-{self._id}")):
             _move_into(folder / "interrupted", old)

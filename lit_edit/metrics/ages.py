@@ -7,70 +7,51 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lit_edit.errors import check_least
+
 
 @dataclass(frozen=True)
 class AgeBin:
-    """Edits of about the same age.
+    """Edits of about the same age."""
 
-    Attributes:
-        youngest: Edits made since the youngest of them, 0 for the last edit of all.
-        oldest: The same of the oldest of them.
-        mean: Of their values; ``None`` if none has one.
-        count: How many have one.
-    """
-
-    youngest: int
-    oldest: int
-    mean: float | None
-    count: int
+    youngest: int  # edits made since the youngest of them, 0 for the last edit of all
+    oldest: int  # the same of the oldest of them
+    mean: float | None  # of their values; None if none has one
+    count: int  # how many have one
 
 
 @dataclass(frozen=True)
 class EarlyLate:
-    """The first and the last edits of a stream.
+    """The first and the last edits of a stream."""
 
-    Attributes:
-        early: Mean over the first ``size`` edits; ``None`` if none of them has a value.
-        late: Mean over the last ``size`` edits.
-        size: How many edits stand on either side; the sides never share one.
-    """
-
-    early: float | None
-    late: float | None
-    size: int
+    early: float | None  # mean over the first ``size`` edits; None if none of them has a value
+    late: float | None  # the same over the last
+    size: int  # how many edits stand on either side; the sides never share one
 
 
 def age_curve(values: Sequence[float | None], width: int) -> list[AgeBin]:
     r"""Return the mean value by age :math:`t - i`: of the :math:`t` edits, the :math:`i`-th has that many behind it.
 
-    Args:
-        values: Per edit, in the order of making, its value now; ``None`` where it has none.
-        width: Ages per bin, at least 1. The last bin, of the oldest edits, may be short.
-
-    Returns:
-        The bins, from young to old.
+    Values are those of the edits now, in the order of making, ``None`` where there is none. The bins, of ``width``
+    ages, go from young to old; the last may be short.
 
     Example:
         >>> [(bin.youngest, bin.oldest, bin.mean) for bin in age_curve([0.0, 1.0, 0.5, 1.0, 1.0], 2)]
         [(0, 1, 1.0), (2, 3, 0.75), (4, 4, 0.0)]
     """
-    if width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
-    by_age = list(reversed(values))
-    bins = []
-    for start in range(0, len(by_age), width):
-        part = by_age[start : start + width]
-        count = sum(value is not None for value in part)
-        bins.append(AgeBin(start, start + len(part) - 1, mean_of_known(part), count))
-    return bins
+    check_least(1, width=width)
+    by_age = values[::-1]
+    parts = [(start, by_age[start : start + width]) for start in range(0, len(by_age), width)]
+    return [
+        AgeBin(start, start + len(part) - 1, mean_of_known(part), sum(value is not None for value in part))
+        for start, part in parts
+    ]
 
 
 def early_late(values: Sequence[float | None], ends: int | float = 100) -> EarlyLate:
-    """Return the means over the first and over the last edits.
+    """Return the means over the first and over the last edits: so many on either side, or a share of all below 1.
 
-    Args:
-        values: Per edit, in the order of making, its value now; ``None`` where it has none.
-        ends: How many edits on either side, or a share of all if it is below 1. Half of them at most.
+    Values are as for :func:`age_curve`; no more than half of the edits are an end.
 
     Example:
         >>> early_late([0.0, 0.0, 1.0, 1.0, 0.5], ends=2)

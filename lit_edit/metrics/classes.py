@@ -22,13 +22,7 @@ if TYPE_CHECKING:
 
 
 class _EditMetric(Metric):
-    """A metric whose states keep their type: ``module.to(bfloat16)`` moves them and does not round them.
-
-    Args:
-        means: Its shape, if it is a mean over edits, or several.
-        lists: Names of lists that it keeps.
-        kwargs: Of torchmetrics.
-    """
+    """A metric whose states keep their type: ``module.to(bfloat16)`` moves them and does not round them."""
 
     is_differentiable = False
     higher_is_better = True
@@ -36,20 +30,16 @@ class _EditMetric(Metric):
     total: Tensor
     count: Tensor
 
-    def __init__(self, means: tuple[int, ...] | None = None, lists: Sequence[str] = (), **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if means is not None:
-            self.add_state("total", torch.zeros(means, dtype=torch.float64), dist_reduce_fx="sum")
-            self.add_state("count", torch.zeros(means, dtype=torch.long), dist_reduce_fx="sum")
-        for name in lists:
+    def _add_sums(self, *shape: int) -> None:
+        self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
+
+    def _add_lists(self, *names: str) -> None:
+        for name in names:
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         return super()._apply(lambda state: state.to(fn(state.new_empty(0)).device), exclude_state)
-
-    def _means(self) -> list[float | None]:
-        """Return the mean of each kind over the edits that have it."""
-        return [t / c if c else None for t, c in zip(self.total.tolist(), self.count.tolist(), strict=True)]
 
 
 class _MeanOverEdits(_EditMetric):
@@ -58,7 +48,8 @@ class _MeanOverEdits(_EditMetric):
     formula: Callable[..., Tensor | float]
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(means=(), **kwargs)
+        super().__init__(**kwargs)
+        self._add_sums()
 
     def update(self, *edit: Any) -> None:
         """Add one edit, as the formula takes it."""
@@ -68,6 +59,24 @@ class _MeanOverEdits(_EditMetric):
     def compute(self) -> Tensor:
         """Return the mean over the edits seen; NaN when there were none."""
         return self.total / self.count
+
+
+class _MeansByKind(_EditMetric):
+    """A mean per kind of probes; edits without a probe of some kind do not count for that kind."""
+
+    def __init__(self, kinds: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kinds = list(kinds)
+        self._add_sums(len(kinds))
+
+    def _add(self, kind: str, value: Tensor) -> None:
+        self.total[self.kinds.index(kind)] += value
+        self.count[self.kinds.index(kind)] += 1
+
+    def _means(self) -> dict[str, float]:
+        """Return the mean over edits, of the kinds that any had."""
+        sums = zip(self.kinds, self.total.tolist(), self.count.tolist(), strict=True)
+        return {kind: total / count for kind, total, count in sums if count}
 
 
 class Success(_MeanOverEdits):
@@ -124,9 +133,7 @@ class Fluency(_MeanOverEdits):
 class Consistency(_MeanOverEdits):
     """TF-IDF cosine of generated texts and references (RS); twin of :func:`lit_edit.metrics.texts.consistency`.
 
-    Args:
-        vectorizer: Holds the term weights (:func:`lit_edit.metrics.texts.fit_vectorizer`).
-        kwargs: Of torchmetrics.
+    The term weights are those of a vectorizer (:func:`lit_edit.metrics.texts.fit_vectorizer`).
     """
 
     def __init__(self, vectorizer: TfidfVectorizer, **kwargs: Any) -> None:
@@ -158,14 +165,8 @@ class ExactMatch(_MeanOverEdits):
         return sum(exact_match(answer, target) for answer in answers) / len(answers)
 
 
-class PortabilityAccuracy(_EditMetric):
+class PortabilityAccuracy(_MeansByKind):
     """Share of answer tokens right on what follows from the edits, per kind (EasyEdit's ``portability``).
-
-    Edits without a probe of some kind do not count for that kind.
-
-    Args:
-        kinds: The kinds there are.
-        kwargs: Of torchmetrics.
 
     Example:
         >>> metric = PortabilityAccuracy(["alias", "reasoning"])
@@ -174,29 +175,19 @@ class PortabilityAccuracy(_EditMetric):
         {'alias': 0.5}
     """
 
-    def __init__(self, kinds: Sequence[str], **kwargs: Any) -> None:
-        super().__init__(means=(len(kinds),), **kwargs)
-        self.kinds = list(kinds)
-
     def update(self, hits: Mapping[str, Sequence[Tensor]]) -> None:
         """Add one edit: by kind, per prompt, a boolean per answer token."""
         for kind, found in hits.items():
             if found:
-                self.total[self.kinds.index(kind)] += F.token_accuracy(found)
-                self.count[self.kinds.index(kind)] += 1
+                self._add(kind, F.token_accuracy(found))
 
     def compute(self) -> dict[str, float]:
         """Return the mean over edits, of the kinds that any had."""
-        return {kind: mean for kind, mean in zip(self.kinds, self._means(), strict=True) if mean is not None}
+        return self._means()
 
 
 class AgeCurve(_EditMetric):
-    """A value by the age of the edit; twin of :func:`lit_edit.metrics.ages.aged`.
-
-    Args:
-        width: Ages per bin.
-        ends: Edits on either side that count as early and late, or a share of all.
-        kwargs: Of torchmetrics.
+    """A value by the age of the edit; twin of :func:`lit_edit.metrics.ages.aged`, with its ``width`` and ``ends``.
 
     Example:
         >>> metric = AgeCurve(width=2, ends=1)
@@ -211,7 +202,8 @@ class AgeCurve(_EditMetric):
     values: list[Tensor]
 
     def __init__(self, width: int, ends: int | float = 100, **kwargs: Any) -> None:
-        super().__init__(lists=("numbers", "values"), **kwargs)
+        super().__init__(**kwargs)
+        self._add_lists("numbers", "values")
         self.width, self.ends = width, ends
 
     def update(self, number: int, value: float | None) -> None:
@@ -244,7 +236,8 @@ class TextPerplexity(_EditMetric):
     length: list[Tensor]
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(lists=("nll", "length"), **kwargs)
+        super().__init__(**kwargs)
+        self._add_lists("nll", "length")
 
     def update(self, nlls: Sequence[Tensor]) -> None:
         """Add texts: per text, the nll of each scored token."""
@@ -261,10 +254,8 @@ class TextPerplexity(_EditMetric):
         return F.perplexity(dim_zero_cat(self.nll).split(lengths))
 
 
-class HarmonicScore(_EditMetric):
+class HarmonicScore(_MeansByKind):
     """Harmonic mean of the three success rates (S); twin of :func:`functional.harmonic_score`.
-
-    Edits without a probe of some kind do not count for that kind.
 
     Example:
         >>> metric = HarmonicScore()
@@ -275,7 +266,7 @@ class HarmonicScore(_EditMetric):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(means=(3,), **kwargs)
+        super().__init__(("efficacy", "generalization", "locality"), **kwargs)
 
     def update(
         self,
@@ -284,12 +275,12 @@ class HarmonicScore(_EditMetric):
         locality: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Add one edit: per kind ``(preferred, other)``, each ``(prompts,)`` nll."""
-        for index, pair in enumerate((efficacy, generalization, locality)):
+        for kind, pair in zip(self.kinds, (efficacy, generalization, locality), strict=True):
             if pair is not None:
-                self.total[index] += F.success(*pair)
-                self.count[index] += 1
+                self._add(kind, F.success(*pair))
 
     def compute(self) -> Tensor:
         """Return the score; NaN when a kind has no prompts."""
-        score = F.harmonic_score(self._means())
+        means = self._means()
+        score = F.harmonic_score([means.get(kind) for kind in self.kinds])
         return torch.tensor(float("nan") if score is None else score, dtype=torch.float64)

@@ -21,40 +21,23 @@ from lit_edit.models.adapter import ModelAdapter
 
 @dataclass(frozen=True)
 class TargetSummary:
-    """What the targets of some edits are like.
-
-    Attributes:
-        edits: How many there are.
-        perplexity: exp of the mean over targets of their length-normalised nll, on the model.
-        first_choice: Share of targets that the model says anyway: every token is its first choice.
-        nats: Mean nll of whole targets, in nats: the sum over their tokens.
-        tokens: Mean length in the model's tokens.
-        kinds: How many different targets there are.
-        entropy: Of the distribution of whole targets, in bits.
-        distinct_1: Different words among all words of the targets.
-        distinct_2: Different pairs of neighbouring words among all; ``None`` where no target has two words.
-    """
+    """What the targets of some edits are like."""
 
     edits: int
-    perplexity: float
-    first_choice: float
-    nats: float
-    tokens: float
-    kinds: int
-    entropy: float
-    distinct_1: float | None
-    distinct_2: float | None
+    perplexity: float  # exp of the mean over targets of their length-normalised nll, on the model
+    first_choice: float  # share of targets that the model says anyway: every token is its first choice
+    nats: float  # mean nll of whole targets, the sum over their tokens
+    tokens: float  # mean length in the model's tokens
+    kinds: int  # how many different targets there are
+    entropy: float  # of the distribution of whole targets, in bits
+    distinct_1: float | None  # different words among all words of the targets
+    distinct_2: float | None  # different pairs of neighbouring words among all; None where no target has two words
 
 
 def distinct(texts: Iterable[str], n: int) -> float | None:
     """Share of different n-grams of words among all n-grams of some texts (distinct-n, arXiv 1510.03055).
 
-    Args:
-        texts: Any texts; upper and lower case are one, n-grams do not reach over their ends.
-        n: Words in an n-gram.
-
-    Returns:
-        From 0 to 1, or ``None`` if no text has ``n`` words.
+    Upper and lower case are one, n-grams do not reach over the ends of texts; ``None`` if no text has ``n`` words.
 
     Raises:
         ValueError: If ``n`` is less than 1.
@@ -86,12 +69,7 @@ def entropy(texts: Iterable[str]) -> float:
 def describe_targets(
     adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
 ) -> TargetSummary:
-    """Measure the targets of edits, each after its own prompt.
-
-    Args:
-        adapter: The model, before any edit.
-        tokenizer: Its tokenizer.
-        requests: The edits.
+    """Measure the targets of edits, each after its own prompt, on a model before any edit.
 
     Raises:
         ValueError: If there are none.

@@ -12,19 +12,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.data.request import EditRequest
-from lit_edit.metrics.classes import (
-    Agreement,
-    ExactAccuracy,
-    HarmonicScore,
-    Magnitude,
-    Success,
-    TextPerplexity,
-    TokenAccuracy,
-)
+from lit_edit.metrics import functional
+from lit_edit.metrics.classes import Agreement, ExactAccuracy, HarmonicScore, Magnitude, Success, TokenAccuracy
 from lit_edit.metrics.scoring import Score, score_continuations, text_nlls
 from lit_edit.models.adapter import ModelAdapter
 
 KINDS = ("efficacy", "generalization", "locality")
+FAMILIES: dict[str, Callable[..., nn.Module]] = {
+    "success": Success,
+    "magnitude": Magnitude,
+    "accuracy": ExactAccuracy,
+    "token_accuracy": TokenAccuracy,
+}
 
 Summary = dict[str, Any]
 """``{"efficacy": {"success", "magnitude", "accuracy", "token_accuracy"}, ..., "score", "perplexity"}``"""
@@ -32,19 +31,12 @@ Summary = dict[str, Any]
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """One prompt on one model.
+    """One prompt on one model."""
 
-    Attributes:
-        preferred: nll of the object that should win here (the new one; for locality the neighbour's own answer).
-        other: nll of the other object; ``None`` when it is not known.
-        hits: Per token of the preferred object, whether it is the first choice.
-        choice: The first choices.
-    """
-
-    preferred: float
-    other: float | None
-    hits: tuple[bool, ...]
-    choice: tuple[int, ...]
+    preferred: float  # nll of the object that should win (the new one; for locality the neighbour's own answer)
+    other: float | None  # nll of the other object; None when it is not known
+    hits: tuple[bool, ...]  # per token of the preferred object, whether it is the first choice
+    choice: tuple[int, ...]  # the first choices
 
 
 @dataclass(frozen=True)
@@ -75,24 +67,15 @@ class EditResult:
 def evaluate_edits(
     adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
 ) -> list[EditResult]:
-    """Measure edits on a model.
-
-    Args:
-        adapter: The model (or a view of it).
-        tokenizer: Its tokenizer.
-        requests: The edits whose probes to score.
-
-    Returns:
-        One result per request, in order.
-    """
+    """Score the probes of edits on a model (or a view of it); one result per request, in order."""
     plan: list[list[tuple[str, str, str | None]]] = []  # per request and kind: prompt, preferred, other
     for request in requests:
         new, true = request.target_new, request.target_true
         plan.append([(request.text, new, true)])
         plan.append([(prompt, new, true) for prompt in request.paraphrases])
         plan.append([(probe.prompt, probe.answer, new) for probe in request.neighborhood])
-    pairs = [(prompt, obj) for rows in plan for prompt, a, b in rows for obj in (a, b) if obj is not None]
-    pairs = list(dict.fromkeys(pairs))
+    asked = ((prompt, obj) for rows in plan for prompt, a, b in rows for obj in (a, b) if obj is not None)
+    pairs = list(dict.fromkeys(asked))
     scores = dict(zip(pairs, score_continuations(adapter, tokenizer, pairs), strict=True))
     results = [
         tuple(_probe(scores[prompt, a], None if b is None else scores[prompt, b]) for prompt, a, b in rows)
@@ -105,9 +88,7 @@ def measure_perplexity(
     adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], leading: bool = True
 ) -> dict[str, float]:
     """Return mean, median and corpus perplexity of texts on a model, with or without leading special tokens."""
-    metric = TextPerplexity(sync_on_compute=False)  # every rank has all of them
-    metric.update(text_nlls(adapter, tokenizer, texts, leading=leading))
-    return metric.compute()
+    return functional.perplexity(text_nlls(adapter, tokenizer, texts, leading=leading))
 
 
 class EditMetrics(nn.Module):
@@ -125,14 +106,8 @@ class EditMetrics(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         alone = {"sync_on_compute": False}  # every rank has all results: none is to be counted once per rank
-        families: dict[str, Callable[..., nn.Module]] = {
-            "success": Success,
-            "magnitude": Magnitude,
-            "accuracy": ExactAccuracy,
-            "token_accuracy": TokenAccuracy,
-        }
         self.kinds = nn.ModuleDict(
-            {kind: nn.ModuleDict({name: make(**alone) for name, make in families.items()}) for kind in KINDS}
+            {kind: nn.ModuleDict({name: make(**alone) for name, make in FAMILIES.items()}) for kind in KINDS}
         )
         self.agreement = Agreement(**alone)
         self.harmonic = HarmonicScore(**alone)
@@ -163,8 +138,8 @@ class EditMetrics(nn.Module):
         summary: Summary = {}
         for kind in KINDS:
             family: Any = self.kinds[kind]
-            summary[kind] = {name: _value(metric) for name, metric in family.items()}
-        summary["locality"]["agreement"] = _value(self.agreement)
+            summary[kind] = {name: value_of(metric) for name, metric in family.items()}
+        summary["locality"]["agreement"] = value_of(self.agreement)
         score = self.harmonic.compute().item()
         summary["score"] = None if math.isnan(score) else score
         return summary
@@ -173,12 +148,9 @@ class EditMetrics(nn.Module):
 def summarise(
     results: Iterable[EditResult], before: Mapping[str, EditResult] | None = None, perplexity: float | None = None
 ) -> Summary:
-    """Return the summary of a set of results.
+    """Return the summary of the edits' results on some model, in which its perplexity is to stand.
 
-    Args:
-        results: The edits' results on some model.
-        before: Their results on the unedited model, by id, for agreement.
-        perplexity: Perplexity of that model, to stand in the summary.
+    ``before`` has their results on the unedited model, by id, for agreement.
     """
     metrics = EditMetrics()
     for result in results:
@@ -215,7 +187,6 @@ def _choices(result: EditResult) -> list[Tensor]:
     return [torch.tensor(probe.choice) for probe in result.locality]
 
 
-def _value(metric: Any) -> float | None:
-    if not int(metric.count):
-        return None
-    return float(metric.compute())
+def value_of(metric: Any) -> float | None:
+    """Return the mean that a metric has found; ``None`` over no edits."""
+    return float(metric.compute()) if int(metric.count) else None

@@ -18,9 +18,7 @@ from torch import Tensor
 def success(preferred: Tensor, other: Tensor) -> Tensor:
     """Share of prompts on which ``preferred`` is the likelier object (ES, PS, NS of CounterFact, arXiv 2202.05262).
 
-    Args:
-        preferred: ``(prompts,)`` nll of the object that should win.
-        other: ``(prompts,)`` nll of the other one; a tie is no success.
+    Of each prompt, the nll of the object that should win and of the other one: ``(prompts,)``. A tie is no success.
 
     Example:
         >>> success(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0]))
@@ -31,11 +29,7 @@ def success(preferred: Tensor, other: Tensor) -> Tensor:
 
 
 def magnitude(preferred: Tensor, other: Tensor) -> Tensor:
-    """Mean difference of the objects' probabilities (EM, PM, NM of CounterFact, arXiv 2202.05262).
-
-    Args:
-        preferred: ``(prompts,)`` nll of the object that should win.
-        other: ``(prompts,)`` nll of the other one.
+    """Mean difference of the objects' probabilities (EM, PM, NM of CounterFact, arXiv 2202.05262); as in success.
 
     Example:
         >>> magnitude(torch.tensor([0.0]), torch.tensor([float("inf")]))
@@ -48,8 +42,7 @@ def magnitude(preferred: Tensor, other: Tensor) -> Tensor:
 def accuracy(hits: Sequence[Tensor]) -> Tensor:
     """Share of prompts on which *every* token of the object is the model's first choice (teacher forcing).
 
-    Args:
-        hits: Per prompt, a boolean per object token.
+    Of each prompt, a boolean per object token.
 
     Example:
         >>> accuracy([torch.tensor([True, False]), torch.tensor([True])])
@@ -62,9 +55,6 @@ def accuracy(hits: Sequence[Tensor]) -> Tensor:
 def token_accuracy(hits: Sequence[Tensor]) -> Tensor:
     """Share of object tokens that are the model's first choice, averaged over prompts (zsRE; EasyEdit's ``*_acc``).
 
-    Args:
-        hits: Per prompt, a boolean per object token.
-
     Example:
         >>> token_accuracy([torch.tensor([True, False]), torch.tensor([True])])
         tensor(0.7500)
@@ -76,9 +66,7 @@ def token_accuracy(hits: Sequence[Tensor]) -> Tensor:
 def agreement(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     """Share of first-choice tokens over an answer that are as before editing, averaged over prompts.
 
-    Args:
-        before: Per prompt, the first-choice token ids of the unedited model.
-        after: The same of the edited model.
+    Of each prompt, the token ids that the unedited and the edited model choose.
 
     Example:
         >>> agreement([torch.tensor([5, 6])], [torch.tensor([5, 7])])
@@ -86,19 +74,17 @@ def agreement(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     """
     if len(before) != len(after):
         raise ValueError(f"expected as many prompts before as after, got {len(before)} and {len(after)}")
-    return token_accuracy([_same(b, a) for b, a in zip(before, after, strict=True)])
+    for b, a in zip(before, after, strict=True):
+        if b.shape != a.shape:
+            raise ValueError(f"expected as many tokens before as after, got {b.numel()} and {a.numel()}")
+    return token_accuracy([b == a for b, a in zip(before, after, strict=True)])
 
 
 def perplexity(nlls: Iterable[Tensor]) -> dict[str, float]:
     """Perplexity of texts: mean and median over texts of ``exp(mean token nll)``, and of the corpus as a whole.
 
-    The mean over texts is ME-PPL's (arXiv 2402.09656); it has a heavy tail, so the others stand beside it.
-
-    Args:
-        nlls: Per text, the nll of each scored token; texts without any are left out.
-
-    Returns:
-        ``{"mean", "median", "corpus"}``.
+    The mean over texts is ME-PPL's (arXiv 2402.09656); it has a heavy tail, so the others stand beside it. Of each text
+    the nll of each scored token; texts without any are left out.
 
     Raises:
         ValueError: If no text has a scored token.
@@ -123,18 +109,10 @@ def harmonic_score(values: Sequence[float | None]) -> float | None:
         0.75
         >>> harmonic_score([1.0, None, 1.0])
     """
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values) or any(math.isnan(value) for value in known):
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    if not known or len(known) < len(values):
         return None
-    if min(known) <= 0:
-        return 0.0
-    return len(known) / sum(1 / value for value in known)
-
-
-def _same(before: Tensor, after: Tensor) -> Tensor:
-    if before.shape != after.shape:
-        raise ValueError(f"expected as many tokens before as after, got {before.numel()} and {after.numel()}")
-    return before == after
+    return statistics.harmonic_mean(known) if min(known) > 0 else 0.0
 
 
 def _check_pairs(preferred: Tensor, other: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_edit.data.request import EditRequest
 from lit_edit.metrics.ages import mean_of_known
 from lit_edit.metrics.classes import Agreement, ExactAccuracy, ExactMatch, PortabilityAccuracy, TokenAccuracy
+from lit_edit.metrics.evaluation import value_of
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.metrics.texts import consistency, fluency
 from lit_edit.models.adapter import ModelAdapter
@@ -27,38 +29,23 @@ ASKED = ("efficacy", "generalization")
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said when it was asked for an object, greedily, in as many tokens as the object has.
-
-    Attributes:
-        text: What it said.
-        target: What it should have said.
-        hits: Per token, whether it is the object's.
-    """
+    """What a model said when it was asked for an object, greedily, in as many tokens as the object has."""
 
     text: str
-    target: str
-    hits: tuple[bool, ...]
+    target: str  # what it should have said
+    hits: tuple[bool, ...]  # per token, whether it is the object's
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What one edit's prompts make a model write.
+    """What one edit's prompts make a model write."""
 
-    Attributes:
-        id: Of the edit.
-        texts: Of its generation prompts, the prompts included.
-        fluency: Of the texts, in bits; ``None`` without any.
-        consistency: Of the texts with the references; ``None`` without any of either.
-        efficacy: The answer to the edit's own prompt.
-        generalization: The answers to its paraphrases.
-    """
-
-    id: str
-    texts: tuple[str, ...]
-    fluency: float | None
-    consistency: float | None
-    efficacy: tuple[Answer, ...]
-    generalization: tuple[Answer, ...]
+    id: str  # of the edit
+    texts: tuple[str, ...]  # of its generation prompts, the prompts included
+    fluency: float | None  # of the texts, in bits; None without any
+    consistency: float | None  # of the texts with the references; None without any of either
+    efficacy: tuple[Answer, ...]  # the answer to the edit's own prompt
+    generalization: tuple[Answer, ...]  # the answers to its paraphrases
 
     def as_state(self) -> dict[str, Any]:
         """Return the result as primitives, without the texts."""
@@ -73,19 +60,12 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class ByKindResult:
-    """What one edit's probes by kind show, under teacher forcing.
+    """What one edit's probes by kind show, under teacher forcing; by kind, then per prompt and token of its answer."""
 
-    Attributes:
-        id: Of the edit.
-        portability: By kind, per prompt, whether each token of the answer is the model's first choice.
-        locality: The same of further prompts that the edit must leave alone.
-        choices: By kind of locality, per prompt, the first choices themselves.
-    """
-
-    id: str
-    portability: Mapping[str, tuple[tuple[bool, ...], ...]]
-    locality: Mapping[str, tuple[tuple[bool, ...], ...]]
-    choices: Mapping[str, tuple[tuple[int, ...], ...]]
+    id: str  # of the edit
+    portability: Mapping[str, tuple[tuple[bool, ...], ...]]  # whether the token is the model's first choice
+    locality: Mapping[str, tuple[tuple[bool, ...], ...]]  # the same of further prompts that the edit must leave alone
+    choices: Mapping[str, tuple[tuple[int, ...], ...]]  # of these the first choices themselves
 
 
 def evaluate_generation(
@@ -100,27 +80,14 @@ def evaluate_generation(
     batch_rows: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[GenerationResult]:
-    """Let a model write, and measure what it writes.
+    """Let a model (or a view of it) write, and measure what it writes; one result per request, in order.
 
-    Each generation prompt is continued by drawing from the ``top_k`` most probable tokens until the text has
-    ``length`` tokens, the prompt's included, as CounterFact was published. What is drawn depends on the seed, the
-    edit's id and the number of the prompt alone: the same edits can be measured before and after with the same luck.
-    Prompt and paraphrases are also answered greedily.
-
-    Args:
-        adapter: The model (or a view of it).
-        tokenizer: Its tokenizer.
-        requests: The edits.
-        seed: Seeds the drawing.
-        top_k: Draw from this many.
-        length: Tokens of a text, at most.
-        max_prompts: Generation prompts per edit, the first ones; by default all.
-        vectorizer: Term weights for consistency, of edits with references.
-        batch_rows: Texts that are written together.
-        progress: Receives how many texts are written, of how many.
-
-    Returns:
-        One result per request, in order.
+    Each generation prompt (the first ``max_prompts`` of an edit) is continued by drawing from the ``top_k`` likeliest
+    tokens until the text has ``length`` tokens, the prompt's included, as CounterFact was published. What is drawn
+    depends on the seed, the edit's id and the number of the prompt alone: the same edits can be measured before and
+    after with the same luck. Prompt and paraphrases are also answered greedily. Consistency is measured of edits with
+    references, by the term weights of a vectorizer. Some ``batch_rows`` texts are written together, and ``progress``
+    receives how many are written, of how many.
     """
     prompts = [request.generation[:max_prompts] for request in requests]
     flat = [prompt for group in prompts for prompt in group]
@@ -140,26 +107,21 @@ def evaluate_generation(
             progress,
         )
         written |= zip(places, found, strict=True)
-    decoded = iter([_decode(tokenizer, row + written[index]) for index, row in enumerate(rows)])
-    texts = [tuple(next(decoded) for _ in group) for group in prompts]
-    answers = answer_greedily(
-        adapter,
-        tokenizer,
-        [(prompt, r.target_new) for r in requests for prompt in (r.text, *r.paraphrases)],
-        batch_rows=batch_rows,
-    )
-    results, at = [], 0
-    for request, said in zip(requests, texts, strict=True):
-        own, others = answers[at], answers[at + 1 : (at := at + 1 + len(request.paraphrases))]
-        compared = vectorizer is not None and said and request.references
+    decoded = (_decode(tokenizer, row + written[index]) for index, row in enumerate(rows))
+    pairs = [(prompt, request.target_new) for request in requests for prompt in (request.text, *request.paraphrases)]
+    said = iter(answer_greedily(adapter, tokenizer, pairs, batch_rows))
+    results = []
+    for request, group in zip(requests, prompts, strict=True):
+        texts = tuple(islice(decoded, len(group)))
+        compared = vectorizer is not None and texts and request.references
         results.append(
             GenerationResult(
                 request.id,
-                said,
-                fluency(said) if said else None,
-                consistency(said, request.references, vectorizer) if compared else None,
-                (own,),
-                tuple(others),
+                texts,
+                fluency=fluency(texts) if texts else None,
+                consistency=consistency(texts, request.references, vectorizer) if compared else None,
+                efficacy=(next(said),),
+                generalization=tuple(islice(said, len(request.paraphrases))),
             )
         )
     return results
@@ -171,17 +133,7 @@ def answer_greedily(
     pairs: Sequence[tuple[str, str]],
     batch_rows: int = 64,
 ) -> list[Answer]:
-    """Let a model answer prompts greedily, in exactly as many tokens as the wanted object has.
-
-    Args:
-        adapter: The model.
-        tokenizer: Its tokenizer.
-        pairs: ``(prompt, object)``.
-        batch_rows: Answers that are written together.
-
-    Returns:
-        The answers, in order.
-    """
+    """Let a model answer ``(prompt, object)`` pairs greedily, in exactly as many tokens as the object has."""
     unique = list(dict.fromkeys(pairs))
     answers = {}
     for model, context_of in adapter.by_route(list(dict.fromkeys(prompt for prompt, _ in unique))):
@@ -197,16 +149,7 @@ def answer_greedily(
 def evaluate_portability(
     adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
 ) -> list[ByKindResult]:
-    """Measure what follows from the edits and must now be answered otherwise, and further locality, by kind.
-
-    Args:
-        adapter: The model (or a view of it).
-        tokenizer: Its tokenizer.
-        requests: The edits.
-
-    Returns:
-        One result per request, in order.
-    """
+    """Measure what follows from the edits and must now be answered otherwise, and further locality, by kind."""
     groups = [probes for r in requests for kinds in (r.portability, r.locality) for probes in kinds.values()]
     pairs = [(probe.prompt, probe.answer) for probes in groups for probe in probes]
     scores = dict(zip(pairs, score_continuations(adapter, tokenizer, pairs), strict=True))
@@ -233,8 +176,8 @@ def summarise_generation(results: Iterable[GenerationResult]) -> dict[str, Any]:
     """
     results = list(results)
     asked: dict[str, Any] = {}
+    alone = {"sync_on_compute": False}  # every rank has all results
     for kind in ASKED:
-        alone = {"sync_on_compute": False}  # every rank has all results
         tokens, whole, match = TokenAccuracy(**alone), ExactAccuracy(**alone), ExactMatch(**alone)
         for result in results:
             answers: tuple[Answer, ...] = getattr(result, kind)
@@ -243,10 +186,8 @@ def summarise_generation(results: Iterable[GenerationResult]) -> dict[str, Any]:
                 tokens.update(hits)
                 whole.update(hits)
                 match.update([answer.text for answer in answers], answers[0].target)
-        asked[kind] = {
-            name: float(metric.compute()) if int(metric.count) else None
-            for name, metric in (("token_accuracy", tokens), ("accuracy", whole), ("exact_match", match))
-        }
+        metrics = {"token_accuracy": tokens, "accuracy": whole, "exact_match": match}
+        asked[kind] = {name: value_of(metric) for name, metric in metrics.items()}
     return {
         "fluency": mean_of_known(r.fluency for r in results),
         "consistency": mean_of_known(r.consistency for r in results),
@@ -257,11 +198,7 @@ def summarise_generation(results: Iterable[GenerationResult]) -> dict[str, Any]:
 def summarise_portability(
     results: Iterable[ByKindResult], before: Mapping[str, ByKindResult] | None = None
 ) -> dict[str, Any]:
-    """Return the means over edits, by kind.
-
-    Args:
-        results: The edits' results on some model.
-        before: Their results on the unedited model, by id, for agreement.
+    """Return the means over edits, by kind; ``before`` has the results on the unedited model, by id, for agreement.
 
     Returns:
         ``{"portability": {kind: accuracy of tokens}, "locality_by_kind": {kind: {"token_accuracy", "agreement"}}}``,
@@ -276,8 +213,8 @@ def summarise_portability(
         for r in results:
             if kind in r.choices and r.id in before:
                 agreement.update(_tensors(before[r.id].choices[kind]), _tensors(r.choices[kind]))
-        if int(agreement.count):
-            kinds[kind]["agreement"] = float(agreement.compute())
+        if (value := value_of(agreement)) is not None:
+            kinds[kind]["agreement"] = value
     return {name: found for name, found in (("portability", portability), ("locality_by_kind", kinds)) if found}
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.data.request import EditRequest
+from lit_edit.errors import check_within
 from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.metrics.evaluation import KINDS, evaluate_edits, summarise
 from lit_edit.metrics.functional import harmonic_score
@@ -21,23 +21,16 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class InterpolationRow:
-    """A model with a share of its updates.
+    """A model with a share of its updates; what was not measured is ``None``."""
 
-    Attributes:
-        alpha: The share.
-        efficacy: On the prompts of the edits.
-        generalization: On their paraphrases.
-        locality: On their neighbours.
-        score: Harmonic mean of the three; ``None`` if one is missing.
-    """
-
-    alpha: float
-    efficacy: float | None
-    generalization: float | None
-    locality: float | None
-    score: float | None
+    alpha: float  # the share
+    efficacy: float | None  # on the prompts of the edits
+    generalization: float | None  # on their paraphrases
+    locality: float | None  # on their neighbours
+    score: float | None  # harmonic mean of the three
 
 
+@torch.no_grad()
 def interpolation_rows(
     ledger: EditLedger,
     tokenizer: PreTrainedTokenizerBase,
@@ -47,37 +40,23 @@ def interpolation_rows(
 ) -> list[InterpolationRow]:
     r"""Measure an edited model with shares of its updates, :math:`(1 - \alpha) W_0 + \alpha W`; it is not changed.
 
-    Args:
-        ledger: Holds the model, its original weights and its updates, of whichever editor.
-        tokenizer: The model's.
-        requests: What to measure on: of the edits that were made, or some that were held out.
-        alphas: The shares, in the order of the rows.
-        measure: Which family of metrics.
-
-    Returns:
-        A row per share.
+    Measured are edits that were made, or some that were held out; ``measure`` names the family of metrics.
 
     Raises:
         ValueError: If a share is not in [0, 1], or there is nothing to measure.
     """
     if not requests:
         raise ValueError("requests must hold at least one edit to measure, got none")
-    if wrong := [alpha for alpha in alphas if not 0 <= alpha <= 1]:
-        raise ValueError(f"alphas must be in [0, 1], got {wrong[0]}")
+    for alpha in alphas:
+        check_within("[0, 1]", alphas=alpha)
     rows = []
     for alpha in alphas:
-        view = ledger.adapter.with_weights(interpolated_weights(ledger, alpha))
-        summary = summarise(evaluate_edits(view, tokenizer, requests))
+        weights = {  # rounded as the ledger would
+            name: ledger.edited_weight(layer, delta if alpha == 1 else alpha * delta)
+            for layer, name in ledger.names.items()
+            if (delta := ledger.deltas.get(name)) is not None
+        }
+        summary = summarise(evaluate_edits(ledger.adapter.with_weights(weights), tokenizer, requests))
         values: dict[str, float | None] = {kind: summary[kind][measure] for kind in KINDS}
         rows.append(InterpolationRow(alpha, **values, score=harmonic_score(list(values.values()))))
     return rows
-
-
-@torch.no_grad()
-def interpolated_weights(ledger: EditLedger, alpha: float) -> Mapping[str, Tensor]:
-    """Return the edited weights with a share of their updates, by name, rounded as the ledger would."""
-    return {
-        name: ledger.edited_weight(layer, delta if alpha == 1 else alpha * delta)
-        for layer, name in ledger.names.items()
-        if (delta := ledger.deltas.get(name)) is not None
-    }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from lit_edit.errors import check_known
+
 ProtocolName = Literal["counterfact", "zsre_kmeng", "zsre_easyedit"]
 
 PUBLISHED: dict[str, dict[str, tuple[str, ...]]] = {
@@ -34,18 +36,11 @@ PUBLISHED: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def as_published(summary: Mapping[str, Any], protocol: ProtocolName) -> dict[str, float | None]:
-    """Return a stage of a summary under the names of one protocol, times 100 as tables show it.
+    """Return a stage of a summary (``summary["final"]``) under the names of one protocol, times 100 as tables show it.
 
     ``locality`` of ``zsre_kmeng`` (ROME, MEMIT, AlphaEdit) is the accuracy on the gold answer of an unrelated question,
     some 25 to 33 for an unedited model; that of ``zsre_easyedit`` is the agreement with the model before editing,
-    near 100. They must not stand in one table.
-
-    Args:
-        summary: Of a stage: ``summary["final"]``.
-        protocol: Which.
-
-    Returns:
-        By published name; ``None`` where it was not measured.
+    near 100. They must not stand in one table. What was not measured is ``None``.
 
     Raises:
         ValueError: If there is no such protocol.
@@ -55,8 +50,7 @@ def as_published(summary: Mapping[str, Any], protocol: ProtocolName) -> dict[str
         >>> as_published(stage, "zsre_kmeng")["locality"], as_published(stage, "zsre_easyedit")["locality"]
         (25.0, 100.0)
     """
-    if protocol not in PUBLISHED:
-        raise ValueError(f"protocol must be one of {', '.join(PUBLISHED)}, got {protocol!r}")
+    check_known(PUBLISHED, protocol=protocol)
     found: dict[str, float | None] = {}
     for name, path in PUBLISHED[protocol].items():
         value: Any = summary

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.models.packed import Line, TokenRows
+from lit_edit.models.packed import TokenRows
 from lit_edit.text.tokens import continuation, encode, leading_tokens, pad_token
 
 
 @dataclass(frozen=True)
 class Score:
-    """How a model continues a prompt, against one object.
+    """How a model continues a prompt, against one object."""
 
-    Attributes:
-        nll: Length-normalised negative log-likelihood of the object.
-        hits: ``(tokens,)`` bool, whether each object token is the model's first choice (teacher forcing).
-        choice: ``(tokens,)`` the first choices themselves.
-    """
-
-    nll: float
-    hits: Tensor
-    choice: Tensor
+    nll: float  # length-normalised negative log-likelihood of the object
+    hits: Tensor  # (tokens,) bool: whether each object token is the model's first choice (teacher forcing)
+    choice: Tensor  # (tokens,): the first choices themselves
 
 
 @torch.no_grad()
@@ -37,19 +31,10 @@ def score_continuations(
     pairs: Sequence[tuple[str, str]],
     batch_tokens: int = 2048,
 ) -> list[Score]:
-    """Score objects as continuations of prompts.
+    """Score ``(prompt, object)`` pairs: objects as continuations of prompts.
 
     What prompts have in common is computed once (:mod:`lit_edit.models.packed`), so two objects of one prompt cost
     little more than one.
-
-    Args:
-        adapter: The model.
-        tokenizer: Its tokenizer.
-        pairs: ``(prompt, object)``.
-        batch_tokens: Tokens per batch.
-
-    Returns:
-        The scores, in order.
     """
     if not pairs:
         return []
@@ -73,15 +58,9 @@ def text_nlls(
     batch_tokens: int = 2048,
     leading: bool = True,
 ) -> list[Tensor]:
-    """Return per text the nll of each token but the first (no BOS added beyond the tokenizer's own).
+    """Return per text, cut at 512 tokens, the nll of each token but the first (no BOS beyond the tokenizer's own).
 
-    Args:
-        adapter: The model.
-        tokenizer: Its tokenizer.
-        texts: Any texts; cut at 512 tokens.
-        batch_tokens: Tokens per batch.
-        leading: Put the tokenizer's leading special tokens, mostly BOS, before a text; without them its first token
-            is not scored.
+    Without the tokenizer's ``leading`` special tokens, mostly BOS, the first token of the text itself is not scored.
     """
     nlls: dict[str, Tensor] = {}
     skipped = 0 if leading else len(leading_tokens(tokenizer))
@@ -107,26 +86,18 @@ def _score(
     labels: Sequence[Sequence[int]],
     batch_tokens: int,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return, per row, what :func:`_read` finds at its last tokens; the ranks share the batches.
-
-    Args:
-        adapter: The model.
-        tokenizer: Its tokenizer.
-        rows: Token ids.
-        labels: Of each row, the tokens that its last states are asked for.
-        batch_tokens: Tokens per batch, at most.
-    """
+    """Return, per row of token ids, what :func:`_read` finds at its last tokens, one per label; ranks share batches."""
     ranks = adapter.ranks
     share = -(-sum(map(len, rows)) // ranks.size)
     batches = _batches(rows, min(batch_tokens, max(share, 1)) if ranks.together else batch_tokens)
-    starts = [0]
-    for row_labels in labels:
-        starts.append(starts[-1] + len(row_labels))
+    starts = list(accumulate(map(len, labels), initial=0))
     # What another rank finds is zero here: each place is filled by one rank, and the sum is what it has found.
     dtype = torch.float64 if adapter.dtype == torch.float64 else torch.float32  # of logits
     nlls, choices = torch.zeros(starts[-1], dtype=dtype), torch.zeros(starts[-1], dtype=torch.long)
     for batch, counts in ranks.deal(batches):
-        line, hidden = _run(adapter, tokenizer, [rows[index] for index in batch])
+        line = TokenRows(adapter, [rows[index] for index in batch], pad_token(tokenizer)).line()
+        with adapter.fast_products():
+            hidden = line.run(line.hidden, 0, adapter.n_layers)
         read = [
             line.index(number, len(rows[index]) - len(labels[index]) + j)
             for number, index in enumerate(batch)
@@ -140,29 +111,13 @@ def _score(
     return [(nlls[a:b].clone(), choices[a:b].clone()) for a, b in pairwise(starts)]
 
 
-def _run(
-    adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]
-) -> tuple[Line, Tensor]:
-    """Run rows through all layers; return their line and the states ``(tokens, d_model)`` behind the last one."""
-    line = TokenRows(adapter, rows, pad_token(tokenizer)).line()
-    with adapter.fast_products():
-        return line, line.run(line.hidden, 0, adapter.n_layers)
-
-
 def _read(
     adapter: ModelAdapter, hidden: Tensor, read: Sequence[int], labels: Sequence[int], rows: int = 128
 ) -> tuple[Tensor, Tensor]:
-    """Apply final norm and head to some states of a line.
+    """Apply final norm and head to the states of a line, ``(tokens, d_model)``, that stand at some places.
 
-    Args:
-        adapter: The model.
-        hidden: ``(tokens, d_model)``, behind the last layer.
-        read: Which states.
-        labels: The token that each of them is asked for.
-        rows: States that the head sees at a time; its output is the largest tensor of all.
-
-    Returns:
-        Negative log-likelihoods of the labels and the first choices, each ``(states,)``, on the CPU.
+    The head sees ``rows`` states at a time: its output is the largest tensor of all. Returned are the negative
+    log-likelihoods of their labels and the first choices, each ``(states,)``, on the CPU.
     """
     nlls, choices = [], []
     for at, label in zip(torch.tensor(read).split(rows), torch.tensor(labels).split(rows), strict=True):

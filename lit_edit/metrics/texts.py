@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import string
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lit_edit.data.files import read_file, read_text
 from lit_edit.data.request import DataError
+from lit_edit.errors import check_least
 
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -41,11 +43,7 @@ def words(text: str) -> list[str]:
 
 
 def n_gram_entropy(tokens: Sequence[str], n: int) -> float:
-    """Return the Shannon entropy of a text's n-grams, in bits; 0 where there is none.
-
-    Args:
-        tokens: The words of the text, in order.
-        n: Length of the n-grams.
+    """Return the Shannon entropy of the n-grams of a text's words, in bits; 0 where there is none.
 
     Example:
         >>> n_gram_entropy(["a", "b", "a", "b", "c"], 2)  # ab twice, ba and bc once
@@ -56,8 +54,7 @@ def n_gram_entropy(tokens: Sequence[str], n: int) -> float:
 
 def n_grams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
     """Return the n-grams of a text, in order."""
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    check_least(1, n=n)
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
@@ -73,10 +70,7 @@ def fluency(texts: Sequence[str]) -> float:
 
     Low values are texts that repeat themselves. The published code yields NaN or -0 for texts of fewer than three
     words; here an n-gram that does not exist has no entropy, so that a model that falls silent is not left out but
-    counts as what it is. Tables show this times 100.
-
-    Args:
-        texts: Generated texts with their prompts, at least one.
+    counts as what it is. Texts, at least one, are measured with their prompts. Tables show this times 100.
 
     Example:
         >>> fluency(["one two three four"]) == math.log2(3) / 3 + 2 * math.log2(2) / 3
@@ -92,10 +86,7 @@ def fluency(texts: Sequence[str]) -> float:
 
 
 def fit_vectorizer(references: Sequence[Sequence[str]]) -> TfidfVectorizer:
-    """Fit term weights on reference texts: scikit-learn's TF-IDF, a document per text.
-
-    Args:
-        references: Per edit, its reference texts; a text that several edits share counts once.
+    """Fit term weights on the reference texts of edits: scikit-learn's TF-IDF, a document per different text.
 
     Raises:
         DataError: If the texts hold no word.
@@ -118,8 +109,6 @@ def load_vectorizer(folder: Path) -> TfidfVectorizer:
     Raises:
         DataError: If they cannot be read or do not fit each other.
     """
-    import json
-
     import numpy as np
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -141,13 +130,8 @@ def load_vectorizer(folder: Path) -> TfidfVectorizer:
 def consistency(texts: Sequence[str], references: Sequence[str], vectorizer: TfidfVectorizer) -> float:
     """Cosine between the TF-IDF vectors of all texts joined and of all references joined (RS of CounterFact).
 
-    Args:
-        texts: Generated texts about the subject, with their prompts.
-        references: Texts about the new object, at least one.
-        vectorizer: Holds the term weights.
-
-    Returns:
-        In [0, 1]; 0 where the texts share no known word with the references. Tables show this times 100.
+    Texts are about the subject, with their prompts; references, at least one, about the new object. It is in [0, 1], 0
+    where they share no known word. Tables show this times 100.
 
     Example:
         >>> references = ["red green"]
@@ -188,12 +172,8 @@ def exact_match(answer: str, target: str) -> bool:
 def read_references(path: Path) -> dict[tuple[str, str], list[str]]:
     """Read reference texts: CounterFact's ``attribute_snippets.json``, or records of ``{target, text}``.
 
-    Args:
-        path: A JSON list, JSONL or CSV. Published records are ``{relation_id, target_id, samples: [{text}]}``; of your
-            own ``{target, text}``, with ``relation`` if it matters.
-
-    Returns:
-        The texts by ``(relation, target's id or name)``; the relation is empty where none is given.
+    Published records are ``{relation_id, target_id, samples: [{text}]}``; of your own ``{target, text}``, with
+    ``relation`` if it matters. The texts come by ``(relation, target's id or name)``; a relation not given is empty.
 
     Raises:
         DataError: If a record is neither; names file and line.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -21,16 +22,14 @@ class ModelAdapter(Passes):
     (:class:`~lit_edit.models.kernels.Kernels`), and forward passes (:class:`~lit_edit.models.passes.Passes`).
 
     The adapter reads and never writes. To look at the model with other weights (the original ones, or an update that
-    is not committed yet) make a view of it with :meth:`with_weights`.
+    is not committed yet) make a view of it with :meth:`with_weights`. Whoever starts several processes that share the
+    work on the model says so in ``ranks``.
 
     Args:
         model: A decoder-only Hugging Face model in evaluation mode.
         spec: Its family's description; found by ``config.model_type`` when not given.
         weights: Parameters to use in place of the model's own, by full name.
         products: Which kernel multiplies float32 matrices on a CPU (:mod:`lit_edit.models.products`).
-
-    Attributes:
-        ranks: The processes that share the work on this model; whoever starts several says so here.
 
     Raises:
         UnknownArchitectureError: If the family is unknown or ``spec`` names modules that the model does not have.
@@ -46,7 +45,7 @@ class ModelAdapter(Passes):
         super().__init__(model, spec)
         self.weights = dict(weights or {})
         self.products, self.ranks = products, Ranks()
-        self._signatures = {}
+        self._signatures = [inspect.signature(layer.forward) for layer in self.layers]
 
     def by_route(self, prompts: Sequence[str]) -> list[tuple[ModelAdapter, dict[str, str]]]:
         """Return the models that answer some prompts, each with its prompts and what is put before each of them."""

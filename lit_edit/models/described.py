@@ -11,10 +11,9 @@ from lit_edit.models.structure import UnknownArchitectureError
 
 @torch.no_grad()
 def check_passes(adapter: ModelAdapter) -> None:
-    """Compare passes of ours with the model's own, for an architecture that somebody has described.
+    """Compare passes of ours with the model's own; raise :class:`UnknownArchitectureError` if they differ.
 
-    Raises:
-        UnknownArchitectureError: If they differ: the model does something that the description does not say.
+    The model then does something that the description does not say.
     """
     words = int(adapter.model.config.get_text_config().vocab_size)
     rows = [[(7 * i + 3 * n + 1) % words for i in range(length)] for n, length in enumerate((9, 5))]

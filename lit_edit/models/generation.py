@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_edit.errors import check_least
 from lit_edit.files.checksum import hash_seed
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.text.tokens import encode, pad_token
@@ -34,31 +35,16 @@ def continue_rows(
     progress: Callable[[int, int], None] | None = None,
     look: Callable[[int, Tensor], None] | None = None,
 ) -> list[tuple[int, ...]]:
-    """Continue many rows of tokens, greedily or by drawing, with the weights of this view.
+    """Continue rows of token ids, of any lengths above 0, by ``new`` tokens each; no token ends a row.
 
-    Rows run together without padding: a batch begins with the tokens that its shortest row has, and the longer ones are
-    told theirs until they end, so that a row is continued as it would be alone, up to round-off. Each draws from random
-    numbers of its own, which its seed decides: neither the other rows nor their order change a text.
-
-    Args:
-        adapter: The model.
-        rows: Token ids, of any lengths above 0.
-        new: Tokens to add to each row; none ends a row.
-        top_k: Draw from this many of the most probable tokens; 1 takes the first choice.
-        seeds: Of each row, anything printable; needed to draw.
-        batch_rows: Rows that run together, at most.
-        progress: Receives how many rows are done, of how many.
-        look: Receives the number of a row and the logits ``(vocab,)`` of its first new token; each row is looked at by
-            one rank.
-
-    Returns:
-        The new tokens of each row.
-
-    Raises:
-        ValueError: If there are not as many numbers, or seeds, as rows.
+    Rows run together without padding: a batch, of ``batch_rows`` at most, begins with the tokens that its shortest row
+    has, and the longer ones are told theirs until they end, so that a row is continued as it would be alone, up to
+    round-off. With ``top_k`` above 1 each draws from its most probable tokens, by random numbers of its own, which its
+    seed (anything printable) decides: neither the other rows nor their order change a text. ``progress`` receives how
+    many rows are done, of how many; ``look``, on one rank, the number of a row and the logits ``(vocab,)`` of its first
+    new token.
     """
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    check_least(1, top_k=top_k)
     if len(new) != len(rows) or (top_k > 1 and (seeds is None or len(seeds) != len(rows))):
         raise ValueError(f"expected a number of new tokens, and to draw a seed, for each of {len(rows)} rows")
     batches: list[list[int]] = []
@@ -96,13 +82,9 @@ def _told(
     batch: Sequence[int],
     look: Callable[[int, Tensor], None] | None = None,
 ) -> Callable[[Tensor, int], Tensor]:
-    """Return how a batch goes on: rows get what is left of their own tokens, then what they choose themselves.
+    """Return how a batch goes on: rows get the rest of their own tokens, then what ``choose`` makes of the logits.
 
-    Args:
-        rests: Of each row, the tokens it is told.
-        choose: Returns the next tokens ``(batch, 1)`` from logits and how many tokens each row has written.
-        batch: Numbers of the rows.
-        look: Receives the number of a row and the logits of the first token that it chooses.
+    ``choose`` is also told how many tokens each row has written, and returns the next ones ``(batch, 1)``.
     """
     lengths = torch.tensor([len(rest) for rest in rests])
     tokens = torch.zeros(len(rests), max(map(len, rests)) + 1, dtype=torch.long)

@@ -17,12 +17,9 @@ if TYPE_CHECKING:
 
 
 class Kernels(Weights):
-    """What decides about round-off in the products of a view.
+    """What decides about round-off in the products of a view: a shorter type that they are made in, if one is.
 
-    Attributes:
-        products: Which kernel multiplies float32 matrices on a CPU (:mod:`lit_edit.models.products`).
-        rounded_to: A shorter type that products are made in, if one is.
-        head_weight: The head's in that type.
+    ``head_weight`` is the head's in that type.
     """
 
     products: Products = "auto"
@@ -31,14 +28,10 @@ class Kernels(Weights):
     _bfloat16: bool | None = None
 
     def rounded(self, dtype: torch.dtype, start: int) -> Self:
-        """Return a view that multiplies in a shorter type from some layer on: faster, and no longer exact.
+        """Return a view whose products are of a shorter type from layer ``start`` on: faster, and no longer exact.
 
         The matrices of those layers and of the head are rounded once; norms, sums and the residual stream stay as they
         are.
-
-        Args:
-            dtype: Type of the products.
-            start: The first layer whose matrices are rounded.
         """
         if self.sharded:  # its matrices are nowhere whole
             return self

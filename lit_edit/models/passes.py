@@ -26,17 +26,13 @@ class _StopForward(Exception):  # noqa: N818 - a signal, not an error
 class Passes(Kernels):
     """The passes of a view: with its weights, its memory and its kernels."""
 
-    _signatures: dict[int, inspect.Signature]
+    _signatures: list[inspect.Signature]
 
     def record_calls(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, dict[int, dict[str, Any]]]:
-        """Return the first layer's input and how the model would call each of its layers, without running them.
+        """Return the first layer's input ``(batch, time, d_model)``, and how the model would call each of its layers.
 
-        Args:
-            input_ids: ``(batch, time)`` token ids.
-            attention_mask: ``(batch, time)``, padding on either side.
-
-        Returns:
-            ``(batch, time, d_model)``, and by layer the keyword arguments (masks, positions, rotary tables).
+        No layer is run: the keyword arguments (masks, positions, rotary tables) are by layer. Padding may be on either
+        side.
         """
         calls: dict[int, dict[str, Any]] = {}
         first: list[Tensor] = []
@@ -52,8 +48,6 @@ class Passes(Kernels):
 
             return forward
 
-        for index in range(self.n_layers):
-            self._signature(index)
         with ExitStack() as stack, suppress(_StopForward):
             if self.sharded:  # the layers themselves would gather their weights
                 stack.enter_context(stand_ins(self._module(self.spec.layers), stand_in))
@@ -76,9 +70,7 @@ class Passes(Kernels):
     def record_keys(self, layers: Sequence[int], stop_after_last: bool = False) -> Iterator[dict[int, Tensor]]:
         """Record the down-projection inputs of layers, by layer, during passes run inside this context.
 
-        Args:
-            layers: The layers to listen to.
-            stop_after_last: Leave the pass as soon as the highest of them has been read.
+        A pass may be left as soon as the highest of them has been read.
         """
         keys: dict[int, Tensor] = {}
         last = max(layers) if stop_after_last else None
@@ -113,15 +105,10 @@ class Passes(Kernels):
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, seed: int | None = None, **settings: Any) -> Tensor:
-        """Continue rows of equal length with transformers' ``generate``, with the weights of this view.
+        """Continue rows of equal length, without padding, with transformers' ``generate`` and this view's weights.
 
-        Args:
-            input_ids: ``(batch, time)``, without padding.
-            seed: Seeds sampling; the global random state is left as it was.
-            settings: Passed to ``generate``.
-
-        Returns:
-            ``(batch, longer time)``, the rows with their continuations.
+        A seed is for sampling; the global random state is left as it was. Returns the rows with their continuations,
+        ``(batch, longer time)``.
         """
         settings |= {"attention_mask": torch.ones_like(input_ids), "max_length": None}
         weights = {} if self.sharded else {f"model.{name}": weight for name, weight in self.weights.items()}
@@ -137,16 +124,8 @@ class Passes(Kernels):
     def sample(self, input_ids: Tensor, new: int, top_k: int, seed: int) -> Tensor:
         """Let the model go on with rows of equal length, each token drawn from its ``top_k`` most probable ones.
 
-        Much faster than ``generate`` for many rows, which draws from the whole vocabulary.
-
-        Args:
-            input_ids: ``(batch, time)``, without padding.
-            new: Tokens to add to each row.
-            top_k: Draw from this many.
-            seed: Seeds the drawing; the global random state is left as it was.
-
-        Returns:
-            ``(batch, time + new)``.
+        Much faster than ``generate`` for many rows, which draws from the whole vocabulary. Returns
+        ``(batch, time + new)``; the global random state is left as it was.
         """
         generator = torch.Generator(device=self.device).manual_seed(seed)
 
@@ -159,15 +138,9 @@ class Passes(Kernels):
 
     @torch.no_grad()
     def go_on(self, input_ids: Tensor, new: int, choose: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """Let the model go on with rows of equal length; no token ends a row.
+        """Let the model go on with rows of equal length, to ``(batch, time + new)``; no token ends a row.
 
-        Args:
-            input_ids: ``(batch, time)``, without padding.
-            new: Tokens to add to each row.
-            choose: Returns the next tokens ``(batch, 1)`` from logits ``(batch, vocab)`` and the number of the step.
-
-        Returns:
-            ``(batch, time + new)``.
+        ``choose`` returns the next tokens ``(batch, 1)`` from logits ``(batch, vocab)`` and the number of the step.
         """
         cache, rows, step = DynamicCache(config=self.model.config), input_ids, input_ids
         for number in range(new):
@@ -226,11 +199,6 @@ class Passes(Kernels):
             output = functional_call(layer, local, (hidden,), dict(call)) if local else layer(hidden, **call)
         return _first(output)
 
-    def _signature(self, index: int) -> inspect.Signature:
-        if index not in self._signatures:
-            self._signatures[index] = inspect.signature(self.layers[index].forward)
-        return self._signatures[index]
-
     def mask_like(self, allowed: Tensor) -> Tensor:
         """Turn booleans into the mask that the model's attention takes: additive floats for eager attention."""
         if self.attention != "eager":
@@ -239,7 +207,7 @@ class Passes(Kernels):
 
     def _bind(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Name the positional arguments of a layer call; return the hidden states and the rest."""
-        arguments = dict(self._signature(index).bind(*args, **kwargs).arguments)
+        arguments = dict(self._signatures[index].bind(*args, **kwargs).arguments)
         arguments.update(arguments.pop("kwargs", {}))
         hidden = arguments.pop("hidden_states")
         for name in CACHE_NAMES:
@@ -258,7 +226,6 @@ class _Generate(nn.Module):
         self.model: Any = model
 
     def forward(self, ids: Tensor, **settings: Any) -> Tensor:
-        """Return the continued rows."""
         rows: Tensor = self.model.generate(ids, **settings)
         return rows
 

@@ -26,18 +26,12 @@ Kernel = Literal["torch", "onednn"]
 Products = Literal["auto", "torch", "onednn"]
 """``auto`` takes the faster kernel, ``torch`` PyTorch's default, ``onednn`` oneDNN's."""
 
-_PRECISION = {"torch": "highest", "onednn": "medium"}
 _WORTH = 1.15  # how much faster another kernel must be: times are noisy, and results differ in round-off
 
 
 @dataclass(frozen=True)
 class KernelMeasurement:
-    """What was measured of one kernel.
-
-    Attributes:
-        rate: Floating-point operations per second, the best of some tries.
-        error: Relative error of a product (Frobenius) against float64.
-    """
+    """Floating-point operations per second, the best of some tries, and relative error (Frobenius) to float64."""
 
     rate: float
     error: float
@@ -55,7 +49,7 @@ def use_kernel(kernel: Kernel) -> Iterator[None]:
     if kernel == "torch" or not _is_default():
         yield
         return
-    torch.set_float32_matmul_precision(_PRECISION[kernel])
+    torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
@@ -70,11 +64,7 @@ def _is_default() -> bool:
 
 
 def measure_kernels(tokens: int = 512, d_in: int = 576, d_out: int = 1536, tries: int = 8) -> Measured:
-    """Time each kernel on one product of the size that target optimisation makes; takes a few hundredths of a second.
-
-    Returns:
-        By kernel; ``bfloat16`` is the product in that type.
-    """
+    """Time each kernel, and bfloat16, on one product of the size that target optimisation makes; some 0.05 s."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(n, d_in, generator=generator) for n in (tokens, d_out))
     exact = left[:64].double() @ right.double().T
@@ -120,13 +110,10 @@ def bfloat16_pays(threads: int) -> bool:
 
 @cache
 def kept_measurement(threads: int, file: Path) -> Measured:
-    """Return what was measured on this machine, from a file where possible.
+    """Return what was measured on this machine with so many threads, from a JSON file where possible.
 
-    Runs that share the file make the same choice and so the same round-off.
-
-    Args:
-        threads: How many threads PyTorch uses.
-        file: JSON; a damaged one is written anew, one that cannot be written is done without.
+    Runs that share the file make the same choice and so the same round-off. A damaged one is written anew, one that
+    cannot be written is done without.
     """
     machine = f"{_processor()}, torch {torch.__version__}, {threads} threads"
     kept: dict[str, Any] = {}

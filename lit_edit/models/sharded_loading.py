@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -40,19 +41,7 @@ def load_in_parts(
     arch: ArchSpec | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Load a model folder with its decoder layers cut over a mesh.
-
-    Args:
-        folder: Holds ``config.json`` and safetensors files.
-        mesh: The devices.
-        device: This process's.
-        dtype: Type of the weights; by default the one that the config names.
-        arch: Where an architecture that lit-edit does not know keeps its parts.
-        options: For transformers.
-
-    Raises:
-        ModelUnavailableError: If the files are not safetensors, or lack a weight.
-    """
+    """Load a folder of safetensors files with decoder layers cut over a mesh; options are for transformers."""
     from accelerate import init_empty_weights
 
     files = _Files(folder)
@@ -66,7 +55,10 @@ def load_in_parts(
             if not isinstance(parameter, DTensor):
                 module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device=device), False))
     for layer in _layers(model, arch):
-        _empty_parameters(layer, device)
+        kept = [buffer.clone() for buffer in layer.buffers()]  # they hold what they should
+        layer.to_empty(device=device)
+        for buffer, value in zip(layer.buffers(), kept, strict=True):
+            buffer.copy_(value)
     model.tie_weights()
     with suppress(OSError):  # as from_pretrained does: texts are drawn as the model's folder says
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -85,8 +77,6 @@ class _Files:
     """The safetensors files of a model folder."""
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
-
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -103,8 +93,6 @@ class _Files:
 
     def find(self, name: str, prefix: str) -> Any:
         """Return the slice of a parameter, which older files name without the model's prefix, or with it."""
-        from safetensors import safe_open
-
         older = name.replace("lm_head.", "embed_out.")  # GPT-NeoX
         for known in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", older):
             if known in self._where:
@@ -132,11 +120,3 @@ def _fill(parameter: Tensor, files: _Files, name: str, prefix: str) -> None:
     start = parameter.device_mesh.get_local_rank() * size
     if len(local):
         local.detach().copy_(found[start : start + len(local)])
-
-
-def _empty_parameters(layer: nn.Module, device: torch.device) -> None:
-    """Give parameters memory, and keep buffers, which hold what they should."""
-    kept = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-    layer.to_empty(device=device)
-    for name, buffer in layer.named_buffers():
-        buffer.copy_(kept[name])

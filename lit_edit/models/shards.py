@@ -25,12 +25,7 @@ def whole(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """Return all weights of a model in parts, whole and in host memory; every rank must ask.
-
-    Args:
-        model: The model.
-        keep: Whether this rank wants them; the others help and get nothing.
-    """
+    """Return a model's weights whole and in host memory, where they are to be kept; every rank must ask."""
     found = {}
     for name, parameter in model.named_parameters():
         value = whole(parameter.detach())
@@ -41,12 +36,7 @@ def gather_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def write_(weight: Tensor, value: Tensor) -> None:
-    """Write a value into a weight in place; every rank writes the part that it holds.
-
-    Args:
-        weight: The parameter, whole or in parts.
-        value: The whole new value.
-    """
+    """Write a whole new value into a weight in place; of one in parts every rank writes the part that it holds."""
     if isinstance(weight, DTensor):
         weight.to_local().copy_(part_of(weight, value))
     else:
@@ -83,13 +73,9 @@ def written_class(module: nn.Module) -> type[nn.Module]:
 
 @contextmanager
 def lend(module: nn.Module, weight: Tensor) -> Iterator[None]:
-    """Let a projection compute with another weight.
+    """Let a ``Linear`` or ``Conv1D`` compute with another weight, which is whole and in the module's layout.
 
     ``functional_call`` cannot do that where hooks of FSDP put the module's own weight in place before each call.
-
-    Args:
-        module: ``Linear`` or ``Conv1D``.
-        weight: Whole, in the module's layout.
     """
 
     def forward(inputs: Tensor) -> Tensor:
@@ -113,7 +99,6 @@ class _StandIn(nn.Module):
         self._forward = forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute something else."""
         return self._forward(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -9,16 +9,10 @@ from lit_edit.models.adapter import ModelAdapter
 
 
 def twin(adapter: ModelAdapter) -> ModelAdapter:
-    """Return a view whose hooks, borrowed weights and kernels touch no other view.
+    """Return a view whose hooks, borrowed weights and kernels touch no other view; of a whole model without a memory.
 
     Passes put hooks on modules and lend them other weights for their time, so that two threads cannot share modules.
     Parameters and buffers are shared: a twin takes no memory to speak of, and must not be written to.
-
-    Args:
-        adapter: A model that is whole on this process, without a memory beside its weights.
-
-    Raises:
-        ValueError: If it is in parts, or has a memory.
     """
     if adapter.sharded or adapter.memory is not None:
         raise ValueError("only a whole model without a memory has twins")

@@ -26,12 +26,7 @@ if TYPE_CHECKING:
 
 
 class Weights(Structure):
-    """The edited weights of a model, and those that a view of it borrows.
-
-    Attributes:
-        weights: Parameters that take the place of the model's own, by full name.
-        memory: What the model computes with beside its weights; whoever keeps one says so here.
-    """
+    """The edited weights of a model, those that a view of it borrows, by full name, and the memory beside them."""
 
     weights: dict[str, Tensor]
     memory: Memory | None = None
@@ -47,10 +42,7 @@ class Weights(Structure):
         return (columns, rows) if isinstance(self.down_proj(layer), Conv1D) else (rows, columns)
 
     def to_layout(self, layer: int, delta: Tensor) -> Tensor:
-        """Turn a ``(d_out, d_in)`` matrix into the layout of the layer's weight.
-
-        Decided by the module's type: ``Conv1D`` stores ``(d_in, d_out)``, ``Linear`` stores ``(d_out, d_in)``.
-        """
+        """Turn a ``(d_out, d_in)`` matrix into the layout of the layer's weight, which its module's type decides."""
         return delta.T if isinstance(self.down_proj(layer), Conv1D) else delta
 
     def project(self, layer: int, keys: Tensor) -> Tensor:
@@ -69,27 +61,14 @@ class Weights(Structure):
         if module is None:
             return lambda states: states
         own = {name: whole(parameter) for name, parameter in module.named_parameters()}
-
-        def norm(states: Tensor) -> Tensor:
-            normalised: Tensor = functional_call(module, own, (states,))
-            return normalised
-
-        return norm
+        return lambda states: functional_call(module, own, (states,))
 
     def to_weight_residual(self, layer: int, keys: Tensor, residuals: Tensor) -> Tensor:
-        r"""Turn what the residual stream lacks into what the down projection's output lacks.
+        r"""Turn what the residual stream lacks, ``(d_out, n)`` float64, into what the down projection's output lacks.
 
         The same thing for most families. Gemma normalises that output, :math:`N(x) = s \odot x / \mathrm{rms}(x)`,
         before it is added: the output is then to point where :math:`N(x) + r` does, at its old length (only the
-        direction passes through the norm).
-
-        Args:
-            layer: The edited layer.
-            keys: ``(n, d_in)``, the inputs of the down projection.
-            residuals: ``(d_out, n)``, in the residual stream, float64.
-
-        Returns:
-            ``(d_out, n)``, before the norm.
+        direction passes through the norm). ``keys`` ``(n, d_in)`` are the inputs of the projection.
         """
         if self.spec.output_norm is None:
             return residuals

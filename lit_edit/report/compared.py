@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from lit_edit.report.charts import Chart, Series, as_growth, as_plain, as_share, draw, or_dash
-from lit_edit.report.curves import SHARES, course, growth
+from lit_edit.files.paths import write_text
+from lit_edit.report.charts import Chart, Series, draw, draw_shares
+from lit_edit.report.curves import course, growth
 from lit_edit.report.edits import Edit, edits_of
-from lit_edit.report.figures import layer_rows, signed, value_at
-from lit_edit.report.page import about, flat, render, state_of, write_page
+from lit_edit.report.figures import end_and_base, most_grown, value_at
+from lit_edit.report.page import about, flat, render, state_of
 from lit_edit.report.protocols import protocol_numbers
 from lit_edit.report.reading import ReportError, RunRecord, read_run
+from lit_edit.report.texts import as_growth, as_plain, as_share, or_dash
 
 NUMBERS = (  # row, and place in the summary; more is better
     ("efficacy success", ("final", "efficacy", "success")),
@@ -34,16 +36,14 @@ MOST_SETTINGS = 200
 WRITTEN_BY_RUNS = ("run_name", "runs_dir", "trainer.default_root_dir", "overwrite", "resume", "ckpt_path")
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A number of a run, and whether it is the best of its row."""
 
     text: str
     best: bool = False
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """One fact in all runs: which of them made it hold."""
 
     prompt: str
@@ -52,11 +52,7 @@ class Facts:
 
 
 def write_comparison(folders: Sequence[Path], out: Path) -> Path:
-    """Write a page that shows runs side by side.
-
-    Args:
-        folders: Of the runs.
-        out: The file.
+    """Write a page that shows runs, by their folders, side by side; return it.
 
     Raises:
         ReportError: If one of them is no run, or they are fewer than two.
@@ -65,7 +61,6 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         raise ReportError(f"a comparison needs two runs or more, got {len(folders)}")
     runs = [read_run(folder) for folder in folders]
     edits = [edits_of(run) for run in runs]
-    differing = facts_that_differ(edits)
     page = render(
         "compared.html",
         title=f"{len(runs)} runs",
@@ -76,10 +71,11 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         numbers=number_rows(runs),
         charts=charts_of(runs),
         settings=settings_that_differ(runs)[:MOST_SETTINGS],
-        facts=differing,
+        facts=facts_that_differ(edits),
         shared=len(set.intersection(*({(e.prompt, e.wanted) for e in one} for one in edits))),
     )
-    return write_page(out, page)
+    write_text(out, page)
+    return out
 
 
 def names_of(runs: Sequence[RunRecord]) -> list[str]:
@@ -91,41 +87,35 @@ def names_of(runs: Sequence[RunRecord]) -> list[str]:
 def number_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[Cell]]]:
     """Return the rows of the table of numbers: a cell per run."""
     rows = [("edits made", [Cell(str(len(run.edits))) for run in runs])]
-    known: dict[str, tuple[list[float | None], Callable[[float], str], bool]] = {
-        name: ([value_at(run.summary, *place) for run in runs], as_share, True) for name, place in NUMBERS
-    }
-    perplexity = [value_at(run.summary, "final", "perplexity") for run in runs]
-    known["perplexity"] = perplexity, as_plain, False
-    known["change of mean |W|, at most"] = [_largest_growth(run) for run in runs], _as_change, False
+
+    def add(name: str, values: Sequence[float | None], show: Callable[[float], str], more: bool = False) -> None:
+        texts = [or_dash(show, value) for value in values]
+        if name == "perplexity":
+            texts = [f"{text}{_since(run)}" for text, run in zip(texts, runs, strict=True)]
+        if any(value is not None for value in values):
+            rows.append((name, _cells(values, texts, more)))
+
+    def at(*place: str) -> list[float | None]:
+        return [value_at(run.summary, *place) for run in runs]
+
+    for name, place in NUMBERS:
+        add(name, at(*place), as_share, more=True)
+    add("perplexity", at("final", "perplexity"), as_plain)
+    most = [most_grown(run.summary) for run in runs]
+    add("change of mean |W|, at most", [row["growth"] if row else None for row in most], as_growth)
     found = [protocol_numbers(run.summary) for run in runs]
     for name in dict.fromkeys(name for numbers in found for name in numbers):
-        share = next(numbers[name].share for numbers in found if name in numbers)
-        values = [numbers[name].value if name in numbers else None for numbers in found]
-        known[name] = values, as_share if share else as_plain, not name.startswith("me perplexity")
-    seconds = [value_at(run.summary, "seconds", "per_edit") for run in runs]
-    known["seconds per edit"] = seconds, "{:.2f}".format, False
-    for name, (values, show, more) in known.items():
-        if any(value is not None for value in values):
-            texts = [or_dash(show, value) for value in values]
-            if name == "perplexity":
-                texts = [f"{text}{_since(run)}" for text, run in zip(texts, runs, strict=True)]
-            rows.append((name, _cells(values, texts, more)))
+        there = [numbers.get(name, (None, as_plain)) for numbers in found]
+        show = as_share if any(show is as_share for _, show in there) else as_plain
+        add(name, [value for value, _ in there], show, not name.startswith("me perplexity"))
+    add("seconds per edit", at("seconds", "per_edit"), "{:.2f}".format)
     return rows
 
 
 def _since(run: RunRecord) -> str:
     """Return the change of a run's perplexity, in brackets."""
-    base, after = (value_at(run.summary, stage, "perplexity") for stage in ("base", "final"))
-    return "" if not base or after is None else f" ({signed(as_share(after / base - 1), after / base - 1)})"
-
-
-def _as_change(value: float) -> str:
-    return signed(f"{100 * value:.2f}%", value)
-
-
-def _largest_growth(run: RunRecord) -> float | None:
-    found: list[float] = [row["growth"] for row in layer_rows(run.summary) if row["growth"] is not None]
-    return max(found, key=abs, default=None)
+    after, base = end_and_base(run.summary, "perplexity")
+    return "" if not base or after is None else f" ({as_growth(after / base - 1, 1)})"
 
 
 def _cells(values: Sequence[float | None], texts: Sequence[str], more: bool) -> list[Cell]:
@@ -138,20 +128,14 @@ def _cells(values: Sequence[float | None], texts: Sequence[str], more: bool) -> 
 
 def charts_of(runs: Sequence[RunRecord]) -> list[Chart]:
     """Return the charts, with a line per run."""
-    names = names_of(runs)
-    found = [
-        draw(
-            title,
-            [Series(name, course(run, quantity)) for name, run in zip(names, runs, strict=True)],
-            show=as_share,
-            limits=SHARES,
-            nested=True,
-        )
-        for title, quantity in CHARTS
-    ]
-    perplexity = [Series(name, course(run, "perplexity")) for name, run in zip(names, runs, strict=True)]
-    found.append(draw("Perplexity of ordinary text", perplexity, nested=True))
-    widest = [Series(name, _most(run)) for name, run in zip(names, runs, strict=True)]
+    named = list(zip(names_of(runs), runs, strict=True))
+
+    def lines(quantity: str) -> list[Series]:
+        return [Series(name, course(run, quantity)) for name, run in named]
+
+    found = [draw_shares(title, lines(quantity), nested=True) for title, quantity in CHARTS]
+    found.append(draw("Perplexity of ordinary text", lines("perplexity"), nested=True))
+    widest = [Series(name, _most(run)) for name, run in named]
     note = "Of the layer that has grown the most so far."
     found.append(draw("Growth of mean |W|", widest, show=as_growth, least=0.0, note=note, nested=True))
     return [chart for chart in found if chart is not None]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
-from lit_edit.report.charts import Chart, Series, as_growth, as_plain, as_share, draw, groups_by_size, running_mean
+from lit_edit.report.charts import Chart, Points, Series, draw, draw_shares
 from lit_edit.report.edits import Edit
-from lit_edit.report.reading import KINDS, RunRecord
+from lit_edit.report.reading import KINDS, RunRecord, mean_of
+from lit_edit.report.texts import as_growth, as_plain
 from lit_edit.runs.holding import show_p
 
-SHARES = (-0.02, 1.02)
 MOST_DOTS = 1500
 MOST_WEIGHTS = 10
+MOST_AGES = 5
 CHOICES = (
     ("efficacy", "efficacy/accuracy"),
     ("generalization", "generalization/accuracy"),
@@ -40,27 +42,26 @@ def layer_names(weights: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def course(run: RunRecord, quantity: str) -> list[tuple[float, float]]:
+def course(run: RunRecord, quantity: str) -> Points:
     """Return a quantity over the edits, as in ``efficacy/success``: before, on the way, at the end."""
     points: dict[float, float] = {}
-    for edits, values in sorted(run.rows.items()):
-        for stage in ("base", "retention", "final"):  # the end is measured over all edits
-            if f"{stage}/{quantity}" in values:
-                points[edits] = values[f"{stage}/{quantity}"]
+    for stage in ("base", "retention", "final"):  # the end is measured over all edits
+        points |= dict(run.logged(f"{stage}/{quantity}"))
     return sorted(points.items())
 
 
-def growth(run: RunRecord) -> dict[str, list[tuple[float, float]]]:
+def growth(run: RunRecord) -> dict[str, Points]:
     """Return by weight the growth of mean |W| over the edits, as a share."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    first: dict[str, float] = {}
-    for edits, values in sorted(run.rows.items()):
-        for name, value in values.items():
-            if name.startswith("norm/") and name.endswith("/mean_abs_w"):
-                weight = name.removeprefix("norm/").removesuffix("/mean_abs_w")
-                if base := first.setdefault(weight, value):
-                    found.setdefault(weight, []).append((edits, value / base - 1))
-    return found
+    logged = {
+        found.group(1): run.logged(name)
+        for name in run.columns
+        if (found := re.fullmatch("norm/(.+)/mean_abs_w", name))
+    }
+    return {
+        weight: [(edits, value / points[0][1] - 1) for edits, value in points]
+        for weight, points in logged.items()
+        if points[0][1]
+    }
 
 
 def charts_of(run: RunRecord) -> list[Chart]:
@@ -70,21 +71,22 @@ def charts_of(run: RunRecord) -> list[Chart]:
     weights = sorted(sorted(grown, key=lambda w: -abs(grown[w][-1][1]))[:MOST_WEIGHTS], key=list(grown).index)
     names = layer_names(grown)
     cut = f" The {MOST_WEIGHTS} that grew the most of {len(grown)}." if len(weights) < len(grown) else ""
-
-    def shares(title: str, place: str, lines: Iterable[tuple[str, str]], note: str) -> Chart | None:
-        def points(quantity: str) -> list[tuple[float, float]]:
-            return running_mean(_logged(run, f"{place}/{quantity}")) if place else course(run, quantity)
-
-        drawn = [Series(name, points(quantity)) for name, quantity in lines]
-        return draw(title, drawn, show=as_share, limits=SHARES, note=note)
-
-    likelier = f"Share of prompts where the wanted object is the likelier one. {sampled}"
-    first = "Share of prompts that are continued with the new object, and of neighbours continued as before."
-    at_once = "First choices, measured at the edit itself: mean over the edits so far."
     found = [
-        shares("Preferred to the other object", "", [(kind, f"{kind}/success") for kind in KINDS], likelier),
-        shares("First choice", "", CHOICES, first),
-        shares("Right after each edit", "immediate", CHOICES, at_once),
+        draw_shares(
+            "Preferred to the other object",
+            [Series(kind, course(run, f"{kind}/success")) for kind in KINDS],
+            note=f"Share of prompts where the wanted object is the likelier one. {sampled}",
+        ),
+        draw_shares(
+            "First choice",
+            [Series(name, course(run, quantity)) for name, quantity in CHOICES],
+            note="Share of prompts that are continued with the new object, and of neighbours continued as before.",
+        ),
+        draw_shares(
+            "Right after each edit",
+            [Series(name, running_mean(run.logged(f"immediate/{quantity}"))) for name, quantity in CHOICES],
+            note="First choices, measured at the edit itself: mean over the edits so far.",
+        ),
         draw(
             "Perplexity of ordinary text",
             [Series("perplexity", course(run, "perplexity"))],
@@ -99,15 +101,22 @@ def charts_of(run: RunRecord) -> list[Chart]:
         ),
         draw(
             "Mean |ΔW|",
-            [Series(names[weight], _logged(run, f"norm/{weight}/mean_abs_delta")) for weight in weights],
+            [Series(names[weight], run.logged(f"norm/{weight}/mean_abs_delta")) for weight in weights],
             note=f"L1 norm of what was added, per edited layer.{cut}",
         ),
     ]
     return [chart for chart in found if chart is not None]
 
 
-def _logged(run: RunRecord, name: str) -> list[tuple[float, float]]:
-    return [(edits, values[name]) for edits, values in sorted(run.rows.items()) if name in values]
+def running_mean(points: Points) -> Points:
+    """Return the mean of all values so far, at each place.
+
+    Example:
+        >>> running_mean([(1, 1.0), (2, 0.0), (3, 0.5)])
+        [(1, 1.0), (2, 0.5), (3, 0.5)]
+    """
+    totals = accumulate(y for _, y in points)
+    return [(x, total / count) for count, ((x, _), total) in enumerate(zip(points, totals, strict=True), 1)]
 
 
 def forgetting(edits: Sequence[Edit]) -> Chart | None:
@@ -115,24 +124,16 @@ def forgetting(edits: Sequence[Edit]) -> Chart | None:
     newest = max((edit.number for edit in edits), default=0)
     series = []
     for name, stage in (("right after the edit", "immediate"), ("at the end", "final")):
-        seen = [
-            (edit, said)
-            for edit in edits
-            if (said := getattr(edit, stage)) is not None and said.probability is not None
-        ]
+        answers = [(edit, getattr(edit, stage)) for edit in edits]
+        seen = [(edit, said.probability) for edit, said in answers if said and said.probability is not None]
         seen = seen[:: -(-len(seen) // MOST_DOTS) or 1]
-        series.append(
-            Series(
-                name,
-                [(newest - edit.number, said.probability) for edit, said in seen],
-                [f"{edit.number}: {edit.subject} → {edit.wanted}, p {show_p(said.probability)}" for edit, said in seen],
-            )
-        )
-    return draw(
+        points = [(newest - edit.number, p) for edit, p in seen]
+        labels = [f"{edit.number}: {edit.subject} → {edit.wanted}, p {show_p(p)}" for edit, p in seen]
+        series.append(Series(name, points, labels))
+    return draw_shares(
         "Probability by age",
         series,
         x_label="age: edits made since",
-        limits=SHARES,
         show=as_plain,
         cloud=True,
         note="Of the new object; one point per edit and moment.",
@@ -142,24 +143,21 @@ def forgetting(edits: Sequence[Edit]) -> Chart | None:
 def ages(edits: Sequence[Edit]) -> list[dict[str, Any]]:
     """Return rows by age, youngest first: how many edits, how many hold, and how likely their objects are."""
     newest = max((edit.number for edit in edits), default=0)
-    measured = [edit for edit in reversed(edits) if edit.final is not None]
+    measured = [edit for edit in reversed(edits) if edit.final]
+    parts = min(MOST_AGES, len(measured))
+    edges = [round(k * len(measured) / parts) for k in range(parts + 1)] if parts else []
     rows = []
-    for part in groups_by_size(range(len(measured))):
-        group = measured[part]
+    for group in (measured[a:b] for a, b in pairwise(edges)):
+        first, last = ([getattr(e, stage) for e in group if getattr(e, stage)] for stage in ("immediate", "final"))
         rows.append(
             {
                 "young": newest - group[0].number,
                 "old": newest - group[-1].number,
                 "edits": len(group),
-                "held": _mean([float(e.immediate.hit) for e in group if e.immediate]),
-                "holds": _mean([float(e.final.hit) for e in group if e.final]),
-                "p_held": _mean([e.immediate.probability for e in group if e.immediate]),
-                "p_holds": _mean([e.final.probability for e in group if e.final]),
+                "held": mean_of(said.hit for said in first),
+                "holds": mean_of(said.hit for said in last),
+                "p_held": mean_of(said.probability for said in first),
+                "p_holds": mean_of(said.probability for said in last),
             }
         )
     return rows
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lit_edit.report.reading import RunRecord
-from lit_edit.runs.holding import REACHED, probability, show_p, visible
+from lit_edit.runs.answers import STAGES
+from lit_edit.runs.holding import Verdict, judge, probability, show_p, visible
 
-STATES = {  # by name: how it is shown, and whether it is good
+STATES = {  # those of lit_edit.runs.holding, and one between; by name: how it is coloured
     "holds": "good",
     "preferred only": "fair",
     "forgotten": "bad",
     "never took": "bad",
     "fails": "bad",
-    "made": "plain",
-    "taken out": "plain",
+    "not measured": "plain",
+    "replaced": "plain",
+    "undone": "plain",
 }
-FAILED = ("never took", "forgotten", "fails", "preferred only", "taken out")
+FAILED = ("never took", "forgotten", "fails", "preferred only", "replaced", "undone")
 
 
 @dataclass(frozen=True)
 class Said:
-    """What a model said to a prompt.
+    """What a model said to a prompt."""
 
-    Attributes:
-        text: Its first choices, as far as they are its own words.
-        hit: Whether they are all of the wanted object.
-        probability: Geometric mean of the wanted object's token probabilities.
-        other: The same of the object that is not wanted, where it is known.
-    """
-
-    text: str
-    hit: bool
-    probability: float | None
-    other: float | None
+    text: str  # its first choices, as far as they are its own words
+    hit: bool  # whether they are all of the wanted object
+    probability: float | None  # of the wanted object: geometric mean of its tokens'
+    other: float | None  # the same of the object that is not wanted, where it is known
 
     @property
     def preferred(self) -> bool | None:
@@ -45,41 +40,23 @@ class Said:
         return self.probability > self.other
 
 
-@dataclass
+@dataclass(frozen=True)
 class Edit:
-    """One edit.
-
-    Attributes:
-        number: In the order of making.
-        id: In the data.
-        before: Of the prompt, what stands before the subject.
-        subject: What it is about.
-        after: Of the prompt, what stands behind the subject.
-        wanted: The object that was written.
-        old: The object that was true, where it is known.
-        base: What the unedited model said.
-        immediate: What was said right after the edit.
-        final: What was said at the end.
-        state: One of :data:`STATES`.
-        why: Of what did not go well, a sentence.
-        time: When it was made.
-        facts: Numbers of the making.
-    """
+    """One edit; its prompt in three parts, of which the subject is the second."""
 
     number: int
     id: str
     before: str
     subject: str
     after: str
-    wanted: str
-    old: str | None
+    wanted: str  # the object that was written
+    old: str | None  # the object that was true, where it is known
     base: Said | None
     immediate: Said | None
     final: Said | None
-    state: str = "made"
-    why: str = ""
-    time: str = ""
-    facts: dict[str, float] = field(default_factory=dict)
+    state: str  # one of STATES
+    why: str  # of what did not go well
+    time: str  # when it was made
 
     @property
     def prompt(self) -> str:
@@ -94,61 +71,34 @@ class Edit:
 
 @dataclass(frozen=True)
 class Changed:
-    """A neighbour that is answered otherwise than before.
-
-    Attributes:
-        edit: That it is a neighbour of.
-        prompt: The neighbour.
-        right: Its own answer.
-        base: What was said before all edits.
-        final: What is said at the end (or right after the edit, where the end was not measured).
-        verdict: What became of it.
-        tone: How that is coloured.
-    """
+    """A neighbour that is answered otherwise than before."""
 
     edit: Edit
     prompt: str
-    right: str
+    right: str  # its own answer
     base: Said
-    final: Said
+    final: Said  # right after the edit, where the end was not measured
     verdict: str
     tone: str
 
 
 def edits_of(run: RunRecord) -> list[Edit]:
     """Return all edits ever made, in order."""
-    found = []
-    for row in run.edits:
-        number = row["number"]
-        own = next((p for p in run.answers.get(number, ()) if p["kind"] == "efficacy"), None)
-        before, subject, after = _parts(str(row["prompt"]), str(row["subject"]))
-        edit = Edit(
-            number,
-            str(row["id"]),
-            before,
-            subject,
-            after,
-            str(row["target_new"]),
-            own.get("other") if own else None,
-            base=_said(own, row, "base"),
-            immediate=_said(own, row, "immediate"),
-            final=_said(own, row, "final"),
-            time=run.times.get(number, "")[:19].replace("T", " "),
-            facts={k: v for k, v in row.items() if isinstance(v, float)},
-        )
-        edit.state, edit.why = _judge(edit, str(row.get("status", "holds")))
-        found.append(edit)
-    return found
+    own = [_own(run, row["number"]) for row in run.edits]
+    said = [{stage: _said(o, row, stage) for stage in STAGES} for o, row in zip(own, run.edits, strict=True)]
+    marked = [_marked(row, found) for row, found in zip(run.edits, said, strict=True)]
+    verdicts = judge(marked, list(run.answers.values()), run.records)[: len(marked)]  # then come those refused
+    return [_edit(run, *about) for about in zip(run.edits, own, said, verdicts, strict=True)]
 
 
-def _parts(prompt: str, subject: str) -> tuple[str, str, str]:
-    at = prompt.rfind(subject)
-    return (prompt, "", "") if at < 0 else (prompt[:at], subject, prompt[at + len(subject) :])
+def _own(run: RunRecord, number: int) -> Mapping[str, Any]:
+    prompts = run.answers.get(number, {}).get("prompts", ())
+    return next((prompt for prompt in prompts if prompt["kind"] == "efficacy"), {})
 
 
-def _said(own: Mapping[str, Any] | None, row: Mapping[str, Any], stage: str) -> Said | None:
+def _said(own: Mapping[str, Any], row: Mapping[str, Any], stage: str) -> Said | None:
     """Return what was said at a stage: from the answers, or from the list of edits, which has the marks alone."""
-    if own is not None and stage in own:
+    if stage in own:
         return answer_of(own[stage])
     if f"{stage}_accuracy" not in row:
         return None
@@ -158,56 +108,61 @@ def _said(own: Mapping[str, Any] | None, row: Mapping[str, Any], stage: str) -> 
 
 def answer_of(answer: Mapping[str, Any]) -> Said:
     """Return an answer of ``ledger/answers.jsonl``."""
-    return Said(
-        visible(str(answer["choice"])),
-        bool(answer["hit"]),
-        probability(answer.get("nll")),
-        probability(answer.get("other_nll")),
+    told = visible(str(answer["choice"]))
+    return Said(told, bool(answer["hit"]), probability(answer.get("nll")), probability(answer.get("other_nll")))
+
+
+def _marked(row: Mapping[str, Any], said: Mapping[str, Said | None]) -> dict[str, Any]:
+    """Return a row with the marks of what was said; where the end was not measured, the moment of the edit counts."""
+    marks = {f"{stage}_accuracy": found.hit for stage, found in said.items() if found}
+    last = said["final"] or said["immediate"]
+    return {**row, **marks, **({"final_accuracy": last.hit} if last else {})}
+
+
+def _edit(
+    run: RunRecord,
+    row: Mapping[str, Any],
+    own: Mapping[str, Any],
+    said: Mapping[str, Said | None],
+    verdict: Verdict,
+) -> Edit:
+    prompt, subject, wanted = str(row["prompt"]), str(row["subject"]), verdict.wanted
+    if (at := prompt.rfind(subject)) < 0:
+        at, subject = len(prompt), ""
+    state, old, last = str(verdict.state), own.get("other"), said["final"] or said["immediate"]
+    reasons = list(verdict.reasons)
+    if last and state in ("forgotten", "never took", "fails"):
+        told = f"the model says “{last.text}”" if last.text else "the model says something else"
+        p, other = show_p(last.probability), show_p(last.other)
+        if last.preferred:
+            state = "preferred only"
+            reasons.insert(0, f"“{wanted}” is preferred to “{old}” (p {p} against {other}), but {told}")
+        else:
+            beside = "" if last.other is None else f", p({old}) is {other}"
+            reasons.append(f"{told}: p({wanted}) is {p}{beside}")
+    return Edit(
+        number=row["number"],
+        id=str(row["id"]),
+        before=prompt[:at],
+        subject=subject,
+        after=prompt[at + len(subject) :],
+        wanted=wanted,
+        old=old,
+        base=said["base"],
+        immediate=said["immediate"],
+        final=said["final"],
+        state=state,
+        why="; ".join(reasons),
+        time=run.times.get(row["number"], "")[:19].replace("T", " "),
     )
-
-
-def _judge(edit: Edit, status: str) -> tuple[str, str]:
-    """Return an edit's state, and why it is not the best one."""
-    if status != "holds":
-        return "taken out", status
-    last = edit.final or edit.immediate
-    if last is None:
-        return "made", ""
-    if last.hit:
-        return "holds", ""
-    told = f"the model says “{last.text}”" if last.text else "the model says something else"
-    if last.preferred:
-        first = ""
-        if edit.immediate is not None and edit.final is not None:
-            first = (
-                "; it was said right after the edit"
-                if edit.immediate.hit
-                else "; right after the edit it was no better"
-            )
-        return "preferred only", (
-            f"“{edit.wanted}” is preferred to “{edit.old}” (p {show_p(last.probability)} against "
-            f"{show_p(last.other)}), but {told}{first}"
-        )
-    now = f"p({edit.wanted}) is {show_p(last.probability)}"
-    if last.other is not None:
-        now += f", p({edit.old}) is {show_p(last.other)}"
-    reached = edit.facts.get("target_probability")
-    if edit.immediate is not None and edit.immediate.hit and edit.final is not None:
-        return "forgotten", f"it held right after the edit (p {show_p(edit.immediate.probability)}); now {told}: {now}"
-    if edit.immediate is None:
-        return "fails", f"{told}: {now}"
-    if reached is not None and reached < REACHED:
-        return "never took", f"no target was found: p reached only {show_p(reached)} while it was fitted; {told}: {now}"
-    fitted = "" if reached is None else f"its target was found (p {show_p(reached)}), but writing it did not do; "
-    return "never took", f"{fitted}{told}: {now}"
 
 
 def changed_neighbours(run: RunRecord, edits: Sequence[Edit]) -> tuple[list[Changed], int]:
     """Return the neighbours whose first choices changed, worst first, and how many were compared."""
     by_number = {edit.number: edit for edit in edits}
     found, compared = [], 0
-    for number, prompts in run.answers.items():
-        for prompt in prompts:
+    for number, row in run.answers.items():
+        for prompt in row["prompts"]:
             stage = next((s for s in ("final", "immediate") if s in prompt), None)
             if prompt["kind"] != "locality" or "base" not in prompt or stage is None:
                 continue
@@ -246,6 +201,4 @@ def _says(text: str, name: str) -> bool:
 
 def failures(edits: Sequence[Edit]) -> list[Edit]:
     """Return the edits that did not do what was wanted, by kind, then in order."""
-    return sorted(
-        (edit for edit in edits if edit.state in FAILED), key=lambda edit: (FAILED.index(edit.state), edit.number)
-    )
+    return sorted((edit for edit in edits if edit.state in FAILED), key=lambda edit: FAILED.index(edit.state))

@@ -12,12 +12,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lit_edit.files.paths import write_text
-from lit_edit.report.charts import as_growth, as_share, or_dash
 from lit_edit.report.curves import ages, charts_of, forgetting
 from lit_edit.report.edits import STATES, changed_neighbours, edits_of, failures
-from lit_edit.report.figures import headlines, layer_rows, metric_rows
+from lit_edit.report.figures import headlines, layer_rows, mapping_at, metric_rows
 from lit_edit.report.protocols import ability_rows, protocol_charts, protocol_headlines, protocol_rows
 from lit_edit.report.reading import RunRecord, read_run
+from lit_edit.report.texts import as_growth, as_share, or_dash
 from lit_edit.runs.holding import show_p
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -26,33 +26,21 @@ MOST_NEIGHBOURS = 1000
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Write ``report.html`` of a run from what its folder holds.
-
-    Args:
-        folder: The run's.
-        out: The file; by default ``report.html`` in the folder.
-
-    Returns:
-        The file.
+    """Write the page of a run from what its folder holds, by default into it as ``report.html``; return the file.
 
     Raises:
         ReportError: If there is no run.
     """
     run = read_run(folder)
-    return write_page(out or run.folder / "report.html", run_page(run))
-
-
-def write_page(path: Path, text: str) -> Path:
-    """Write a page, whole or not at all."""
-    write_text(path, text)
-    return path
+    out = out or run.folder / "report.html"
+    write_text(out, run_page(run))
+    return out
 
 
 def run_page(run: RunRecord) -> str:
     """Return a run's page."""
     edits = edits_of(run)
     changed, compared = changed_neighbours(run, edits)
-    noted = run.notes.get("versions")
     return render(
         "run.html",
         title=run.name,
@@ -73,7 +61,7 @@ def run_page(run: RunRecord) -> str:
         changed=changed[:MOST_NEIGHBOURS],
         changed_count=len(changed),
         compared=compared,
-        versions=noted if isinstance(noted, dict) else {},
+        versions=mapping_at(run.notes, "versions"),
     )
 
 
@@ -103,10 +91,11 @@ def _environment() -> Environment:
 def state_of(run: RunRecord) -> dict[str, str]:
     """Return how far a run has come, in a word and a sentence."""
     made, asked = len(run.edits), run.notes.get("asked")
-    hold = sum(row.get("status", "holds") == "holds" for row in run.edits)
-    count = f"{made} edits made, {hold} hold" if hold < made else f"{made} edit{'s' * (made != 1)}"
-    if isinstance(asked, int) and run.handled < asked and not run.ended:
-        count = f"{run.handled} of {asked} edits dealt with"
+    there = sum(row["status"] == "holds" for row in run.edits)
+    count = f"{made} edits made, {there} in the model" if there < made else f"{made} edit{'s' * (made != 1)}"
+    handled = len(run.history.handled)
+    if isinstance(asked, int) and handled < asked and not run.ended:
+        count = f"{handled} of {asked} edits dealt with"
     if run.summary.get("stale"):
         return {"word": "changed since", "tone": "fair", "text": f"{count}; {run.summary['stale']}"}
     if run.ended:

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lit_edit.ability.course import mean_accuracy
-from lit_edit.report.charts import Chart, Series, as_plain, as_share, draw, or_dash
-from lit_edit.report.curves import SHARES
-from lit_edit.report.figures import (
-    Headline,
-    change_of_share,
-    mapping_at,
-    name_of,
-    ratio_headline,
-    share_headline,
-    signed,
-    value_at,
-)
-from lit_edit.report.reading import KINDS, RunRecord
+from lit_edit.report.charts import Chart, Series, draw, draw_shares
+from lit_edit.report.figures import Headline, mapping_at, metric_row, name_of, ratio_headline, share_headline, value_at
+from lit_edit.report.reading import KINDS, RunRecord, mean_of
+from lit_edit.report.texts import as_plain, as_share, change_of_share, or_dash
+
+Show = Callable[[float], str]
 
 SHOWN_ELSEWHERE = (*KINDS, "score", "perplexity", "sample")
 NOT_SHARES = ("fluency", "consistency", "me_perplexity")
@@ -49,105 +41,75 @@ def protocol_headlines(run: RunRecord) -> list[Headline]:
 
 
 def _portability(summary: Mapping[str, Any], stage: str) -> float | None:
-    values = [value for _, value in _numbers(mapping_at(summary, stage, "portability"))]
-    return sum(values) / len(values) if values else None
+    return mean_of(value for _, value in _numbers(mapping_at(summary, stage, "portability")))
 
 
 def protocol_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return a row per number of the longer protocols, in the shape of :func:`lit_edit.report.figures.metric_rows`."""
     base, final = (dict(_numbers(mapping_at(summary, stage))) for stage in ("base", "final"))
-    rows = []
-    for place in dict.fromkeys([*base, *final]):
-        if place[0] in SHOWN_ELSEWHERE:
-            continue
-        share = _is_share(place)
-        now, then = final.get(place), base.get(place)
-        change = ""
-        if now is not None and then is not None:
-            relative = as_share(now / then - 1) if then else ""
-            change = change_of_share(now - then) if share else signed(relative, now - then)
-        show = as_share if share else as_plain
-        cells = {"base": then, "immediate": None, "final": now}
-        row = {stage: or_dash(show, value) for stage, value in cells.items()}
-        rows.append({"name": name_of(place), **row, "change": change})
-    return rows
+    places = [place for place in dict.fromkeys([*base, *final]) if place[0] not in SHOWN_ELSEWHERE]
+    return [metric_row(p, {"base": base.get(p), "final": final.get(p)}, _show_at(p)) for p in places]
 
 
-def _is_share(place: tuple[str, ...]) -> bool:
-    """Tell whether a number is a share: perplexities and entropies are none, nor is how many edits a mean is of."""
-    return place[0] not in NOT_SHARES and place[-1] != "size"
+def _show_at(place: tuple[str, ...]) -> Show:
+    """Return how a number is shown: perplexities and entropies are no shares, nor is how many edits a mean is of."""
+    return as_plain if place[0] in NOT_SHARES or place[-1] == "size" else as_share
 
 
-@dataclass(frozen=True)
-class Number:
-    """A number of a longer protocol at the end, and whether it is a share."""
-
-    value: float
-    share: bool
-
-
-def protocol_numbers(summary: Mapping[str, Any]) -> dict[str, Number]:
-    """Return the numbers of the longer protocols at the end, by name."""
-    found = {
-        name_of(place): Number(value, _is_share(place))
+def protocol_numbers(summary: Mapping[str, Any]) -> dict[str, tuple[float | None, Show]]:
+    """Return the numbers of the longer protocols at the end, by name, and how each is shown."""
+    found: dict[str, tuple[float | None, Show]] = {
+        name_of(place): (value, _show_at(place))
         for place, value in _numbers(mapping_at(summary, "final"))
         if place[0] not in SHOWN_ELSEWHERE
     }
     ability = mean_accuracy(summary, "final")
-    return found if ability is None else {**found, "general ability": Number(ability, True)}
+    return found if ability is None else {**found, "general ability": (ability, as_share)}
 
 
 def ability_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return a row per task: accuracy before and at the end, each with its interval, and the change with its own."""
     base, final = mapping_at(summary, "ability", "base"), mapping_at(summary, "ability", "final")
-    rows = []
-    for task in final:
-        change = mapping_at(summary, "ability", "change", task, "likelihood")
-        rows.append(
-            {
-                "task": str(task),
-                "chance": or_dash(as_share, value_at(final, task, "majority")),
-                "base": _with_interval(mapping_at(base, task, "likelihood")),
-                "final": _with_interval(mapping_at(final, task, "likelihood")),
-                "change": _change(change),
-            }
-        )
-    return rows
+    return [
+        {
+            "task": str(task),
+            "chance": or_dash(as_share, value_at(final, task, "majority")),
+            "base": _with_interval(mapping_at(base, task, "likelihood")),
+            "final": _with_interval(mapping_at(final, task, "likelihood")),
+            "change": _change(mapping_at(summary, "ability", "change", task, "likelihood")),
+        }
+        for task in final
+    ]
+
+
+def _accuracy(scores: Mapping[str, Any]) -> list[float | None]:
+    return [value_at(scores, name) for name in ("accuracy", "accuracy_low", "accuracy_high")]
 
 
 def _with_interval(scores: Mapping[str, Any]) -> str:
-    value, low, high = (value_at(scores, name) for name in ("accuracy", "accuracy_low", "accuracy_high"))
-    if value is None:
-        return "–"
-    return as_share(value) if low is None or high is None else f"{as_share(value)} ({as_share(low)}–{as_share(high)})"
+    value, low, high = _accuracy(scores)
+    interval = "" if low is None or high is None else f" ({as_share(low)}–{as_share(high)})"
+    return "–" if value is None else f"{as_share(value)}{interval}"
 
 
 def _change(found: Mapping[str, Any]) -> str:
-    value, low, high = (value_at(found, name) for name in ("accuracy", "accuracy_low", "accuracy_high"))
-    if value is None:
-        return ""
-    text = change_of_share(value)
-    return text if low is None or high is None else f"{text} ({100 * low:+.0f} to {100 * high:+.0f})".replace("-", "−")
+    value, low, high = _accuracy(found)
+    interval = "" if low is None or high is None else f" ({100 * low:+.0f} to {100 * high:+.0f})".replace("-", "−")
+    return "" if value is None else f"{change_of_share(value)}{interval}"
 
 
 def protocol_charts(run: RunRecord) -> list[Chart]:
     """Return the charts over edits of general ability and ME-PPL, where they were measured."""
-    logged: dict[str, list[tuple[float, float]]] = {}
-    for edits, values in sorted(run.rows.items()):
-        for name, value in values.items():
-            logged.setdefault(name, []).append((edits, value))
-    tasks = {name.split("/")[1]: points for name, points in logged.items() if re.fullmatch("ability/.+/accuracy", name)}
+    accuracies = [name for name in run.columns if re.fullmatch("ability/.+/accuracy", name)]
     found = [
-        draw(
+        draw_shares(
             "General ability",
-            [Series(task, points) for task, points in tasks.items()],
-            show=as_share,
-            limits=SHARES,
+            [Series(name.split("/")[1], run.logged(name)) for name in accuracies],
             note="Accuracy on few-shot tasks that have nothing to do with the edits, by the likeliest option.",
         ),
         draw(
             "ME-PPL",
-            [Series(name, logged.get(f"me_perplexity/{name}", [])) for name in ME_PERPLEXITY],
+            [Series(name, run.logged(f"me_perplexity/{name}")) for name in ME_PERPLEXITY],
             note="Perplexity of sentences: mean over sentences (as published), their median, and that of the whole.",
         ),
     ]

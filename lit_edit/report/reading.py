@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from lit_edit.stream.edit_stream import EditStream
 
 KINDS = ("efficacy", "generalization", "locality")
+_OF_AN_EDIT = {"number", "id", "status", "subject", "prompt", "target_new"}
 Values = dict[str, float]
 
 
@@ -33,35 +36,20 @@ class ReportError(UserError):
 
 @dataclass
 class RunRecord:
-    """A run as its folder tells it.
-
-    Attributes:
-        folder: Where it is.
-        config: Its settings; empty if they cannot be read.
-        config_text: ``config.yaml`` as it stands.
-        summary: As ``summary.json``; of an unfinished run what ``metrics.csv`` has of it.
-        rows: By number of edits: what was logged.
-        edits: As in ``ledger/edits.jsonl``, one per edit ever made.
-        answers: By number of the edit: its prompts and what was said to them.
-        refused: Id and reason of edits that were not made.
-        notes: Versions, and how many edits were asked for.
-        handled: Edits of the stream that were made or refused.
-        ended: Whether it has come to its end; ``None`` if nothing tells.
-        times: By number: when an edit was made.
-    """
+    """A run as its folder tells it."""
 
     folder: Path
-    config: dict[str, Any] = field(default_factory=dict)
-    config_text: str = ""
-    summary: dict[str, Any] = field(default_factory=dict)
-    rows: dict[int, Values] = field(default_factory=dict)
-    edits: list[dict[str, Any]] = field(default_factory=list)
-    answers: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-    refused: list[tuple[str, str]] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
-    handled: int = 0
-    ended: bool | None = None
-    times: dict[int, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # empty if it cannot be read
+    config_text: str = ""  # config.yaml as it stands
+    summary: dict[str, Any] = field(default_factory=dict)  # of an unfinished run what metrics.csv has of it
+    rows: dict[int, Values] = field(default_factory=dict)  # what was logged, by number of edits, which rises
+    records: list[dict[str, Any]] = field(default_factory=list)  # of the journal
+    edits: list[dict[str, Any]] = field(default_factory=list)  # as in ledger/edits.jsonl, one per edit ever made
+    answers: dict[int, dict[str, Any]] = field(default_factory=dict)  # as in ledger/answers.jsonl, by number
+    history: EditHistory = field(default_factory=EditHistory)  # what the records add up to
+    notes: dict[str, Any] = field(default_factory=dict)  # versions, and how many edits were asked for
+    ended: bool = False
+    times: dict[int, str] = field(default_factory=dict)  # when an edit was made, by number
 
     @property
     def name(self) -> str:
@@ -72,6 +60,15 @@ class RunRecord:
         """Return a setting by its dotted name, or ``None``."""
         return look_up(self.config, *path.split("."))
 
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """The names of all that was logged, in the order in which they came."""
+        return tuple(dict.fromkeys(name for values in self.rows.values() for name in values))
+
+    def logged(self, name: str) -> list[tuple[float, float]]:
+        """Return what was logged under a name, with the number of edits at each value."""
+        return [(edits, values[name]) for edits, values in self.rows.items() if name in values]
+
 
 def look_up(tree: Any, *path: str) -> Any:
     """Return what stands at a place of nested mappings, or ``None``."""
@@ -80,15 +77,16 @@ def look_up(tree: Any, *path: str) -> Any:
     return tree
 
 
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that there are; ``None`` without any."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
 def write_notes(folder: Path, stream: EditStream) -> None:
-    """Write ``run.json``: with which versions a run was made, and how many edits it was asked for."""
+    """Write what a report needs besides: how many edits a run was asked for, its versions, and what was answered."""
     asked = len(stream.stream_requests())
     write_json(folder / "run.json", {"asked": asked, "device": str(stream.device), "versions": versions()})
-
-
-def write_unfinished(folder: Path, stream: EditStream) -> None:
-    """Write what a report needs of a run that is cut short, as far as it was measured."""
-    write_notes(folder, stream)
     write_answers(folder, stream.ledger.history, stream.results, stream.tokenizer)
 
 
@@ -108,12 +106,12 @@ def read_run(folder: Path) -> RunRecord:
         )
     record = RunRecord(folder)
     record.config_text, record.config = _read_config(folder / "config.yaml")
-    record.rows = _read_metrics(folder / "metrics.csv")
+    logged = ((int(row.pop("step")), row) for row in read_rows(folder / "metrics.csv")[1])
+    found = {edits: {name: float(cell) for name, cell in row.items() if cell} for edits, row in logged}
+    record.rows = dict(sorted(found.items()))
     record.notes = _read_json(folder / "run.json")
     _read_edits(record)
     record.summary = _read_json(folder / "summary.json") or _summary_of(record)
-    if record.ended is None and (folder / "summary.json").is_file():
-        record.ended = True
     return record
 
 
@@ -134,94 +132,72 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     return text, config if isinstance(config, dict) else {}
 
 
-def _read_metrics(path: Path) -> dict[int, Values]:
-    _, rows = read_rows(path)
-    return {
-        int(row["step"]): {name: float(cell) for name, cell in row.items() if cell and name != "step"} for row in rows
-    }
-
-
 def _read_edits(record: RunRecord) -> None:
     """Join the journal, the list of edits and the answers."""
-    folder, history = record.folder, None
-    if journal_path(folder).is_file():
-        records = Journal(journal_path(folder), writable=False).records
-        history = EditHistory.of(records)
-        record.refused, record.handled = list(history.refused), len(history.handled)
-        record.ended = any(entry["kind"] == "end" for entry in records)
-        record.times = {e["number"]: r["time"] for r in records if "time" in r for e in r.get("entries", ())}
-        asked = record.notes.get("asked")
-        record.ended = record.ended or (isinstance(asked, int) and record.handled >= asked)
+    folder = record.folder
     listed = _read_lines(folder / "ledger" / "edits.jsonl")
-    record.edits = listed if history is None else without_nan(edit_rows(history, {}))
-    if history is not None:
+    if journal_path(folder).is_file():
+        record.records = Journal(journal_path(folder), writable=False).records
+        record.history = EditHistory.of(record.records)
+        asked, handled = record.notes.get("asked"), len(record.history.handled)
+        record.ended = any(entry["kind"] == "end" for entry in record.records)
+        record.ended = record.ended or (isinstance(asked, int) and handled >= asked)
+        record.times = {e["number"]: r["time"] for r in record.records if "time" in r for e in r.get("entries", ())}
         known = {(row["number"], row["id"]): row for row in listed}
-        for row in record.edits:
-            row |= {k: v for k, v in known.get((row["number"], row["id"]), {}).items() if k not in row}
+        rows: list[dict[str, Any]] = without_nan(edit_rows(record.history, {}))
+        record.edits = [{**known.get((row["number"], row["id"]), {}), **row} for row in rows]
+    else:
+        record.edits, record.ended = listed, (folder / "summary.json").is_file()
     names = {row["number"]: row["id"] for row in record.edits}
-    for answer in read_answers(folder):
-        if names.get(answer["number"]) == answer["id"]:
-            record.answers[answer["number"]] = answer["prompts"]
+    record.answers = {row["number"]: row for row in read_answers(folder) if names.get(row["number"]) == row["id"]}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        return [row for row in rows if row["number"] and row["id"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        return [row for row in rows if row.keys() >= _OF_AN_EDIT and row["number"] and row["id"]]
+    except (OSError, ValueError, AttributeError):
         return []
 
 
 def _summary_of(record: RunRecord) -> dict[str, Any]:
     """Return what the log has of an unfinished run, in the shape of ``summary.json``."""
     summary: dict[str, Any] = {"edits": sum(row["status"] == "holds" for row in record.edits), "unfinished": True}
-    for edits, values in sorted(record.rows.items()):
+    for edits, values in record.rows.items():
         if (base := _unflatten(values, "base")) and "base" not in summary:
             summary["base"] = base
         for stage in ("retention", "final"):
             if found := _unflatten(values, stage):
                 summary |= {"final": found, "final_at": edits}
-    immediate: dict[str, list[float]] = {}
-    seconds = []
-    for values in record.rows.values():
-        for name, value in values.items():
-            if name.startswith("immediate/") and math.isfinite(value):
-                immediate.setdefault(name, []).append(value)
-        seconds += [values["time/edit"]] if "time/edit" in values else []
-    if immediate:
-        summary["immediate"] = _unflatten({k: sum(v) / len(v) for k, v in immediate.items()}, "immediate")
-    if seconds:
-        summary["seconds"] = {"per_edit": sum(seconds) / len(seconds)}
-    if layers := _layers_of(record.rows):
+    means = {name: mean_of(y for _, y in record.logged(name) if math.isfinite(y)) for name in record.columns}
+    if immediate := _unflatten(means, "immediate"):
+        summary["immediate"] = immediate
+    if "time/edit" in means:
+        summary["seconds"] = {"per_edit": means["time/edit"]}
+    if layers := _layers_of(record):
         summary["layers"] = layers
     cleaned: dict[str, Any] = without_nan(summary)
     return cleaned
 
 
-def _unflatten(values: Values, stage: str) -> dict[str, Any]:
+def _unflatten(values: Mapping[str, float | None], stage: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in values.items():
-        first, *rest = name.split("/")
-        if first != stage or not rest:
-            continue
-        place = found
-        for part in rest[:-1]:
-            place = place.setdefault(part, {})
-        place[rest[-1]] = value
+        first, *path = name.split("/")
+        if first == stage and path:
+            place = found
+            for part in path[:-1]:
+                place = place.setdefault(part, {})
+            place[path[-1]] = value
     return found
 
 
-def _layers_of(rows: Mapping[int, Values]) -> dict[str, Values]:
+def _layers_of(record: RunRecord) -> dict[str, Values]:
     layers: dict[str, Values] = {}
-    for _, values in sorted(rows.items()):
-        for name, value in values.items():
-            if not name.startswith("norm/"):
-                continue
+    for name in record.columns:
+        if name.startswith("norm/"):
             layer, _, what = name.removeprefix("norm/").rpartition("/")
-            norms = layers.setdefault(layer, {})
-            if what == "mean_abs_w":
-                norms.setdefault("mean_abs_before", value)
-                norms["mean_abs_after"] = value
-            else:
-                norms[what] = value
+            values = [value for _, value in record.logged(name)]
+            ends = {"mean_abs_before": values[0], "mean_abs_after": values[-1]}
+            layers.setdefault(layer, {}).update(ends if what == "mean_abs_w" else {what: values[-1]})
     return layers

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lit_edit.devices.algebra import algebra_dtype, without_autocast
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, check_least
 from lit_edit.files.checksum import checksum
-from lit_edit.solvers.functional import inverse_spd
+from lit_edit.solvers.functional import check_square, inverse_spd
 from lit_edit.solvers.storage import SolverStorage
 
 log = logging.getLogger(__name__)
@@ -42,16 +42,8 @@ def exact(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P],
 class FactSums:
     r"""The sums, the running solution :math:`\Delta` and :math:`P = (\Lambda + G)^{-1}` of the facts of one layer.
 
-    Args:
-        prior: :math:`\Lambda`, ``(d_in, d_in)``, symmetric positive definite.
-        d_out: Rows of the update.
-        memory: Whether keys are remembered; without, ``P`` is that of the prior alone.
-        fold_every: Facts kept as columns.
-        drift_bound: Factorise anew when ``|P (prior + G) x - x| / |x|`` exceeds this for a probe ``x``.
-        storage: Type and place of the matrices.
-
-    Raises:
-        ValueError: If the prior is not square, not finite or not positive definite, or an argument is out of range.
+    Without ``memory`` keys are not remembered, and :math:`P` is that of the prior alone; the other arguments are those
+    of :class:`~lit_edit.solvers.recursive_least_squares.RidgeSolver`.
     """
 
     def __init__(
@@ -63,14 +55,12 @@ class FactSums:
         drift_bound: float | None,
         storage: SolverStorage,
     ) -> None:
-        if prior.dim() != 2 or prior.shape[0] != prior.shape[1]:
-            raise ValueError(f"prior must be square (d_in, d_in), got {tuple(prior.shape)}")
+        check_square(prior)
         if not torch.isfinite(prior).all():
             raise ArgumentError(
                 "prior holds NaN or infinite values; compute the statistics anew (lit-edit stats --force)"
             )
-        if fold_every < 1:
-            raise ValueError(f"fold_every must be at least 1, got {fold_every}")
+        check_least(1, fold_every=fold_every)
         self.memory, self.fold_every, self.storage = memory, fold_every, storage
         self.drift_bound = drift_bound or (1e-8 if storage.inverse_dtype == torch.float64 else 1e-3)
         self.d_in, self.d_out = prior.shape[0], d_out
@@ -191,12 +181,9 @@ class FactSums:
         self.delta = cross @ inverse
 
     def state_dict(self, copy: bool = True) -> dict[str, Tensor | int]:
-        """Return the state: tensors and integers.
+        """Return the state. It is small while no fact is folded: the matrices then follow from the prior.
 
-        Small while no fact is folded yet: the matrices then follow from the prior.
-
-        Args:
-            copy: With ``False`` the large tensors are the solver's own, for a state that is written at once.
+        Without ``copy`` the large tensors are the solver's own, for a state that is written at once.
         """
 
         def own(value: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lit_edit.devices.algebra import outside_autocast
-from lit_edit.solvers.functional import FactsError, solve_spd
+from lit_edit.errors import check_one_of, check_positive
+from lit_edit.solvers.functional import check_finite, solve_spd
 
 RidgeScale = Literal["absolute", "relative"]
 
@@ -44,19 +45,14 @@ class RunningMoments:
 
 
 def merge_moments(moments: RunningMoments, rows: Tensor) -> RunningMoments:
-    r"""Return the moments with some more rows (Welford's update for a block).
+    r"""Return the moments with some more rows ``(m, d)``, at least one (Welford's update for a block).
 
     With :math:`m` rows of mean :math:`\bar x` and :math:`\delta = \bar x - \mu`: :math:`\mu \leftarrow \mu + \delta
     m/(n+m)` and :math:`M_2 \leftarrow M_2 + \sum (x - \bar x)^2 + \delta^2\, nm/(n+m)`. The released code adds
     :math:`m` times the unbiased variance in place of the sum, which is NaN for a block of one row.
 
-    Args:
-        moments: Of the rows so far.
-        rows: ``(m, d)``, at least one.
-
     Raises:
-        ValueError: If the shapes do not fit or there are no rows.
-        FactsError: If a value is not finite.
+        ValueError: If the shapes do not fit, there are no rows, or (``FactsError``) a value is not finite.
 
     Example:
         >>> rows = torch.tensor([[1.0], [3.0], [8.0]], dtype=torch.float64)
@@ -66,7 +62,7 @@ def merge_moments(moments: RunningMoments, rows: Tensor) -> RunningMoments:
     """
     if rows.dim() != 2 or rows.shape[1] != len(moments.mean) or not len(rows):
         raise ValueError(f"rows must be (m, d) = (at least 1, {len(moments.mean)}), got {tuple(rows.shape)}")
-    _check_finite("rows", rows)
+    check_finite(rows=rows)
     block, total = len(rows), moments.count + len(rows)
     mean = rows.mean(0)
     shift = mean - moments.mean
@@ -75,21 +71,12 @@ def merge_moments(moments: RunningMoments, rows: Tensor) -> RunningMoments:
 
 
 def normalise(rows: Tensor, moments: RunningMoments, warm_up: float = 0.0) -> Tensor:
-    r"""Centre and scale rows by the moments, :math:`(x - w\mu) / \sqrt{s^2 + (1-w)^2\mu^2}`.
+    r"""Centre and scale rows ``(m, d)`` by the moments, :math:`(x - w\mu) / \sqrt{s^2 + (1-w)^2\mu^2}`.
 
     With :math:`w = n/(n + warm\_up)`: as if so many rows of mean zero had been seen before. Zero is the published
     :math:`(x - \mu)/s`. That makes nothing of a first row (it is its own mean) and points two first rows in opposite
-    directions; with a warm-up early rows keep most of their own direction.
-
-    Entries that have never varied become zero: what is left of them is rounding.
-
-    Args:
-        rows: ``(m, d)``.
-        moments: Of all rows so far, these included.
-        warm_up: Not negative; infinite never centres.
-
-    Returns:
-        ``(m, d)``.
+    directions; with a warm-up early rows keep most of their own direction, and an infinite one never centres. Entries
+    that have never varied become zero: what is left of them is rounding. The moments count these rows already.
 
     Raises:
         ValueError: If the shapes do not fit or ``warm_up`` is negative.
@@ -113,16 +100,7 @@ def normalise(rows: Tensor, moments: RunningMoments, warm_up: float = 0.0) -> Te
 def pseudo_values(inputs: Tensor, gradients: Tensor, eta: float) -> Tensor:
     r"""Return what a layer is to add to its output at each token, :math:`v = -\eta\,\|\hat h\|^2\,\hat g`.
 
-    Args:
-        inputs: :math:`\hat h`, ``(tokens, d_in)``, normalised.
-        gradients: :math:`\hat g`, ``(tokens, d_out)``, normalised.
-        eta: The step; 1e-6 as published.
-
-    Returns:
-        ``(tokens, d_out)``.
-
-    Raises:
-        ValueError: If the shapes do not fit.
+    Both :math:`\hat h`, ``(tokens, d_in)``, and :math:`\hat g`, ``(tokens, d_out)`` as the result, are normalised.
 
     Example:
         >>> pseudo_values(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]]), eta=0.1)
@@ -133,14 +111,8 @@ def pseudo_values(inputs: Tensor, gradients: Tensor, eta: float) -> Tensor:
 
 
 @outside_autocast
-def ridge_increment(
-    inputs: Tensor,
-    values: Tensor,
-    ridge: float = 1.0,
-    scale: RidgeScale = "absolute",
-    form: Literal["auto", "primal", "dual"] = "auto",
-) -> Tensor:
-    r"""Return :math:`D = ((H^\top H + r I)^{-1} H^\top V)^\top`, the least-squares update that says ``values``.
+def ridge_increment(inputs: Tensor, values: Tensor, ridge: float = 1.0, scale: RidgeScale = "absolute") -> Tensor:
+    r"""Return :math:`D = ((H^\top H + r I)^{-1} H^\top V)^\top`, ``(d_out, d_in)``: least squares that says ``values``.
 
     The same as :math:`V^\top (H H^\top + r I)^{-1} H`, which is solved where there are fewer tokens than inputs: the
     published form costs :math:`O(d_{in}^3)` however few the tokens.
@@ -151,14 +123,9 @@ def ridge_increment(
         ridge: :math:`r`; 1 as published.
         scale: What it is measured in: ``absolute``, or ``relative`` to the mean of :math:`\|h\|^2` over the tokens. The
             size of inputs differs by orders of magnitude between models and layers, and so does what 1 means.
-        form: Which of the two is solved.
-
-    Returns:
-        ``(d_out, d_in)``.
 
     Raises:
-        ValueError: If the shapes do not fit or ``ridge`` is not positive.
-        FactsError: If a value is not finite.
+        ValueError: If the shapes do not fit, ``ridge`` is not positive, or (``FactsError``) a value is not finite.
 
     Example:
         >>> eye = torch.eye(2, dtype=torch.float64)
@@ -167,24 +134,17 @@ def ridge_increment(
                 [2., 0.]], dtype=torch.float64)
     """
     _check_rows(inputs, values, "values")
-    if not 0 < ridge < math.inf:
-        raise ValueError(f"ridge must be positive and finite, got {ridge}")
-    if scale not in ("absolute", "relative"):
-        raise ValueError(f"scale must be 'absolute' or 'relative', got {scale!r}")
-    _check_finite("inputs", inputs)
-    _check_finite("values", values)
+    check_positive(ridge=ridge)
+    check_one_of(("absolute", "relative"), scale=scale)
+    check_finite(inputs=inputs, values=values)
     tokens, size = inputs.shape
-    weight = ridge
-    if scale == "relative":
-        weight = ridge * float(inputs.square().sum()) / max(tokens, 1)
+    weight = ridge if scale == "absolute" else ridge * float(inputs.square().sum()) / max(tokens, 1)
     if not tokens or weight == 0:  # inputs of zero say nothing
         return inputs.new_zeros(values.shape[1], size)
-    dual = tokens < size if form == "auto" else form == "dual"
+    dual = tokens < size
     gram = inputs @ inputs.T if dual else inputs.T @ inputs
     gram.diagonal().add_(weight)
-    if dual:
-        return values.T @ solve_spd(gram, inputs)
-    return solve_spd(gram, inputs.T @ values).T
+    return values.T @ solve_spd(gram, inputs) if dual else solve_spd(gram, inputs.T @ values).T
 
 
 def _check_rows(inputs: Tensor, other: Tensor, name: str) -> None:
@@ -192,8 +152,3 @@ def _check_rows(inputs: Tensor, other: Tensor, name: str) -> None:
         raise ValueError(f"inputs must be (tokens, d_in), got {tuple(inputs.shape)}")
     if other.dim() != 2 or len(other) != len(inputs):
         raise ValueError(f"{name} must be (tokens, d_out) = ({len(inputs)}, d_out), got {tuple(other.shape)}")
-
-
-def _check_finite(name: str, value: Tensor) -> None:
-    if not torch.isfinite(value).all():
-        raise FactsError(f"{name} hold NaN or infinite values; the edit is refused and the weights stay as they are")

@@ -23,12 +23,10 @@ from lit_edit.solvers.storage import SolverStorage
 
 @dataclass(frozen=True)
 class RidgeStep:
-    """A solved but not yet absorbed block of facts; absorbing it cannot fail.
+    """A solved but not yet absorbed block of facts, ``(d_in, b)`` and ``(d_out, b)``; absorbing it cannot fail.
 
     Attributes:
         delta: ``(d_out, d_in)``, the layer's whole update after this block.
-        keys: ``(d_in, b)``.
-        residuals: ``(d_out, b)``.
         factor: ``(d_in, b)``, what ``P`` loses: the next one is ``P - sign factor factor^T``.
         sign: 1 for facts that are added, -1 for facts that are taken out.
         anew: ``P``, where it had to be factorised anew instead of being updated.
@@ -46,12 +44,7 @@ class RidgeStep:
 
 @dataclass(frozen=True)
 class Block:
-    """Facts that were solved together.
-
-    Attributes:
-        keys: ``(d_in, b)``.
-        residuals: ``(d_out, b)``.
-    """
+    """Facts that were solved together: keys ``(d_in, b)`` and residuals ``(d_out, b)``."""
 
     keys: Tensor
     residuals: Tensor
@@ -119,11 +112,9 @@ class RidgeSolver(FactSums):
 
     @exact
     def preview(self, keys: Tensor, residuals: Tensor) -> RidgeStep:
-        """Solve with a further block of facts, without changing the state.
+        """Solve with a further block of facts, ``(d_in, b)`` and ``(d_out, b)``, without changing the state.
 
-        Args:
-            keys: ``(d_in, b)``.
-            residuals: ``(d_out, b)``; relative to the original weights when ``memory``, else to the current ones.
+        Residuals are relative to the original weights with ``memory``, else to the current ones.
 
         Raises:
             ValueError: If the shapes do not fit or a value is not finite.
@@ -137,20 +128,15 @@ class RidgeSolver(FactSums):
 
     @exact
     def preview_removal(self, keys: Tensor, residuals: Tensor) -> RidgeStep:
-        r"""Solve without some facts that are in, by down-dating, without changing the state.
+        r"""Solve without some facts that are in, exactly as they were absorbed, by down-dating; the state stays.
 
         With :math:`S = I - K^\top P K`: :math:`\Delta \leftarrow \Delta - (R - \Delta K) S^{-1} (P K)^\top` and
         :math:`P \leftarrow P + P K S^{-1} (P K)^\top` (Woodbury with the sign turned round). Where :math:`S` is nearly
         singular, a fact that outweighs the prior by far, or rounding has left too few of its digits,
         :math:`P` is factorised anew from the sums.
 
-        Args:
-            keys: ``(d_in, b)``, exactly as they were absorbed.
-            residuals: ``(d_out, b)``, likewise.
-
         Raises:
-            ValueError: If the shapes do not fit, a value is not finite, or the solver has no memory
-                (see :meth:`preview_exchange`).
+            ValueError: As :meth:`preview`, or if the solver has no memory (see :meth:`preview_exchange`).
         """
         if not self.memory:
             raise ValueError("without memory blocks are exchanged, not removed: use preview_exchange")
@@ -169,13 +155,9 @@ class RidgeSolver(FactSums):
         return RidgeStep(torch.addmm(self.delta, surplus, gain.T), keys, residuals, factor, -1, change=(surplus, gain))
 
     def preview_exchange(self, old: Sequence[Block], new: Sequence[Block]) -> RidgeStep:
-        """Return the solution with some blocks in place of others, for a solver without memory.
+        """Return the solution with new blocks in place of old ones, which are in, for a solver without memory.
 
         Each block was solved against the prior alone, so its share of the sum can be computed again and exchanged.
-
-        Args:
-            old: Blocks that are in, as they were absorbed.
-            new: Blocks to be in instead.
         """
         prior = self._prior
         delta = self.delta
@@ -195,13 +177,8 @@ class RidgeSolver(FactSums):
     def alone(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return what facts would do if each were alone: :math:`P_\Lambda k` and :math:`1 + k^\top P_\Lambda k`.
 
-        The update of fact :math:`i` alone is :math:`r_i (P_\Lambda k_i)^\top` divided by the second.
-
-        Args:
-            keys: ``(d_in, n)``.
-
-        Returns:
-            ``(d_in, n)`` and ``(n,)``, float64.
+        They are ``(d_in, n)``, as the keys, and ``(n,)``; the update of fact :math:`i` alone is
+        :math:`r_i (P_\Lambda k_i)^\top` divided by the second.
         """
         keys = self._in_rows(keys)
         if self._gram is None:

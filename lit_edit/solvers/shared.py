@@ -24,19 +24,10 @@ _TOLD = (ArgumentError, FactsError)
 class SharedSolver:
     r"""What :class:`RidgeSolver` is to one process, for many.
 
-    The matrices of size ``(d_in, d_in)`` exist once, on the leader, which solves. The others carry the solution
-    ``(d_out, d_in)``: a block of :math:`b` facts changes it by :math:`M G^\top` with the gain
-    :math:`G = P K S^{-1}`, so ``b (d_in + d_out)`` numbers are told instead of ``d_in d_out``.
-
-    Args:
-        ranks: Who shares it.
-        make: Makes the solver; run by the leader only.
-        shape: ``(d_out, d_in)``.
-        memory: As in :class:`RidgeSolver`.
-        device: Where the others keep the solution.
-
-    Raises:
-        ArgumentError: On all ranks, if the solver cannot be made.
+    The matrices of size ``(d_in, d_in)`` exist once, on the leader, which makes the solver and solves. The others carry
+    the solution ``(d_out, d_in)``, on ``device``: a block of :math:`b` facts changes it by :math:`M G^\top` with the
+    gain :math:`G = P K S^{-1}`, so ``b (d_in + d_out)`` numbers are told instead of ``d_in d_out``. What goes wrong on
+    the leader is raised on all ranks.
     """
 
     def __init__(
@@ -85,8 +76,7 @@ class SharedSolver:
         """Return what facts would do if each were alone; see :meth:`RidgeSolver.alone`."""
 
         def work() -> Payload:
-            assert self._own is not None  # noqa: S101 - run by the leader
-            projected, scale = self._own.alone(keys)
+            projected, scale = self._leader.alone(keys)
             return None, {"projected": projected, "scale": scale}
 
         told = self.ranks.lead(work, _TOLD)[1]
@@ -96,9 +86,9 @@ class SharedSolver:
         """Take a previewed block into the state, on all ranks; a fold may compute the solution anew."""
 
         def work() -> Payload:
-            assert self._own is not None  # noqa: S101 - run by the leader
-            self._own.absorb(step)
-            return None, {} if self._own.delta is step.delta else {"delta": self._own.delta}
+            own = self._leader
+            own.absorb(step)
+            return None, {} if own.delta is step.delta else {"delta": own.delta}
 
         told = self.ranks.lead(work)[1]
         if self._own is None:
@@ -114,8 +104,7 @@ class SharedSolver:
         """Restore the leader's :meth:`state_dict`, on all ranks; see :meth:`RidgeSolver.load_state_dict`."""
 
         def work() -> Payload:
-            assert self._own is not None  # noqa: S101 - run by the leader
-            self._own.load_state_dict(state)
+            self._leader.load_state_dict(state)
             return None, {}
 
         self.ranks.lead(work, (ValueError, *_TOLD))
@@ -124,12 +113,16 @@ class SharedSolver:
             assert isinstance(delta, Tensor)  # noqa: S101 - the leader has looked at the same state
             self._delta = delta.to(self._delta, copy=True)
 
+    @property
+    def _leader(self) -> OwnSolver:
+        assert self._own is not None  # noqa: S101 - asked for by what the leader runs
+        return self._own
+
     def _step(self, solve: Callable[[OwnSolver], RidgeStep]) -> RidgeStep:
         made: list[RidgeStep] = []
 
         def work() -> Payload:
-            assert self._own is not None  # noqa: S101 - run by the leader
-            step = solve(self._own)
+            step = solve(self._leader)
             made.append(step)
             if step.change is None:
                 return None, {"delta": step.delta}

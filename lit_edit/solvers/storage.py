@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.devices.algebra import algebra_device, algebra_dtype
+from lit_edit.errors import check_known
 from lit_edit.files.paths import cache_dir
 
 
@@ -34,9 +35,8 @@ class SolverStorage:
     folder: str | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("inverse", ("float64", "float32")), ("offload", ("none", "cpu", "disk"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        check_known(("float64", "float32"), inverse=self.inverse)
+        check_known(("none", "cpu", "disk"), offload=self.offload)
 
     @property
     def inverse_dtype(self) -> torch.dtype:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.devices.algebra import without_autocast
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, check_positive
 from lit_edit.solvers.functional import check_facts
 from lit_edit.solvers.recursive_least_squares import Block, RidgeSolver, RidgeStep
 from lit_edit.solvers.storage import SolverStorage
@@ -18,11 +18,7 @@ from lit_edit.solvers.storage import SolverStorage
 
 @dataclass(frozen=True)
 class SubspaceStep(RidgeStep):
-    """A step with its solution in whole coordinates.
-
-    Attributes:
-        inner: The same in coordinates of the subspace.
-    """
+    """A step with its solution in whole coordinates; ``inner`` is the same in those of the subspace."""
 
     inner: RidgeStep | None = None
 
@@ -40,9 +36,6 @@ class SubspaceSolver:
         d_out: Rows of the update.
         storage: Type and place of the matrices.
         origin: Digits of what the subspace was made of.
-
-    Raises:
-        ValueError: If the basis is empty or the weight is not positive.
     """
 
     def __init__(
@@ -55,8 +48,7 @@ class SubspaceSolver:
     ) -> None:
         if basis.dim() != 2 or basis.shape[1] == 0:
             raise ArgumentError(f"the subspace of the keys is empty: basis {tuple(basis.shape)}; keep more directions")
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"weight must be positive and finite, got {weight}")
+        check_positive(weight=weight)
         self.basis, self.origin = storage.place(basis), origin
         self.d_in, self.d_out, self.memory = basis.shape[0], d_out, True
         prior = weight * torch.eye(basis.shape[1], dtype=basis.dtype, device=self.basis.device)
@@ -107,14 +99,6 @@ class SubspaceSolver:
         self.inner.absorb(inner)
         self.delta = step.delta if self.inner.delta is inner.delta else self._expand(self.inner.delta)
 
-    def update(self, keys: Tensor, residuals: Tensor) -> None:
-        """Add a block of facts: keys ``(d_in, b)``, residuals ``(d_out, b)``."""
-        self.absorb(self.preview(keys, residuals))
-
-    def solve(self) -> Tensor:
-        """Return the running solution ``(d_out, d_in)``, float64."""
-        return self.delta
-
     def state_dict(self, copy: bool = True) -> dict[str, Tensor | int]:
         """Return the state, the basis with it: another machine may find another one of the same space."""
         inner = {f"inner.{name}": value for name, value in self.inner.state_dict(copy).items()}
@@ -122,11 +106,7 @@ class SubspaceSolver:
         return {"memory": int(self.memory), "delta": delta, "basis": basis, **inner}
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Restore :meth:`state_dict`, bit for bit; a state that does not fit changes nothing.
-
-        Raises:
-            ValueError: If the state is of another layer, or of a subspace that is not this one.
-        """
+        """Restore :meth:`state_dict`, bit for bit; that of another layer or subspace is refused."""
         loaded: dict[str, Tensor] = {}
         for name, own in (("basis", self.basis), ("delta", self.delta)):
             value = state.get(name)
@@ -137,8 +117,7 @@ class SubspaceSolver:
         lost = self.basis.T - (self.basis.T @ basis) @ basis.T
         if not float(lost.norm()) < 1e-3 * self.basis.shape[1] ** 0.5:
             raise ValueError("the checkpoint's subspace is another one: its key statistics were others")
-        prefix = "inner."
-        self.inner.load_state_dict({n[len(prefix) :]: value for n, value in state.items() if n.startswith(prefix)})
+        self.inner.load_state_dict({n[6:]: value for n, value in state.items() if n.startswith("inner.")})
         self.basis, self.delta = basis, loaded["delta"]
 
     def _project(self, keys: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from itertools import islice
+from itertools import groupby, islice
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -42,12 +42,8 @@ name, and what the statistics have seen of names is what it spares."""
 class SampledText:
     """Text that the unedited model writes itself; needs no network and fits any model.
 
-    Args:
-        seed: Seeds the sampling, chunk by chunk.
-        rows: Sequences sampled at a time.
-        length: Tokens of each sequence; short ones, since the prompts of edits are short as well.
-        top_k: Sample among this many most probable tokens; keeps the text language-like.
-        starts: Openings.
+    ``rows`` sequences are sampled at a time, of ``length`` tokens: short ones, since the prompts of edits are short as
+    well. Drawing from the ``top_k`` most probable tokens keeps the text language-like.
     """
 
     def __init__(
@@ -71,22 +67,15 @@ class SampledText:
 
     def _openings(self, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[int, ...]]]:
         """Return the openings in groups of one length in tokens, for batches without padding; large groups only."""
-        by_length: dict[int, list[tuple[int, ...]]] = {}
-        for start in self.starts:
-            ids = encode(tokenizer, start)
-            by_length.setdefault(len(ids), []).append(ids)
-        largest = max(len(group) for group in by_length.values())
-        return [group for _, group in sorted(by_length.items()) if 3 * len(group) >= largest]
+        openings = sorted((encode(tokenizer, start) for start in self.starts), key=len)
+        groups = [list(group) for _, group in groupby(openings, len)]
+        return [group for group in groups if 3 * len(group) >= max(map(len, groups))]
 
 
 class DocumentText:
-    """Text of a list of documents, each cut to ``length`` tokens.
+    """Text of a list of documents, each cut to ``length`` tokens, ``rows`` documents a chunk.
 
-    Args:
-        documents: The texts.
-        name: What to call them in the cache; the content is hashed as well.
-        rows: Documents per chunk.
-        length: Tokens kept of each document.
+    The name is what the cache calls them; the content is hashed as well.
     """
 
     def __init__(self, documents: list[str], name: str, rows: int = 256, length: int = 512) -> None:
@@ -109,14 +98,8 @@ Corpus = SampledText | DocumentText
 def open_corpus(corpus: str, seed: int) -> Corpus:
     """Return the corpus that a setting names.
 
-    Args:
-        corpus: ``"sampled"``; a path to ``.txt`` (a document per line), ``.json``, ``.jsonl`` or ``.csv`` with a text
-            column; or the id of a hub data set, whose split ``train`` has a column ``text``.
-        seed: For sampling.
-
-    Raises:
-        DataError: If the file holds no text.
-        ArgumentError: If the name is neither ``sampled``, nor a file, nor a hub id.
+    ``"sampled"``, which is seeded; a path to ``.txt`` (a document per line), ``.json``, ``.jsonl`` or ``.csv`` with a
+    text column; or the id of a hub data set, whose split ``train`` has a column ``text``.
     """
     if corpus == "sampled":
         return SampledText(seed=seed)
@@ -130,14 +113,11 @@ def open_corpus(corpus: str, seed: int) -> Corpus:
     )
 
 
-def _hub_documents(name: str, split: str = "train", column: str = "text", limit: int = 20_000) -> list[str]:
+def _hub_documents(name: str) -> list[str]:
     from datasets import load_dataset
 
     try:
-        rows = islice(load_dataset(name, split=split, streaming=True), limit)
-        texts = [row[column] for row in rows if isinstance(row[column], str)]
+        rows = islice(load_dataset(name, split="train", streaming=True), 20_000)
+        return [row["text"] for row in rows if isinstance(row["text"], str)]
     except Exception as error:  # the hub client raises many kinds; all mean the same to the user
-        raise DataError(
-            f"hub data set {name!r} (split {split!r}, column {column!r}) cannot be read: {error}"
-        ) from error
-    return texts
+        raise DataError(f"hub data set {name!r} (split 'train', column 'text') cannot be read: {error}") from error

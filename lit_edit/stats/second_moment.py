@@ -70,13 +70,8 @@ class KeyStatistics:
     ) -> dict[int, Tensor]:
         """Return ``{layer: (d_in, d_in)}`` in float64 in host memory, from the cache where possible.
 
-        Of several ranks the leader alone returns them; the others help to count and return nothing.
-
-        Args:
-            adapter: The unedited model.
-            tokenizer: Its tokenizer.
-            layers: The layers to be edited.
-            progress: Called with ``(tokens read, tokens in all)``.
+        The adapter is the unedited model; ``progress`` is called with ``(tokens read, tokens in all)``. Of several
+        ranks the leader alone returns them; the others help to count and return nothing.
 
         Raises:
             DataError: If the corpus has fewer tokens than asked for.
@@ -157,7 +152,7 @@ def accumulate(
             ranks.sum_at_leader_(total)
         index += taken
         if ranks.leads and count < budget and monotonic() - saved >= save_every:
-            _save_partial(partial, sums, count, index)
+            _save(partial, {str(layer): total for layer, total in sums.items()}, count=count, chunk=index)
             saved = monotonic()
     if progress is not None:
         progress(budget, budget)
@@ -165,7 +160,7 @@ def accumulate(
         return {}
     moments = {layer: (total.triu() + total.triu(1).T) / count for layer, total in sums.items()}
     for layer, moment in moments.items():
-        _save_moment(folder / f"layer{layer}.safetensors", moment, count)
+        _save(folder / f"layer{layer}.safetensors", {"moment": moment.contiguous()}, tokens=count)
     partial.unlink(missing_ok=True)
     return moments
 
@@ -178,7 +173,6 @@ def _add_rows(
     pad: int,
     sums: Mapping[int, Tensor],
 ) -> None:
-    """Add the keys of some rows to the sums."""
     for members in partition_by_length([len(row) for row in rows], overhead=64):
         ids, mask = pad_right([rows[m] for m in members], pad, adapter.device)
         counted = mask.bool()
@@ -187,20 +181,14 @@ def _add_rows(
         with adapter.fast_products():
             keys_of = adapter.read_keys(ids, mask, layers)
         for layer, total in sums.items():
-            keys = keys_of[layer]
-            add_gram(total, for_algebra(keys[counted]).cpu())
+            add_gram(total, for_algebra(keys_of[layer][counted]).cpu())
 
 
 def add_gram(total: Tensor, vectors: Tensor, block: int = 256) -> None:
-    """Add ``vectors^T vectors`` to the upper triangle of ``total``; what is below the diagonal is without meaning.
+    """Add ``vectors^T vectors`` of ``(n, d_in)`` to the upper triangle of ``total``; what is below has no meaning.
 
     By blocks of columns, so that little more than half of a full product is computed (a symmetric rank-k update, which
     PyTorch does not offer).
-
-    Args:
-        total: ``(d_in, d_in)``, changed.
-        vectors: ``(n, d_in)``.
-        block: Columns at a time.
 
     Example:
         >>> total = torch.zeros(3, 3)
@@ -218,9 +206,7 @@ def add_gram(total: Tensor, vectors: Tensor, block: int = 256) -> None:
 def weights_hash(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> str:
     """Return a hash of all parameters: statistics of one model are never taken for another's.
 
-    Args:
-        model: The model.
-        weights: Parameters to take in place of the model's own, by full name (those of an adapter's view).
+    Those of an adapter's view, by full name, take the place of the model's own.
     """
     weights = weights or {}
     digest = hashlib.blake2b(digest_size=12)
@@ -248,15 +234,9 @@ def _load_moment(path: Path, d_in: int) -> Tensor | None:
     return moment
 
 
-def _save_moment(path: Path, moment: Tensor, count: int) -> None:
-    meta = {"tokens": str(count)}
-    write_atomically(path, lambda target: save_tensors({"moment": moment.contiguous()}, target, metadata=meta))
-
-
-def _save_partial(path: Path, sums: dict[int, Tensor], count: int, index: int) -> None:
-    data = {str(layer): total for layer, total in sums.items()}
-    meta = {"count": str(count), "chunk": str(index)}
-    write_atomically(path, lambda p: save_tensors(data, p, metadata=meta))
+def _save(path: Path, tensors: Mapping[str, Tensor], **numbers: int) -> None:
+    meta = {name: str(number) for name, number in numbers.items()}
+    write_atomically(path, lambda target: save_tensors(tensors, target, metadata=meta))
 
 
 def _load_partial(path: Path, sums: dict[int, Tensor]) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -73,6 +73,32 @@ def list_points(grid: Grid, points: Sequence[Point], folder: Path) -> str:
         line = shlex.join(["lit-edit", *command_of(grid, point, folder)])
         text += f"{point.index}  {point.name}  {state_of(folder / point.name)}\n   {line}\n"
     return text
+
+
+def run_or_list(
+    grid: Grid,
+    folder: Path,
+    dry_run: bool,
+    points: Sequence[Point] | None = None,
+    *,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+    prepare: Callable[[Mapping[str, Any]], None] | None = None,
+) -> int | None:
+    """Run what is left of a grid, or of some of its points; or list it (``dry_run``), which returns ``None``.
+
+    ``check`` looks at the settings of all by name, ``prepare`` at the same before the first run.
+    """
+    points = grid.points if points is None else points
+    settings = parse_points(grid, points)
+    if check is not None:
+        check(settings)
+    check_begun(folder, points, settings)
+    if dry_run:
+        sys.stdout.write(list_points(grid, points, folder))
+        return None
+    if prepare is not None:
+        prepare(settings)
+    return run_points(grid, folder, points, settings)
 
 
 def run_points(grid: Grid, folder: Path, points: Sequence[Point], settings: Mapping[str, Any]) -> int:

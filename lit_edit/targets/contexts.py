@@ -26,10 +26,7 @@ PLAIN: Templates = (("{}",),)
 
 
 def check_templates(templates: Sequence[Sequence[str]]) -> Templates:
-    """Return the groups as tuples.
-
-    Raises:
-        ValueError: If a group is empty, a template has not exactly one ``{}``, or the first is not ``"{}"``.
+    """Return the groups as tuples, or raise ``ValueError`` for what cannot be contexts.
 
     Example:
         >>> check_templates([["{}"], ["Well. {}"]])
@@ -64,18 +61,9 @@ def sample_templates(
     length: int = 10,
     top_k: int = 5,
 ) -> Templates:
-    """Let the model write one short text per start word (MEMIT: top-k 5, ten tokens in all).
+    """Let the unedited model write a short text per start word (MEMIT: ten tokens in all, the start included; top-k 5).
 
-    Args:
-        adapter: The unedited model.
-        tokenizer: Its tokenizer.
-        seed: Seeds the sampling; the global random state is left as it was.
-        starts: First words.
-        length: Tokens of each text, the start included.
-        top_k: Sample among this many most probable tokens.
-
-    Raises:
-        ArgumentError: If the seed is none that PyTorch takes.
+    The global random state is left as it was.
     """
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**63 - len(starts):
         raise ArgumentError(f"the seed of the contexts (model.editor.init_args.seed) must fit 64 bits, got {seed}")
@@ -88,4 +76,4 @@ def sample_templates(
         )
         text = str(tokenizer.decode(rows[0], skip_special_tokens=True))
         texts.append(" ".join(text.replace("{", " ").replace("}", " ").split()))
-    return (("{}",), tuple(f"{text}. {{}}" for text in texts))
+    return (*PLAIN, tuple(f"{text}. {{}}" for text in texts))

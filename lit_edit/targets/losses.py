@@ -47,11 +47,8 @@ class Losses:
 class TargetLoss:
     """The loss of the target optimisation as a function of the vectors.
 
-    Args:
-        window: The rows of all edits.
-        kl_factor: Factor of the divergence.
-        reference: The log-probabilities of the unchanged model at the KL terms, by edit; filled at the first call,
-            which must therefore be made with vectors of zero.
+    ``reference`` holds the log-probabilities of the unchanged model at the KL terms, by edit. It is filled at the first
+    call, which must therefore be made with vectors of zero.
     """
 
     window: Window
@@ -59,13 +56,9 @@ class TargetLoss:
     reference: dict[int, Tensor] = field(default_factory=dict)
 
     def __call__(self, chunks: Sequence[Chunk], delta: Tensor, contexts: Tensor, with_gradient: bool = True) -> Losses:
-        """Evaluate the loss of the edits in some chunks.
+        """Evaluate the loss of the edits in some chunks at vectors ``(edits, d_model)``, those of the whole window.
 
-        Args:
-            chunks: What to run.
-            delta: ``(edits, d_model)``, the vectors of all edits of the window.
-            contexts: ``(edits,)``, how many prompts each edit is seen at.
-            with_gradient: Whether the gradient is wanted; zero otherwise.
+        ``contexts`` ``(edits,)`` says how many prompts each edit is seen at. A gradient not wanted is zero.
         """
         losses, aside = Losses.none(delta), Losses.none(delta)
         first = not self.reference
@@ -129,16 +122,9 @@ class TargetLoss:
 class _HeadLosses:
     """Losses at the head and their gradient with respect to what the head reads, by the formulas.
 
-    A block of states at a time, so that few matrices of the size of the vocabulary exist at once.
-
-    Args:
-        adapter: The model.
-        states: ``(target tokens + KL terms, d_head)``, the states that predict target tokens, then those of KL terms.
-        wanted: ``(target tokens,)``, the target tokens.
-        weights: ``(target tokens,)``, of their negative log-likelihoods in the loss.
-        base: ``(KL terms, vocabulary)``, log-probabilities of the unchanged model; ``None`` if these are they.
-        kl_factor: Weight of the divergences in the loss.
-        with_gradient: Whether to compute the gradient.
+    A block of states at a time, so that few matrices of the size of the vocabulary exist at once. The states are
+    ``(target tokens + KL terms, d_head)``; ``base`` ``(KL terms, vocabulary)`` are log-probabilities of the unchanged
+    model, ``None`` if these are they.
 
     Attributes:
         nll: ``(target tokens,)``.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.devices.host_memory import kept_memory
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, check_least, check_one_of, check_within
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.targets.losses import TargetLoss
 from lit_edit.targets.problem import TargetProblem
@@ -27,12 +27,7 @@ from lit_edit.targets.window import Window
 
 
 class DivergedError(FloatingPointError):
-    """The target optimisation of one edit left the finite numbers.
-
-    Attributes:
-        index: Which edit of the window.
-        step: At which step.
-    """
+    """The target optimisation of one edit, ``index`` of the window, left the finite numbers at a step."""
 
     def __init__(self, index: int, step: int) -> None:
         super().__init__(f"the target optimisation of edit {index} of this window diverged at step {step}")
@@ -96,23 +91,17 @@ class TargetSettings:
                 raise ValueError(f"{name} must be a number, got {value!r}")
             if not math.isfinite(value) and name not in ("clamp", "trust"):  # without these two no step is cut
                 raise ValueError(f"{name} must be finite, got {value}")
-        for name, low in (("steps", 1), ("weight_decay", 0), ("kl_factor", 0), ("margin", 0),
-                          ("first_choice", 0)):  # fmt: skip
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        check_least(1, steps=self.steps)
+        check_least(0, weight_decay=self.weight_decay, kl_factor=self.kl_factor)
+        check_least(0, margin=self.margin, first_choice=self.first_choice)
         for name in ("lr", "clamp", "trust"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name, known in (
-            ("rule", ("adam", "polyak")),
-            ("anchor", ("state", "mlp")),
-            ("moved", ("state", "modules")),
-            ("precision", ("float32", "bfloat16", "fastest")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
-        if not 0.0 <= self.probability < 1.0:
-            raise ValueError(f"probability must be in [0, 1), got {self.probability}")
+        check_one_of(("adam", "polyak"), rule=self.rule)
+        check_one_of(("state", "mlp"), anchor=self.anchor)
+        check_one_of(("state", "modules"), moved=self.moved)
+        check_one_of(("float32", "bfloat16", "fastest"), precision=self.precision)
+        check_within("[0, 1)", probability=self.probability)
 
 
 @dataclass(frozen=True)
@@ -167,19 +156,9 @@ def optimise_targets(
     progress: Callable[[int, int], None] | None = None,
     outputs: bool = False,
 ) -> list[Target]:
-    """Fit the targets of some edits together.
+    """Fit the targets of some edits together; what is moved is the output of ``layer``, the highest edited one.
 
-    Args:
-        adapter: The model to fit on (a view with the original weights, for D4S).
-        problems: One per edit.
-        layer: The highest edited layer; its output is moved.
-        settings: Steps, rates and bounds.
-        pad: Token id for padding.
-        progress: Called with ``(step, steps)`` before each forward pass.
-        outputs: Whether :attr:`Target.output` is wanted.
-
-    Returns:
-        The targets, in order.
+    ``progress`` is called with ``(step, steps)`` before each forward pass; ``outputs`` asks for :attr:`Target.output`.
 
     Raises:
         ArgumentError: If ``layer`` or ``settings.loss_layer`` does not exist.
@@ -277,19 +256,13 @@ def _optimise(
 
 @dataclass(frozen=True)
 class _Parts:
-    """Vectors of one or several parts, each measured against a length of its own.
-
-    Attributes:
-        lengths: ``(edits, parts)``.
-        width: Of a part.
-    """
+    """Vectors of one or several parts of a width, each measured against a length of its own, ``(edits, parts)``."""
 
     lengths: Tensor
     width: int
 
     @classmethod
     def of(cls, anchor: Tensor, count: int) -> _Parts:
-        """Measure anchors ``(edits, count * width)``."""
         width = anchor.shape[1] // count
         return cls(torch.linalg.vector_norm(anchor.view(len(anchor), count, width), dim=2), width)
 
@@ -314,7 +287,6 @@ class _Parts:
 
 
 def _refuse_divergence(values: Tensor, active: Tensor, step: int) -> None:
-    """Raise ``FloatingPointError`` if the value of an active edit is not finite."""
     bad = (~torch.isfinite(values) & active).nonzero()
     if len(bad):
         raise DivergedError(int(bad[0]), step)

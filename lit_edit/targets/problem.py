@@ -16,12 +16,9 @@ KL_PROMPT = "{} is a"
 
 @dataclass(frozen=True)
 class TargetProblem:
-    """One edit as rows of tokens.
+    """One edit as rows of tokens: the prompt in every context, of which the first is the plain prompt, and the target.
 
-    Attributes:
-        prompts: The prompt in every context, in the order of the templates; the first is the plain prompt.
-        target: Token ids of the target as it follows the plain prompt.
-        essence: The prompt of the KL term, up to and including its lookup token.
+    The essence is the prompt of the KL term, up to and including its lookup token.
     """
 
     prompts: tuple[LocatedPrompt, ...]

@@ -12,14 +12,7 @@ class StepRule(Protocol):
     """Decides where to look next."""
 
     def step(self, delta: Tensor, gradient: Tensor, loss: Tensor) -> Tensor:
-        """Return the next vectors ``(edits, d_model)``.
-
-        Args:
-            delta: ``(edits, d_model)``, where the loss was measured.
-            gradient: ``(edits, d_model)``, of the loss there.
-            loss: ``(edits,)``.
-        """
-        ...
+        """Return the next vectors ``(edits, d_model)``, from the gradient there and the losses ``(edits,)``."""
 
 
 class Polyak:
@@ -31,14 +24,10 @@ class Polyak:
     .. math:: \delta \leftarrow \delta - \min\Big(\frac{L}{g^\top p}, \frac{\rho |h_0|}{|p|}\Big) p,
               \qquad p = g / \sqrt[4]{v},
 
-    with :math:`v` the running mean of :math:`g^2` (decay 0.9, corrected for its start), coordinate by coordinate: half
-    way between the gradient and Adam's direction. Less than half of Adam's evaluations, and shorter vectors, at equal
-    quality; what else was tried is in docs/performance.md.
-
-    Args:
-        trust: :math:`\rho`.
-        radius: ``(edits,)``, :math:`|h_0|`.
-        like: ``(edits, d_model)``, gives shape and type.
+    with :math:`\rho` the ``trust``, :math:`|h_0|` the ``radius`` ``(edits,)``, and :math:`v` the running mean of
+    :math:`g^2` (decay 0.9, corrected for its start), coordinate by coordinate: half way between the gradient and Adam's
+    direction. Less than half of Adam's evaluations, and shorter vectors, at equal quality; what else was tried is in
+    docs/performance.md.
     """
 
     def __init__(self, trust: float, radius: Tensor, like: Tensor) -> None:
@@ -57,12 +46,7 @@ class Polyak:
 
 
 class Adam:
-    """Adam (betas 0.9 and 0.999, eps 1e-8), as published.
-
-    Args:
-        lr: Learning rate.
-        like: ``(edits, d_model)``, gives shape and type.
-    """
+    """Adam (betas 0.9 and 0.999, eps 1e-8), as published, on vectors like ``(edits, d_model)``."""
 
     def __init__(self, lr: float, like: Tensor) -> None:
         self.lr, self.count = lr, 0

@@ -25,10 +25,8 @@ class Chunk:
     """Rows of some edits, run together from their lookup tokens on.
 
     Attributes:
-        line: The tokens.
         hidden: ``(tokens, d_model)``, the unchanged states entering the first layer to run: the one above the highest
             edited one, or that one itself where its modules are moved.
-        edits: Which edits.
         moved: ``(rows,)``, where in the line the lookup tokens are.
         owner: ``(rows,)``, the edit of each of those.
         read: ``(target tokens,)``, where the states that predict target tokens are.
@@ -101,10 +99,7 @@ class Window:
     def run(self, chunk: Chunk, delta: Tensor) -> Tensor:
         """Run a chunk with the vectors of its edits added, up to the layer that is read.
 
-        Args:
-            chunk: Which.
-            delta: ``(edits, d_model)`` of all edits, or ``(edits, 2 d_model)``: of the MLP's and the attention's
-                output.
+        They are ``(edits, d_model)`` of all edits, or ``(edits, 2 d_model)``: of the MLP's and the attention's output.
         """
         vectors = delta[chunk.owner].to(chunk.hidden.dtype)
         if self.entering is None:
@@ -167,11 +162,10 @@ class Window:
     def chunks(self, edits: Sequence[int], plain: Collection[int] = ()) -> list[Chunk]:
         """Cut the rows of some edits into chunks of about ``_CHUNK_TOKENS`` tokens, and return this rank's share.
 
-        Args:
-            edits: Which edits.
-            plain: Those of them that are to be seen at their plain prompts only.
+        Of ``plain`` ones only the plain prompts are seen.
         """
-        rows_of = {edit: self._rows(edit, edit in plain) for edit in edits}
+        rows_of: dict[int, Sequence[int]] = {edit: self.rows_of[edit] for edit in edits}
+        rows_of |= {edit: (rows[0], rows[-1]) for edit, rows in rows_of.items() if edit in plain}
         sizes = {edit: sum(self.lengths[r] - self.lookups[r] for r in rows) for edit, rows in rows_of.items()}
         total, ranks = sum(sizes.values()), self.adapter.ranks
         wanted = max(1, math.ceil(total / _CHUNK_TOKENS))
@@ -186,11 +180,6 @@ class Window:
             groups[-1].append(edit)
             size += sizes[edit]
         return [self._chunk({e: rows_of[e] for e in group}, counts) for group, counts in ranks.deal(groups)]
-
-    def _rows(self, edit: int, plain: bool) -> list[int]:
-        """Return the rows of an edit; the last one is that of the KL term."""
-        rows = self.rows_of[edit]
-        return [rows[0], rows[-1]] if plain else list(rows)
 
     def _chunk(self, rows_of: Mapping[int, Sequence[int]], counts: bool = True) -> Chunk:
         rows = [row for group in rows_of.values() for row in group]

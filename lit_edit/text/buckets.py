@@ -6,17 +6,10 @@ from collections.abc import Sequence
 
 
 def partition_by_length(lengths: Sequence[int], overhead: int = 40) -> list[list[int]]:
-    """Split rows into groups to be padded to their longest, at the least cost.
+    """Split rows into groups to be padded to their longest, at the least cost: row indices, shortest rows first.
 
     The cost of a group is ``rows * longest + overhead``; the overhead is what one more pass costs, in tokens (reading
     the weights once more takes about as long as computing forty tokens). Solved exactly over the sorted lengths.
-
-    Args:
-        lengths: Length of each row.
-        overhead: Fixed cost of a group.
-
-    Returns:
-        Lists of row indices, shortest rows first.
 
     Example:
         >>> partition_by_length([2, 9, 2, 9], overhead=1)

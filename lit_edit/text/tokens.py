@@ -51,16 +51,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
 
 
 def locate(tokenizer: PreTrainedTokenizerBase, text: str, span: tuple[int, int]) -> LocatedPrompt:
-    """Tokenise ``text`` and find the token that covers the last character of ``span``.
-
-    Args:
-        tokenizer: A fast tokenizer.
-        text: The filled prompt.
-        span: Start and end of the subject in ``text``.
-
-    Raises:
-        DataError: If no token covers the subject's end.
-    """
+    """Tokenise a filled prompt and find the token that covers the last character of ``span``, that of the subject."""
     lead = leading_tokens(tokenizer)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     last = span[1] - 1
@@ -81,9 +72,6 @@ def continuation(
 
     Prompt and target, joined by a space, are tokenised together and cut where the target begins. Where a token spans
     the border, both are tokenised apart, the target with its leading space.
-
-    Raises:
-        DataError: If the tokenizer makes nothing of one of them.
 
     Example:
         >>> from lit_edit.testing import tiny_tokenizer
@@ -111,10 +99,8 @@ def continuation(
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return an id to pad with; padding is always masked, so any will do when the tokenizer names none."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
+    tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(token) for token in tokens if token is not None), 0)
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

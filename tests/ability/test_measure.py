@@ -21,13 +21,13 @@ from lit_edit.ability.measure import (
     parse_option,
 )
 from lit_edit.ability.metrics import NONE
-from lit_edit.ability.tasks import TASKS
+from lit_edit.ability.tasks import all_tasks
 from lit_edit.errors import ArgumentError
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 from lit_edit.text.tokens import encode
 
-COLA = TASKS["cola"]
+COLA = all_tasks()["cola"]
 TOKENIZER = tiny_tokenizer()
 PROMPTS = [prompt for request in tiny_requests() for prompt in (request.text, request.paraphrases[0])]
 
@@ -124,7 +124,7 @@ def test_nothing_counts_behind_the_end_token(adapter: ModelAdapter, monkeypatch:
     assert choose_and_say(adapter, TOKENIZER, ["Is it"], ["Yes", "No"])[1] == [" Yes"]
 
 
-LETTERS = TASKS["mmlu"].options
+LETTERS = all_tasks()["mmlu"].options
 WORDS = ("No", "Yes")
 
 

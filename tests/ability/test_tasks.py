@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from lit_edit.ability.files import load_task
-from lit_edit.ability.tasks import RESERVED, TASKS, Item, digest, find_tasks
+from lit_edit.ability.tasks import RESERVED, Item, all_tasks, digest, find_tasks
 from lit_edit.data.request import DataError
 
 PAIR = {"sentence1": "A cat sleeps. ", "sentence2": "An animal sleeps."}
@@ -45,14 +45,14 @@ EXAM = {"question": "What is 2 + 2?", "choices": ["1", "2", "3", "4"], "answer":
     ],
 )
 def test_prompt_and_answer_of_each_task(name: str, record: dict[str, Any], prompt: str, answer: str) -> None:
-    task = TASKS[name]
+    task = all_tasks()[name]
     item = task.item(record)
     assert item.prompt == prompt
     assert task.options[item.gold] == answer
 
 
 def test_shots_stand_in_front_with_their_answers() -> None:
-    task = TASKS["sst2"]
+    task = all_tasks()["sst2"]
     shots = [Item("Review :good\nSentiment :", 1), Item("Review :bad\nSentiment :", 0)]
     assert task.prompt(Item("Review :so so\nSentiment :", 0), shots) == (
         "Review :good\nSentiment : positive\n\nReview :bad\nSentiment : negative\n\nReview :so so\nSentiment :"
@@ -62,12 +62,12 @@ def test_shots_stand_in_front_with_their_answers() -> None:
 @pytest.mark.parametrize("label", [0, "0", "entailment", "Entailment"])
 def test_entailment_is_true_in_rte_and_nli(label: Any) -> None:
     for name in ("rte", "nli"):
-        task = TASKS[name]
+        task = all_tasks()[name]
         assert task.options[task.item({**PAIR, "label": label}).gold] == "True"
 
 
 def test_letters_are_answers_of_mmlu_too() -> None:
-    assert TASKS["mmlu"].item({**EXAM, "answer": "c"}).gold == 2
+    assert all_tasks()["mmlu"].item({**EXAM, "answer": "c"}).gold == 2
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_letters_are_answers_of_mmlu_too() -> None:
 )
 def test_broken_records_are_named(name: str, record: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        TASKS[name].item(record)
+        all_tasks()[name].item(record)
 
 
 def test_names_of_tasks_are_checked() -> None:
@@ -116,14 +116,14 @@ def reviews(count: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("name", "kind"), [("sst2", "jsonl"), ("glue_sst2", "json")])
 def test_the_first_ten_are_shots_and_never_measured(tmp_path: Path, name: str, kind: str) -> None:
     write(tmp_path, name, reviews(13), kind)
-    data = load_task(TASKS["sst2"], tmp_path)
+    data = load_task(all_tasks()["sst2"], tmp_path)
     assert [item.prompt for item in data.shots] == [f"Review :film {n}\nSentiment :" for n in range(RESERVED)]
     assert [item.prompt for item in data.items] == [f"Review :film {n}\nSentiment :" for n in (10, 11, 12)]
     assert [item.gold for item in data.items] == [0, 1, 0]
 
 
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
-    task = TASKS["sst2"]
+    task = all_tasks()["sst2"]
     with pytest.raises(DataError, match="there is no such folder"):
         load_task(task, tmp_path / "gone")
     with pytest.raises(DataError, match=r"no file for task sst2; expected sst2.json, .jsonl or .csv"):
@@ -142,9 +142,9 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         load_task(task, tmp_path)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", all_tasks())
 def test_the_real_files_are_read_and_balanced(shared_data: Path, name: str) -> None:
-    data = load_task(TASKS[name], shared_data)
+    data = load_task(all_tasks()[name], shared_data)
     assert (len(data.shots), len(data.items)) == (10, 200)
     count = [sum(item.gold == gold for item in data.items) for gold in range(len(data.task.options))]
     assert max(count) - min(count) <= 1
@@ -153,7 +153,7 @@ def test_the_real_files_are_read_and_balanced(shared_data: Path, name: str) -> N
 @pytest.mark.parametrize("name", ["sst2", "mrpc", "cola", "rte"])
 def test_inverted_files_are_refused(shared_data: Path, tmp_path: Path, name: str) -> None:
     records = json.loads((shared_data / f"glue_{name}.json").read_text())
-    task = TASKS[name]
+    task = all_tasks()[name]
     known = {digest([record[field] for field in task.fields]) for record in records}
     assert set(task.anchors) <= known
     write(tmp_path, name, [{**record, "label": 1 - record["label"]} for record in records], "json")
@@ -165,7 +165,7 @@ def test_inverted_files_are_refused(shared_data: Path, tmp_path: Path, name: str
 
 def test_a_known_item_of_rte_has_its_label_the_right_way_round(shared_data: Path) -> None:
     """The town is home to a tribe of Pakistan's, so that it is in Pakistan is entailed: GLUE's label 0, hence True."""
-    task = TASKS["rte"]
+    task = all_tasks()["rte"]
     data = load_task(task, shared_data)
     everything = [*data.shots, *data.items]
     (first,) = [item for item in everything if "question: The Raisani tribe resides in Pakistan." in item.prompt]
@@ -191,18 +191,18 @@ def from_hub(monkeypatch: pytest.MonkeyPatch, labels: list[int], names: list[str
 
 def test_the_hub_gives_shuffled_labels_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = from_hub(monkeypatch, [0] * 20 + [1] * 8, ["negative", "positive"])
-    data = load_task(TASKS["sst2"])
+    data = load_task(all_tasks()["sst2"])
     assert asked == [(("nyu-mll/glue", "sst2"), {"split": "validation"})]
     golds = [item.gold for item in (*data.shots, *data.items)]
     assert golds == [0, 1] * 8 + [0] * 12
-    assert data == load_task(TASKS["sst2"])
+    assert data == load_task(all_tasks()["sst2"])
     assert [item.prompt for item in data.shots[::2]] != [f"Review :film {n}\nSentiment :" for n in range(5)]
 
 
 def test_a_hub_set_with_other_label_names_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from_hub(monkeypatch, [0, 1] * 10, ["positive", "negative"])
     with pytest.raises(DataError, match="calls its labels positive, negative; expected negative, positive"):
-        load_task(TASKS["sst2"])
+        load_task(all_tasks()["sst2"])
 
 
 def test_without_a_hub_it_is_said_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,4 +211,4 @@ def test_without_a_hub_it_is_said_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(DataError, match=r"cannot be loaded: offline \(without the hub: give a folder with rte.json\)"):
-        load_task(TASKS["rte"])
+        load_task(all_tasks()["rte"])

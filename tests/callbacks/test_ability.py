@@ -15,7 +15,7 @@ from lit_edit.callbacks import Ability, RunFolder
 from lit_edit.ability.course import ability_metrics, summarise_ability
 from lit_edit.ability.files import load_task
 from lit_edit.ability.measure import measure_tasks
-from lit_edit.ability.tasks import TASKS
+from lit_edit.ability.tasks import all_tasks
 from lit_edit.cli.main import main
 from lit_edit.data.request import DataError
 from lit_edit.models.adapter import ModelAdapter
@@ -51,7 +51,7 @@ def test_a_stream_is_measured_before_on_the_way_and_at_the_end(tmp_path: Path, f
     stream = fit(tmp_path, [RunFolder(), callback], 5)  # behind RunFolder: the order does not matter
     assert [point["edits"] for point in callback.history] == [0, 2, 4, 5]
 
-    data = [load_task(TASKS[name], folder) for name in ("cola", "sst2")]
+    data = [load_task(all_tasks()[name], folder) for name in ("cola", "sst2")]
     base = ModelAdapter(tiny_model("llama"))
     assert callback.history[0]["tasks"] == measure_tasks(base, tiny_tokenizer(), data, 0, 4)
     assert callback.history[-1]["tasks"] == measure_tasks(stream.adapter, tiny_tokenizer(), data, 0, 4)
@@ -92,7 +92,7 @@ def test_the_end_is_measured_without_edits_that_were_taken_out(tmp_path: Path, f
     stream = fit(tmp_path, [callback, TakesOut()], 2)
     assert len(stream.ledger) == 1
     assert [point["edits"] for point in callback.history] == [0, 1, 2]
-    data = [load_task(TASKS[name], folder) for name in ("cola", "sst2")]
+    data = [load_task(all_tasks()[name], folder) for name in ("cola", "sst2")]
     assert callback.history[-1]["tasks"] == measure_tasks(stream.adapter, tiny_tokenizer(), data, 0, 4)
 
 

@@ -6,7 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +237,7 @@ def test_the_folder_goes_on(tmp_path: Path) -> None:
     assert folder.open({"seed": 0}) == []
     trials = [Trial("single", (1,), 3, 0.5, perplexity=float("inf")), Trial("held out", (1, 2), 7, error="it diverges")]
     for trial in trials:
-        folder.append(trial.as_dict())
+        folder.append(asdict(trial))
     with folder.results.open("ab") as file:
         file.write(b'{"stage": "gro')
     kept = [replace(trials[0], perplexity=None), trials[1]]

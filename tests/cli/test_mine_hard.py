@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_a_folder_goes_on_after_a_crash(tmp_path: Path) -> None:
         SingleEdit("b", refused="no"),
     ]
     for row in rows:
-        folder.append(row.as_dict())
+        folder.append(asdict(row))
     with folder.results.open("ab") as file:
         file.write(b'{"id": "c", "rat')
     found = {row.id: row for row in hard_folder().open(settings)}
@@ -124,7 +125,7 @@ def test_a_folder_goes_on_after_a_crash(tmp_path: Path) -> None:
     assert found["a"] == rows[0]
     assert math.isnan(found["b"].growth)
     last = SingleEdit("c", 1.0, dict.fromkeys(("mean", "median", "corpus"), 1.0), 1.0, 1.0, True, 0.0)
-    folder.append(last.as_dict())
+    folder.append(asdict(last))
     assert [row.id for row in folder.open(settings)] == ["a", "b", "c"]
     with pytest.raises(ArgumentError, match=r"other settings \(data was 'a', is 'b'\)"):
         folder.open({**settings, "data": "b"})

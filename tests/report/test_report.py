@@ -29,6 +29,7 @@ from lit_edit.report.charts import Series, as_plain, draw
 from lit_edit.report.edits import changed_neighbours, edits_of
 from lit_edit.runs.answers import answers_path, read_answers, write_answers
 from lit_edit.runs.files import edit_rows, journal_path
+from lit_edit.runs.reading import read_log
 from lit_edit.stream.edit_stream import EditStream
 from tests.streams import make_data, make_stream, make_trainer
 
@@ -237,8 +238,10 @@ def test_answers_of_base_and_edited_model_are_shown_for_every_edit(run: Path) ->
 def test_failures_are_listed_with_their_reason(run: Path) -> None:
     failed = Reader(page_of(run)).text("failed")
     assert "bad one a key is not finite" in failed
-    assert "it held right after the edit (p 0.90); now the model says “Rome”: p(Vienna) is 0.050" in failed
-    assert "“Vienna” is preferred to “Rome” (p 0.40 against 0.20), but the model says “Madrid”; it was said" in failed
+    assert (
+        "it held right after it was made (p 0.90); the model says “Rome”: p(Vienna) is 0.050, p(Rome) is 0.60" in failed
+    )
+    assert "“Vienna” is preferred to “Rome” (p 0.40 against 0.20), but the model says “Madrid”; it held right" in failed
     assert "Italy" not in failed  # it holds
 
 
@@ -247,16 +250,32 @@ def test_edits_taken_out_say_why(tmp_path: Path) -> None:
     record = {"kind": "undo", "removed": [1], "reason": "replaced by 'id2'", "origin": "user", "facts": False}
     Journal(journal_path(folder)).append(record)
     edits = edits_of(read_run(folder))
-    assert [(edit.state, edit.why) for edit in edits] == [("taken out", "replaced by 'id2'"), ("holds", "")]
+    assert [(edit.state, edit.why) for edit in edits] == [("undone", "replaced by 'id2'"), ("holds", "")]
+
+
+def test_the_page_and_the_log_judge_alike(tmp_path: Path) -> None:
+    requests = [request_of(1), request_of(2, "Peru"), request_of(3, "Chad"), request_of(4, "Mali"), request_of(5)]
+    folder = make_run(tmp_path / "x", requests, [TOOK, NOT, TOOK, NOT, TOOK])
+    journal = Journal(journal_path(folder))
+    journal.append({"kind": "undo", "removed": [3], "reason": "undone", "origin": "user", "facts": False})
+    entry = LedgerEntry("id6", "Italy", requests[0].text, "Oslo", {}, requests[0].as_dict(), 6).as_record()
+    journal.append({"kind": "edit", "entries": [entry], "removed": [1], "reason": "replaced by 'id6'", "facts": False})
+    edits, log = edits_of(read_run(folder)), read_log(folder)
+    assert [edit.state for edit in edits] == ["replaced", "forgotten", "undone", "forgotten", "holds", "not measured"]
+    assert [verdict.state for verdict in log.verdicts[:2]] == ["replaced", "not measured"]  # its files are of before
+    assert edits[0].why == log.verdicts[0].reasons[0] == "by edit 6 (The capital of Italy is → Oslo)"
+    assert "bad one a key is not finite" in Reader(page_of(folder)).text("failed")
 
 
 @pytest.mark.parametrize(
-    ("reached", "why"), [(0.2, "no target was found: p reached only 0.20"), (0.97, "its target was found (p 0.97)")]
+    ("reached", "why"),
+    [(0.2, "its target reached only p 0.20 when it was fitted"), (0.97, "its target was found (p 0.97)")],
 )
 def test_an_edit_that_never_took_says_at_which_step(tmp_path: Path, reached: float, why: str) -> None:
     run = read_run(make_run(tmp_path / "x", [request_of(1)], [NOT]))
     run.edits[0]["target_probability"] = reached
-    run.answers[1][0]["immediate"] = run.answers[1][0]["base"]
+    prompts = run.answers[1]["prompts"]
+    prompts[0]["immediate"] = prompts[0]["base"]
     (edit,) = edits_of(run)
     assert edit.state == "never took"
     assert why in edit.why

@@ -19,6 +19,7 @@ from lit_edit.editors.closed_form.d4s import D4S
 from lit_edit.editors.closed_form.rome import ROME
 from lit_edit.models import ModelAdapter
 from lit_edit.stats.second_moment import KeyStatistics, weights_hash
+from lit_edit.studies.alone import SingleEdits
 from lit_edit.studies.localization.layer_edits import LayerEdit, edit_alone, probability, requests_of, rewrite_score
 from lit_edit.studies.localization.run import verdict
 from lit_edit.studies.tracing import FactTrace, fraction_restored
@@ -79,8 +80,8 @@ def test_each_edit_is_made_as_if_it_were_the_only_one(method: type[D4S] | type[R
         before = {name: value.clone() for name, value in adapter.model.state_dict().items()}
         anchor = "mlp" if method is ROME else "state"
         editor = method([1], contexts="plain", target=TargetSettings(steps=2, anchor=anchor))
-        found = edit_alone(adapter, tiny_tokenizer(), editor, statistics, [requests[i] for i in chosen], "hash")
-        values = {request.id: value for request, value in found}
+        edits = SingleEdits(editor, adapter, tiny_tokenizer(), statistics)
+        values = {request.id: value for request, value in edit_alone(edits, [requests[i] for i in chosen])}
         assert all(torch.equal(value, before[name]) for name, value in adapter.model.state_dict().items())
         return values
 
@@ -104,7 +105,7 @@ def test_the_whole_study(
         )
         for number in (0, 1, 2, 5)
     ]  # fmt: skip
-    (trace / "facts.jsonl").write_text("".join(json.dumps(t.as_dict()) + "\n" for t in traces))
+    (trace / "facts.jsonl").write_text("".join(json.dumps(vars(t)) + "\n" for t in traces))
     told = {
         "model": str(tiny_folder),
         "weights": weights_hash(tiny_model()),

@@ -39,15 +39,10 @@ FORMATS = ("auto", *_BY_NAME)
 
 
 def read_record(record: object, number: int, form: str = "auto") -> list[EditRequest]:
-    """Turn one raw record into the requests that it holds.
+    """Turn one raw record (of JSON, CSV or a hub data set) into the requests that it holds.
 
-    Args:
-        record: A mapping, as read from JSON, CSV or a hub data set.
-        number: Its place in the file, which serves as id where the record has none.
-        form: One of :data:`FORMATS`; ``auto`` looks at the fields.
-
-    Raises:
-        DataError: If a field is missing, of the wrong kind, empty, or does not fit the others.
+    Its place in the file serves as id where the record has none; ``auto`` of :data:`FORMATS` looks at the fields. A
+    :class:`DataError` says what is missing, of the wrong kind, empty, or does not fit the rest.
     """
     if not isinstance(record, Mapping):
         raise DataError(f"expected a record with fields, got {type(record).__name__}")
@@ -60,10 +55,7 @@ def read_record(record: object, number: int, form: str = "auto") -> list[EditReq
 
 
 def parse_record(record: object, number: int, form: str = "auto") -> EditRequest:
-    """Turn a raw record of one edit into its request; arguments as of :func:`read_record`.
-
-    Raises:
-        DataError: If the record is broken, or holds several edits.
+    """Turn a raw record of one edit into its request; :class:`DataError` if it is broken or holds several.
 
     Example:
         >>> parse_record({"prompt": "The capital of Italy is", "subject": "Italy", "target_new": "Vienna"}, 7).id

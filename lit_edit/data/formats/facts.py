@@ -58,10 +58,9 @@ def read(record: Mapping[str, Any], number: int) -> list[EditRequest]:
 
 
 def _check_names(record: Mapping[str, Any]) -> None:
-    """Refuse fields that look like one of ours written otherwise; what else a record holds is its own affair.
+    """Refuse fields that look like one of ours written otherwise: left unread, its probes would be missing silently.
 
-    Raises:
-        DataError: If there is one: left unread, its probes would be missing without a word.
+    What else a record holds is its own affair.
     """
     unread = [name for name in record if isinstance(name, str) and name not in _READ and record[name]]
     for name in unread:

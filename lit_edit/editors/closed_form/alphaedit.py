@@ -17,15 +17,12 @@ from lit_edit.solvers.subspace import SubspaceSolver
 
 
 def null_space(moment: Tensor, explained: float, threshold: float | None = None) -> Tensor:
-    """Return a basis of the directions that ordinary keys hardly have.
+    """Return a basis ``(d_in, p)`` of the directions that ordinary keys hardly have, in orthonormal columns.
 
     Args:
         moment: ``(d_in, d_in)``, the second moment of the keys.
         explained: Share of the moment's trace that the other directions, which are to be preserved, hold at least.
         threshold: In its place, as published: directions with an eigenvalue below this. It is not scale-free.
-
-    Returns:
-        ``(d_in, p)``, orthonormal columns.
 
     Raises:
         ArgumentError: If there is no such direction.

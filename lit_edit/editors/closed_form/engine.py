@@ -151,11 +151,7 @@ class ClosedFormEditor(ReversibleEditor):
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore contexts and solver states on a prepared editor.
-
-        Raises:
-            ValueError: If the state is of other layers or another kind of editor.
-        """
+        """Restore contexts and solvers on a prepared editor; a :class:`ValueError` if they are another editor's."""
         if set(state["solvers"]) != {str(layer) for layer in self.solvers}:
             raise ValueError(
                 f"the checkpoint edits layers {sorted(map(int, state['solvers']))}, this editor {sorted(self.solvers)}"

@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts of some edits, one column each.
+    """Facts of some edits, one column each, in float64.
 
     Attributes:
-        keys: By layer, ``(d_in, n)``, float64.
-        residuals: By layer, ``(d_out, n)``, float64: what the layer's solution is to say to its keys.
+        keys: By layer, ``(d_in, n)``.
+        residuals: By layer, ``(d_out, n)``: what the layer's solution is to say to its keys.
         targets: ``(d_model, n)``, the wanted states behind the last edited layer.
         shifts: ``(d_model, n)``, what these add to the states of the model they were fitted on.
         blocks: How many columns were solved together each time; they add up to ``n``.

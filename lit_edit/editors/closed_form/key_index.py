@@ -14,13 +14,10 @@ _WIDTH = 256
 
 
 class KeyIndex:
-    """Directions of keys, in a kilobyte each whatever their dimension.
+    """Directions of keys ``(d_in,)``, in a kilobyte each whatever their dimension.
 
     Keys are kept as random projections (signs drawn once), which keep angles: a cosine near 1 is known to a few
     thousandths, one near 0 to a few hundredths (Johnson-Lindenstrauss).
-
-    Args:
-        d_in: Dimension of the keys.
 
     Example:
         >>> index = KeyIndex(8)

@@ -33,13 +33,9 @@ class KeyLine:
 
 
 class KeyRows:
-    """Prompts of a window of edits at the input of the first edited layer, which no edit can change.
+    """Prompts of a window of edits, by what each is :func:`asked`, at the input of the first edited layer.
 
-    Args:
-        adapter: The model; the layers below the first edited one are the same in every view.
-        problems: The edits of the window, by id.
-        layer: The first edited layer.
-        pad: Any token id.
+    No edit can change that: the layers below the first edited one are the same in every view of the model.
     """
 
     @torch.no_grad()

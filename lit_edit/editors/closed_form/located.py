@@ -193,10 +193,6 @@ class LocatedEditor(Editor):
 
         Together they take a fraction of the time. Editors whose targets are fitted on the edited model use them all the
         same: only whoever takes every edit back before the next may call this.
-
-        Args:
-            requests: The edits.
-            status: Receives a line about what is going on.
         """
         self._fit_together(list(requests), self.ledger.original(), status)
 

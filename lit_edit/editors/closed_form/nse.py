@@ -242,11 +242,7 @@ class NSE(LocatedEditor):
         return {**super().state_dict(), "grams": grams, "deltas": {str(n): s.delta for n, s in self.states.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict` on a prepared editor.
-
-        Raises:
-            ValueError: If the state is of layers of another size.
-        """
+        """Restore :meth:`state_dict` on a prepared editor; a :class:`ValueError` if it is of layers of another size."""
         loaded = {}
         for layer, own in self.states.items():
             delta, gram = state["deltas"][str(layer)], state["grams"][str(layer)]

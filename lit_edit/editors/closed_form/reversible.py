@@ -89,7 +89,7 @@ class ReversibleEditor(LocatedEditor):
     def _residuals(
         self, layer: int, keys: Tensor, plain: Tensor, missing: Tensor, solver: Solver, model: ModelAdapter
     ) -> Tensor:
-        """Return what a layer's solution is to say to some keys.
+        """Return what a layer's solution is to say to some keys, ``(d_out, n)``.
 
         Args:
             layer: Which.

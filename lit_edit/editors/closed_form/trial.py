@@ -46,15 +46,7 @@ def by_block(recorded: Sequence[RecordedFacts]) -> list[RecordedFacts]:
 
 
 class Trial:
-    """Solvers of all edited layers, to try a transaction on.
-
-    Args:
-        solvers: By layer; they are not changed.
-
-    Attributes:
-        solvers: Forks of them, in the state that the steps so far lead to.
-        steps: By layer, what was done; absorbing it brings the real solvers there.
-    """
+    """Solvers of all edited layers, forked to try a transaction on; absorbing ``steps`` brings the real ones there."""
 
     def __init__(self, solvers: Mapping[int, Solver]) -> None:
         self.solvers = {layer: solver.fork() for layer, solver in solvers.items()}

@@ -34,14 +34,11 @@ residuals that the layer's solution is to say to the keys."""
 
 @dataclass(frozen=True)
 class Walk:
-    """How keys and residuals of a step are found.
+    """How keys and residuals of a step are found, on the model as it is before the step (``reference``).
 
     Args:
-        ledger: Knows the edited layers and what an update makes of them.
-        reference: The model as it is before the step.
         residual: How the residual is spread over the layers (:class:`lit_edit.editors.ClosedFormEditor`).
         templates: The contexts, whose keys are averaged.
-        watch: Takes the times.
         measured: What targets are targets of: the ``state`` behind the last edited layer, or the output of its ``mlp``.
     """
 
@@ -102,11 +99,7 @@ class Walk:
     def _reached_mlp(self, rows: KeyLine, inputs: Tensor, after: Tensor, layer: int) -> Tensor:
         """Return ``(d_out, n)``, what the last edited layer's down projection says.
 
-        Args:
-            rows: The prompts.
-            inputs: ``(tokens, d_in)``, the inputs of the down projection of a layer.
-            after: ``(tokens, d_model)``, that layer's output.
-            layer: Which.
+        ``inputs`` are ``(tokens, d_in)``, a down projection's, and ``after`` ``(tokens, d_model)`` its layer's output.
         """
         last = self.ledger.layers[-1]
         if layer == last:
@@ -155,15 +148,10 @@ class Walk:
     def _rewritten(
         self, layer: int, weight: Tensor, hidden: Tensor, after: Tensor, inputs: Tensor, rows: KeyLine
     ) -> Tensor:
-        """Return a layer's output once its down projection has another weight.
+        """Return a layer's output once its down projection has another weight, in the layer's layout.
 
-        Args:
-            layer: Which has run.
-            weight: The new weight, in the layer's layout.
-            hidden: ``(tokens, d_model)``, the layer's input.
-            after: Its output so far.
-            inputs: ``(tokens, d_in)``, the inputs of the down projection.
-            rows: The tokens.
+        The layer was given ``hidden`` ``(tokens, d_model)``, its down projection ``inputs`` ``(tokens, d_in)``, and the
+        output was ``after``.
         """
         if self.reference.spec.output_norm is not None:  # what is projected does not simply add to the stream
             view = self.reference.with_weights({self.ledger.names[layer]: weight})

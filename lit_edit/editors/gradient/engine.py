@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -34,19 +34,15 @@ from lit_edit.text.tokens import pad_token
 
 
 class Learner:
-    """What Adam moves: here all entries of the updates.
+    """What Adam moves (``parameters``): here all entries of the updates, beginning with ``start``.
 
-    Args:
-        start: The updates to begin with.
-        dtype: Type to learn in.
-        device: Where.
-
-    Attributes:
-        parameters: The leaves.
+    After each step of Adam ``bounded`` is applied to each update.
     """
 
-    def __init__(self, start: Deltas, dtype: torch.dtype, device: torch.device) -> None:
-        self.start = start
+    def __init__(
+        self, start: Deltas, dtype: torch.dtype, device: torch.device, bounded: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.start, self.bounded = start, bounded
         self.leaves = {n: d.to(device, dtype, copy=True).requires_grad_() for n, d in start.items()}
         self.parameters = list(self.leaves.values())
 
@@ -58,13 +54,17 @@ class Learner:
         """Return what is added to the loss."""
         return 0.0
 
+    @torch.no_grad()
     def stepped(self, step: int) -> None:
         """Do what is to be done after a step of Adam, counted from 1."""
+        for leaf in self.parameters:
+            leaf.copy_(self.bounded(leaf))
 
     def record(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return what :meth:`GradientEditor.increments` makes the increments of."""
-        moved = {n: (for_algebra(leaf.detach()) - self.start[n]).to(dtype) for n, leaf in self.leaves.items()}
-        return {f"increment.{layer}": increment for layer, increment in moved.items()}
+        return {
+            f"increment.{n}": (for_algebra(leaf.detach()) - self.start[n]).to(dtype) for n, leaf in self.leaves.items()
+        }
 
 
 class GradientEditor(IncrementEditor):
@@ -117,8 +117,8 @@ class GradientEditor(IncrementEditor):
         return probabilities(before, after)
 
     def learner(self, start: Deltas) -> Learner:
-        """Return what is to be fitted, beginning with the updates ``start``."""
-        return Learner(start, self.learning_type, self.ledger.adapter.device)
+        """Return what is to be fitted."""
+        return Learner(start, self.learning_type, self.ledger.adapter.device, self.bounded)
 
     def increments(self, record: Mapping[str, Tensor]) -> Deltas:
         """Return what a step has added to the updates, from its record."""
@@ -128,9 +128,8 @@ class GradientEditor(IncrementEditor):
 
     def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
         """Return the layers to edit: those given, published for the model, or one at seven tenths of the depth."""
-        return existing_layers(
-            adapter, self.layers or published_for(adapter, self.published, (at_depth(adapter, 0.7),))
-        )
+        published = published_for(adapter, self.published, (at_depth(adapter, 0.7),))
+        return existing_layers(adapter, self.layers or published)
 
     @property
     def learning_type(self) -> torch.dtype:
@@ -140,11 +139,7 @@ class GradientEditor(IncrementEditor):
     # ---- one step ----------------------------------------------------------------------------------------------------
 
     def _work_out(self, step: Step) -> Proposal:
-        """Fit a learner to the edits; see :meth:`Editor.propose`.
-
-        Raises:
-            EditRefusedError: If an edit replaces one of several that were made in one step.
-        """
+        """Fit a learner to the edits; refuse one that replaces one of several that were made in one step."""
         if broken := self._broken(step.replaced):
             raise EditRefusedError(
                 f"edit {', '.join(repr(r.id) for r in step.requests)} replaces one that was made {broken}: set "

@@ -29,30 +29,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lit_edit.data.request import EditRequest
-from lit_edit.editors.base import Deltas, EditorInfo
-from lit_edit.editors.gradient.engine import GradientEditor, Learner
+from lit_edit.editors.base import EditorInfo
+from lit_edit.editors.gradient.engine import GradientEditor
 from lit_edit.editors.layer_choice import Published
 from lit_edit.editors.lessons import Lesson, Loss, target_lesson
 from lit_edit.errors import check_one_of, check_positive
 from lit_edit.text.tokens import continuation
-
-
-def within_ball(delta: Tensor, radius: float) -> Tensor:
-    r"""Return the nearest update with :math:`\lVert \Delta \rVert_\infty \le \epsilon`.
-
-    Args:
-        delta: ``(d_out, d_in)``, relative to the centre.
-        radius: :math:`\epsilon`.
-
-    Example:
-        >>> within_ball(torch.tensor([[0.5, -3.0]]), 1.0)
-        tensor([[ 0.5000, -1.0000]])
-    """
-    return delta.clamp(-radius, radius)
 
 
 class FT(GradientEditor):
@@ -118,25 +103,8 @@ class FTL(FT):
         self.epsilon = epsilon
 
     def bounded(self, delta: Tensor) -> Tensor:
-        """Return the nearest update in the ball."""
-        return within_ball(delta, self.epsilon)
-
-    def learner(self, start: Deltas) -> Learner:
-        """Return the updates, kept in the ball."""
-        return _InBall(start, self.learning_type, self.ledger.adapter.device, self.epsilon)
-
-
-class _InBall(Learner):
-    """Updates that are put back into a ball after each step."""
-
-    def __init__(self, start: Deltas, dtype: torch.dtype, device: torch.device, radius: float) -> None:
-        super().__init__(start, dtype, device)
-        self.radius = radius
-
-    @torch.no_grad()
-    def stepped(self, step: int) -> None:
-        for leaf in self.parameters:
-            leaf.copy_(within_ball(leaf, self.radius))
+        r"""Return the nearest update with :math:`\lVert \Delta \rVert_\infty \le \epsilon`."""
+        return delta.clamp(-self.epsilon, self.epsilon)
 
 
 class FTM(FT):

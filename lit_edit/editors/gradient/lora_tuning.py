@@ -36,34 +36,25 @@ from lit_edit.text.tokens import continuation
 _ADAPTER = "default"
 
 
-def low_rank_update(up: Tensor, down: Tensor, scale: float, values: Tensor | None = None) -> Tensor:
-    r"""Return :math:`s\,B\,\mathrm{diag}(E)\,A` in float64.
+def low_rank_update(held: Mapping[str, Tensor], layer: int, scale: float, when: str = "") -> Tensor:
+    r"""Return :math:`s\,B\,\mathrm{diag}(E)\,A`, ``(d_out, d_in)`` in float64, of a layer's factors.
 
-    Args:
-        up: ``(d_out, r)``, :math:`B`.
-        down: ``(r, d_in)``, :math:`A`.
-        scale: :math:`s`.
-        values: ``(r, 1)``, :math:`E`; ones by default.
-
-    Returns:
-        ``(d_out, d_in)``.
+    They are held as ``B.<layer>`` ``(d_out, r)``, ``A.<layer>`` ``(r, d_in)`` and, of AdaLoRA, ``E.<layer>``
+    ``(r, 1)``; on record behind ``when``.
 
     Example:
-        >>> low_rank_update(torch.ones(1, 2), torch.eye(2), 0.5)
+        >>> low_rank_update({"B.3": torch.ones(1, 2), "A.3": torch.eye(2)}, 3, 0.5)
         tensor([[0.5000, 0.5000]], dtype=torch.float64)
     """
-    down = for_algebra(down)
-    return scale * for_algebra(up) @ (down if values is None else for_algebra(values) * down)
+    up, down = (for_algebra(held[f"{when}{kind}.{layer}"]) for kind in "BA")
+    values = held.get(f"{when}E.{layer}")
+    return scale * up @ (down if values is None else for_algebra(values) * down)
 
 
 def orthogonality(up: Tensor, down: Tensor) -> Tensor:
     r"""Return the mean of :math:`\lVert B^\top B - I \rVert` and :math:`\lVert A A^\top - I \rVert` (AdaLoRA, eq. 4).
 
-    Both are Frobenius norms.
-
-    Args:
-        up: ``(d_out, r)``, :math:`B`.
-        down: ``(r, d_in)``, :math:`A`.
+    Both are Frobenius norms, of :math:`B` ``(d_out, r)`` and :math:`A` ``(r, d_in)``.
 
     Example:
         >>> orthogonality(torch.eye(3, 2), torch.eye(2, 3))
@@ -74,14 +65,7 @@ def orthogonality(up: Tensor, down: Tensor) -> Tensor:
 
 
 class _Factors(Learner):
-    """Factors of ``peft`` beside what the updates are without them.
-
-    Args:
-        tuner: peft's model around the stand-ins.
-        layers: By number, peft's layer.
-        start: The updates to begin with.
-        scale: By which peft multiplies the product.
-    """
+    """Factors in peft's ``layers`` of ``tuner``, around the stand-ins, beside what the updates are without them."""
 
     def __init__(self, tuner: Any, layers: Mapping[int, Any], start: Deltas, scale: float) -> None:
         self.tuner, self.layers, self.scale, self.start = tuner, layers, scale, start
@@ -91,22 +75,22 @@ class _Factors(Learner):
         self.before = self._now()
         like = self.parameters[0]
         # Zero but for round-off, unless edits were taken out or the updates are transformed.
-        self.rest = {n: (start[n] - self._product(self.before, n)).to(like) for n in layers}
+        self.rest = {n: (start[n] - low_rank_update(self.before, n, scale)).to(like) for n in layers}
 
     def updates(self) -> Deltas:
         return {n: self.rest[n] + layer.get_delta_weight(_ADAPTER) for n, layer in self.layers.items()}
 
+    def stepped(self, step: int) -> None:
+        """Leave the factors where Adam has put them."""
+
     def record(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        old = {f"before.{name}": factor for name, factor in self.before.items()}
-        return old | {f"after.{name}": factor for name, factor in self._now().items()}
+        when = {"before": self.before, "after": self._now()}
+        return {f"{name}.{kind}": factor for name, held in when.items() for kind, factor in held.items()}
 
     def _now(self) -> dict[str, Tensor]:
         return {
             f"{name}.{n}": p.detach().clone() for n, layer in self.layers.items() for name, p in factors(layer).items()
         }
-
-    def _product(self, held: Mapping[str, Tensor], layer: int) -> Tensor:
-        return low_rank_update(held[f"B.{layer}"], held[f"A.{layer}"], self.scale, held.get(f"E.{layer}"))
 
 
 class _Allocated(_Factors):
@@ -219,16 +203,16 @@ class LoRA(GradientEditor):
 
     def increments(self, record: Mapping[str, Tensor]) -> Deltas:
         """Return by how much the product has grown in a step."""
-        return {n: self._product(record, "after", n) - self._product(record, "before", n) for n in self.ledger.layers}
-
-    def _product(self, record: Mapping[str, Tensor], when: str, layer: int) -> Tensor:
-        up, down = record[f"{when}.B.{layer}"], record[f"{when}.A.{layer}"]
-        return low_rank_update(up, down, self.scale, record.get(f"{when}.E.{layer}"))
+        return {
+            n: low_rank_update(record, n, self.scale, "after.") - low_rank_update(record, n, self.scale, "before.")
+            for n in self.ledger.layers
+        }
 
     def remember(self, record: Mapping[str, Tensor]) -> None:
         """Keep the factors that a step has left."""
-        after = {name: factor for name, factor in record.items() if name.startswith("after.")}
-        self.held = {name.removeprefix("after."): factor for name, factor in after.items()}
+        self.held = {
+            name.removeprefix("after."): factor for name, factor in record.items() if name.startswith("after.")
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums of the increments and the factors."""
@@ -300,11 +284,7 @@ class AdaLoRA(LoRA):
 
 
 def _peft() -> Any:
-    """Return the package that makes adapters; it is not needed for anything else.
-
-    Raises:
-        ArgumentError: If it is not installed.
-    """
+    """Return the package that makes adapters; it is not needed for anything else."""
     try:
         import peft
     except ImportError:

@@ -77,21 +77,13 @@ class MEND(FactoredEditor):
     # ---- before the stream -------------------------------------------------------------------------------------------
 
     def resolve_layers(self, adapter: ModelAdapter) -> tuple[int, ...]:
-        """Return the layers that the network was trained for.
-
-        Raises:
-            ArgumentError: If there is no network at the path, or one for another kind or size of model.
-        """
+        """Return the layers that the network was trained for; refuse one for another kind or size of model."""
         self.network = MENDNetwork.load(self.path)
         self.network.origin.check_shapes(adapter)
         return self.network.layers
 
     def _begin(self, moments: Moments, status: Status) -> None:
-        """Compare the model with the network's.
-
-        Raises:
-            ArgumentError: If the network was trained on other weights.
-        """
+        """Compare the model with the network's."""
         super()._begin(moments, status)
         if self.same_weights:
             names = self.ledger.names

@@ -117,11 +117,7 @@ def fingerprint(weight: Tensor) -> str:
 
 
 class Normaliser(nn.Module):
-    """Mean and deviation of all rows seen in training, as buffers; before the first one rows stay as they are.
-
-    Args:
-        size: Entries of a row.
-    """
+    """Mean and deviation of all rows ``(n, size)`` seen in training, as buffers; without any, rows stay as they are."""
 
     count: Tensor
     mean: Tensor
@@ -154,11 +150,7 @@ class Normaliser(nn.Module):
 class LowRankResidual(nn.Module):
     r"""One layer of the network, :math:`x + \sigma(s_m \odot (U V x + b) + o_m)`, the identity at first.
 
-    Args:
-        size: Entries of a row.
-        rank: Of :math:`U V`.
-        modes: How many layers of the model share it.
-        hidden: Apply :math:`\sigma = \mathrm{ReLU}`; the last layer is linear.
+    ``modes`` layers of the model share it; :math:`\sigma` is ReLU where ``hidden``, for the last layer is linear.
     """
 
     def __init__(self, size: int, rank: int, modes: int, hidden: bool) -> None:
@@ -185,9 +177,6 @@ class MENDNetwork(nn.Module):
         rank: Of the products in each layer of the network; never more than a row has entries.
         hidden: Hidden layers.
         rate: What each layer's rate begins with.
-
-    Attributes:
-        rates: By place in :attr:`layers`.
     """
 
     def __init__(self, origin: NetworkOrigin, rank: int = 1920, hidden: int = 1, rate: float = 1e-4) -> None:
@@ -218,13 +207,8 @@ class MENDNetwork(nn.Module):
     def forward(self, layer: int, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return the factors of the update: :math:`\tilde u` and :math:`-\alpha_\ell \tilde\delta`.
 
-        Args:
-            layer: The model's layer.
-            inputs: ``(tokens, d_in)``.
-            gradients: ``(tokens, d_out)``.
-
-        Returns:
-            ``(tokens, d_in)`` and ``(tokens, d_out)``; their product is what is added to the weight.
+        They are ``(tokens, d_in)`` and ``(tokens, d_out)``, as inputs and gradients of the layer are; their product is
+        what is added to the weight.
 
         Raises:
             FactsError: If something is not finite.
@@ -255,12 +239,7 @@ class MENDNetwork(nn.Module):
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     def save(self, path: Path, notes: Mapping[str, Any] | None = None) -> None:
-        """Write the network, with all that is needed to use it, as safetensors.
-
-        Args:
-            path: The file.
-            notes: What else is to stand in it, for people: primitives.
-        """
+        """Write the network, with all that is needed to use it, as safetensors; ``notes`` (JSON) are for people."""
         about = {"origin": asdict(self.origin), "rank": self.rank, "hidden": self.hidden, "notes": dict(notes or {})}
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         metadata = {"format": FORMAT, "network": json.dumps(about)}
@@ -268,10 +247,7 @@ class MENDNetwork(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> MENDNetwork:
-        """Read a network that :meth:`save` has written, on the CPU, frozen.
-
-        Args:
-            path: The file, or the run folder that has it.
+        """Read a network that :meth:`save` has written, from a file or a run folder, on the CPU, frozen.
 
         Raises:
             ArgumentError: If there is none; says how to train one.

@@ -46,14 +46,9 @@ def join_sentences(sentence: str, others: Sequence[str]) -> str:
 
 
 def draw_facts(facts: Sequence[str], subject: str, count: int, seed: int, key: str) -> list[str]:
-    """Draw sentences that do not name a subject; the same for the same seed and key, whatever was drawn before.
+    """Draw sentences, without repetition, that do not name a subject; fewer if there are not so many.
 
-    Args:
-        facts: To draw from.
-        subject: What none of them may name.
-        count: How many, without repetition; fewer if there are not so many.
-        seed: Seeds the drawing, together with ``key``.
-        key: Tells edits apart.
+    They are the same for the same seed and key, which tells edits apart, whatever was drawn before.
 
     Example:
         >>> draw_facts(["Oaks are trees.", "Italy is warm."], "Italy", 2, 0, "1")
@@ -118,11 +113,7 @@ class SAUL(GradientEditor):
 
 
 def _read(facts: list[str] | str | None) -> tuple[str, ...]:
-    """Return the sentences of a list, a file, or the package.
-
-    Raises:
-        DataError: If there are none, or one cannot be used.
-    """
+    """Return the sentences of a list, a file, or the package; refuse none at all, and what cannot be used."""
     if isinstance(facts, str):
         facts = read_text(Path(expand(facts))).splitlines()
     elif facts is None:

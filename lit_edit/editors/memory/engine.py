@@ -24,12 +24,7 @@ from lit_edit.models.memory import Memory
 
 @dataclass(frozen=True)
 class Learnt:
-    """What an edit leaves.
-
-    Attributes:
-        tensors: By name, of the same shapes for every edit of a step.
-        facts: Numbers for the ledger.
-    """
+    """What an edit leaves: tensors, of the same shapes for every edit of a step, and numbers for the ledger."""
 
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, float]
@@ -37,21 +32,14 @@ class Learnt:
 
 @dataclass(frozen=True)
 class Kept:
-    """An edit that holds.
-
-    Attributes:
-        entry: What the ledger says of it.
-        tensors: What it has left.
-    """
+    """An edit that holds: what the ledger says of it, and what it has left."""
 
     entry: LedgerEntry
     tensors: Mapping[str, Tensor]
 
 
 class MemoryEditor(Editor):
-    """Keep edits in a memory that the model computes with.
-
-    Several processes each do all of the work, with the same result.
+    """Keep edits in a memory that the model computes with. Several processes each do all of the work, with one result.
 
     Attributes:
         kept: The edits that hold, by number, in order.

@@ -43,13 +43,9 @@ from lit_edit.text.tokens import continuation, pad_token
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of the codebook.
+    """An entry of the codebook: where a key ``(d_in,)`` is within the radius, the value ``(d_out,)`` is said.
 
-    Attributes:
-        key: ``(d_in,)``.
-        value: ``(d_out,)``.
-        radius: Euclidean, in the space of keys.
-        label: What the value makes the model say.
+    The radius is Euclidean, in the space of keys; ``label`` is what the value makes the model say.
     """
 
     key: Tensor
@@ -59,14 +55,9 @@ class Entry:
 
 
 def add_entry(entries: Sequence[Entry], new: Entry) -> list[Entry]:
-    """Return a codebook with one more edit (GRACE, algorithm 1).
+    """Return a codebook with one more edit, which has the radius of an entry that stands alone (GRACE, algorithm 1).
 
-    Args:
-        entries: The codebook.
-        new: The edit, with the radius of an entry that stands alone.
-
-    Returns:
-        The entries; those within reach of the new one with other radii.
+    Entries within its reach, and it itself then, get other radii.
 
     Example:
         >>> at = lambda x, label: Entry(torch.tensor([x]), torch.zeros(1), 1.0, label)
@@ -92,12 +83,7 @@ def add_entry(entries: Sequence[Entry], new: Entry) -> list[Entry]:
 
 
 class Codebook(Memory):
-    """Entries behind the down projection of a layer.
-
-    Args:
-        layer: The layer.
-        entries: What it holds.
-    """
+    """Entries behind the down projection of a layer."""
 
     def __init__(self, layer: int, entries: Sequence[Entry] = ()) -> None:
         self.layer, self.entries = layer, list(entries)

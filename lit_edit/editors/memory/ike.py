@@ -68,15 +68,12 @@ def with_fact(fact: str, prompt: str) -> str:
 
 
 def demonstration(request: EditRequest, kind: str, asked: str = "") -> str | None:
-    r"""Return a demonstration made of a request.
+    r"""Return a demonstration made of another edit, or ``None`` if it has no probe of this kind.
 
     Args:
-        request: Another edit.
+        request: The edit.
         kind: ``copy``, ``update`` or ``retain``.
         asked: The prompt that the demonstration will stand before; it must not give an answer away.
-
-    Returns:
-        The text, or ``None`` if the request has no probe of this kind.
 
     Example:
         >>> request = EditRequest("1", "{} is in", "Rome", "Asia", neighborhood=(Probe("Oslo is in", "Europe"),))
@@ -97,14 +94,7 @@ def demonstration(request: EditRequest, kind: str, asked: str = "") -> str | Non
 
 @dataclass(frozen=True)
 class Fact:
-    """An edit as a prompt finds it.
-
-    Attributes:
-        prompt: The edit's prompt, the subject filled in.
-        subject: Its subject.
-        target: Its object.
-        vector: ``(width,)``, of the prompt.
-    """
+    """An edit as a prompt finds it: by the vector ``(width,)`` of the edit's prompt, the subject filled in."""
 
     prompt: str
     subject: str
@@ -113,12 +103,7 @@ class Fact:
 
 
 class Demonstrations:
-    """What demonstrations are made of.
-
-    Args:
-        requests: Edits with probes.
-        encoder: Compares their prompts with an edit's.
-    """
+    """Edits with probes, of which demonstrations are made; the encoder compares their prompts with an edit's."""
 
     def __init__(self, requests: Sequence[EditRequest], encoder: Encoder) -> None:
         self.requests = list(requests)
@@ -134,10 +119,10 @@ class Demonstrations:
 
 
 class Contexts(Memory):
-    """Facts that are put before the prompts they are about.
+    """Facts, those of the edits that hold, in order, that are put before the prompts they are about.
 
     Args:
-        facts: The edits that hold, in order.
+        facts: The edits.
         encoder: Compares prompts.
         tokenizer: The model's; counts tokens.
         demonstrations: What demonstrations are made of.

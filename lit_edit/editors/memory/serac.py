@@ -56,7 +56,7 @@ class EditMemory(Memory):
 
     Args:
         texts: The edits that hold, in order, as the counterfactual model reads them.
-        vectors: The embeddings of their prompts, ``(edits, width)``.
+        vectors: The embeddings of their prompts, each ``(width,)``.
         encoder: Embeds prompts.
         classifier: Tells which edit a prompt is about.
         counterfactual: The model that answers then.

@@ -49,13 +49,9 @@ def fingerprint(weight: Tensor) -> str:
 
 
 class ScopeClassifier(nn.Module):
-    """Tells from two sentence embeddings whether a prompt is in the scope of an edit.
+    """Tells from two sentence embeddings, ``width`` wide, whether a prompt is in the scope of an edit.
 
     A hidden layer over the two embeddings, their distance and their product, by element.
-
-    Args:
-        width: Of the embeddings.
-        hidden: Of the hidden layer.
     """
 
     def __init__(self, width: int, hidden: int = 64) -> None:
@@ -114,12 +110,9 @@ class SeracNetwork(nn.Module):
         return found
 
     def save(self, path: Path, settings: Mapping[str, Any], seen: Iterable[int] = ()) -> None:
-        """Write the network into one file.
+        """Write the network into one file, with the settings (JSON) of its training.
 
-        Args:
-            path: The file.
-            settings: What it was trained with, as primitives.
-            seen: :func:`record_number` of the edits it was trained on.
+        The edits it has ``seen`` are told by their :func:`record_number`.
         """
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         sizes = {"hidden": self.classifier.hidden, "width": self.classifier.width, "rank": self.rank}
@@ -131,11 +124,7 @@ class SeracNetwork(nn.Module):
     def load(cls, path: Path) -> tuple[SeracNetwork, dict[str, Any], frozenset[int]]:
         """Read a network, the settings it was trained with, and the numbers of the edits it was trained on.
 
-        Args:
-            path: The file, or the run folder that has it.
-
-        Raises:
-            ArgumentError: If there is none, or it is of another kind.
+        The path is the file, or the run folder that has it; an :class:`ArgumentError` if there is none.
         """
         file = path / NETWORK if path.is_dir() else path
         if not file.is_file():

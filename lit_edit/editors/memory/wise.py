@@ -231,11 +231,7 @@ class WISE(MemoryEditor):
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Return what an edit moves of its shard's entries, the keys of its tokens ``(n, d_in)``, and facts.
 
-        Args:
-            request: The edit.
-            shard: Its shard.
-            held: What the edits that hold have left there.
-            status: Receives a line about what is going on.
+        ``held`` is what the edits that hold have left in the shard.
         """
         adapter = self.ledger.original()
         prompts = [request.text, *(f"{sentence} {request.text}" for sentence in self.texts[: self.contexts])]

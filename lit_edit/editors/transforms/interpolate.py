@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lit_edit.editors.transforms.base import UpdateTransform
-from lit_edit.editors.transforms.update_checks import check_update
+from lit_edit.editors.transforms.base import UpdateTransform, check_update
+from lit_edit.errors import check_within
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Shares to try when none are given."""
@@ -29,29 +29,12 @@ class Interpolate(UpdateTransform):
     alpha: float
 
     def __post_init__(self) -> None:
-        _check(self.alpha)
+        check_within("[0, 1]", alpha=self.alpha)
 
     def __call__(self, delta: Tensor, base: Tensor) -> Tensor:
-        """Return the share of the update; see :func:`interpolated`."""
+        """Return the share of the update ``(d_out, d_in)``; itself if that is all of it."""
         check_update(delta, base)
-        return interpolated(delta, self.alpha)
-
-
-def interpolated(delta: Tensor, alpha: float) -> Tensor:
-    r"""Return :math:`\alpha D`: with it the weight is :math:`(1 - \alpha) W_0 + \alpha (W_0 + D)`.
-
-    Args:
-        delta: ``(d_out, d_in)``.
-        alpha: 0 to 1.
-
-    Returns:
-        ``(d_out, d_in)``; ``delta`` itself if ``alpha`` is 1.
-
-    Raises:
-        ValueError: If ``alpha`` is out of range.
-    """
-    _check(alpha)
-    return delta if alpha == 1 else alpha * delta
+        return delta if self.alpha == 1 else self.alpha * delta
 
 
 def search_alpha(
@@ -77,7 +60,7 @@ def search_alpha(
     """
     shares = sorted(set(grid))
     for alpha in shares:
-        _check(alpha)
+        check_within("[0, 1]", alpha=alpha)
     if not shares:
         raise ValueError("grid must hold at least one alpha, got none")
     table = [(alpha, measure(alpha)) for alpha in shares]
@@ -85,8 +68,3 @@ def search_alpha(
     if not known:
         raise ValueError(f"measure must return a number for at least one alpha of {shares}, got none")
     return -max(known)[1], table
-
-
-def _check(alpha: float) -> None:
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.devices.algebra import outside_autocast
-from lit_edit.editors.transforms.base import UpdateTransform
-from lit_edit.editors.transforms.update_checks import check_update
+from lit_edit.editors.transforms.base import UpdateTransform, check_update
 from lit_edit.files.checksum import checksum
 
 _REMEMBERED = 128  # weights whose norms are kept: more than a model has edited layers
@@ -35,6 +34,12 @@ class PRUNE(UpdateTransform):
 
     Args:
         base: Of the logarithm: ``e``, or a number above 1.
+
+    Example:
+        >>> delta, weight = torch.diag(torch.tensor([math.e, 0.5], dtype=torch.float64)), torch.eye(2).double()
+        >>> PRUNE()(delta, weight).round(decimals=6)
+        tensor([[2.0000, 0.0000],
+                [0.0000, 0.5000]], dtype=torch.float64)
     """
 
     base: Literal["e"] | float = "e"
@@ -44,15 +49,26 @@ class PRUNE(UpdateTransform):
         norms: OrderedDict[str, float] = OrderedDict()
         object.__setattr__(self, "_norms", norms)  # no field: neither a setting nor part of what is compared
 
+    @outside_autocast
     def __call__(self, delta: Tensor, base: Tensor) -> Tensor:
-        """Return the compressed update; see :func:`compress_singular_values`."""
+        """Return the compressed update ``(d_out, d_in)``; itself if no singular value is above the limit."""
         check_update(delta, base)
         if _surely_below(delta, base):
             return delta
-        return compress_singular_values(delta, self._norm_of(base), self.base)
+        limit = self._norm_of(base)
+        if limit == 0:  # a weight of zeros has no scale to compress to
+            return delta
+        left, values, right = torch.linalg.svd(delta, full_matrices=False)
+        above = int((values > limit).sum())
+        if not above:
+            return delta
+        values = values[:above]  # descending
+        change = torch.log(values / limit) / _logarithm(self.base) + limit - values
+        # Added to what there is: the directions that stay keep their digits.
+        return delta + (left[:, :above] * change) @ right[:above]
 
     def _norm_of(self, base: Tensor) -> float:
-        """Return the largest singular value of a weight; computed once.
+        """Return the largest singular value of a weight, computed once.
 
         Weights are told apart by their bits: those handed over are copies in the update's type, made anew each time.
         """
@@ -81,44 +97,6 @@ def spectral_norm(matrix: Tensor) -> float:
     return math.sqrt(max(float(torch.linalg.eigvalsh(wide @ wide.T)[-1]), 0.0))
 
 
-@outside_autocast
-def compress_singular_values(delta: Tensor, limit: float, base: Literal["e"] | float = "e") -> Tensor:
-    r"""Compress the singular values of a matrix above a limit to :math:`\log_a(\sigma / limit) + limit`.
-
-    Args:
-        delta: ``(d_out, d_in)``.
-        limit: The largest singular value that is left as it is.
-        base: Of the logarithm: ``e``, or a number above 1.
-
-    Returns:
-        ``(d_out, d_in)``; ``delta`` itself if no singular value is above the limit.
-
-    Raises:
-        ValueError: If ``delta`` is no matrix, or a number is out of range.
-
-    Example:
-        >>> delta = torch.diag(torch.tensor([math.e, 0.5], dtype=torch.float64))
-        >>> compress_singular_values(delta, limit=1.0).round(decimals=6)
-        tensor([[2.0000, 0.0000],
-                [0.0000, 0.5000]], dtype=torch.float64)
-    """
-    if delta.dim() != 2:
-        raise ValueError(f"delta must be a matrix (d_out, d_in), got shape {tuple(delta.shape)}")
-    if not 0 <= limit < math.inf:
-        raise ValueError(f"limit must not be negative or infinite, got {limit}")
-    logarithm = _logarithm(base)
-    if limit == 0 or not delta.numel():  # a weight of zeros has no scale to compress to
-        return delta
-    left, values, right = torch.linalg.svd(delta, full_matrices=False)
-    above = int((values > limit).sum())
-    if not above:
-        return delta
-    values = values[:above]  # descending
-    change = torch.log(values / limit) / logarithm + limit - values
-    # Added to what there is: the directions that stay keep their digits.
-    return delta + (left[:, :above] * change) @ right[:above]
-
-
 def _surely_below(delta: Tensor, base: Tensor) -> bool:
     """Tell whether no singular value can exceed the weight's largest, without computing either.
 
@@ -127,12 +105,10 @@ def _surely_below(delta: Tensor, base: Tensor) -> bool:
     if not delta.numel():
         return True
     largest = torch.maximum(torch.linalg.vector_norm(base, dim=0).amax(), torch.linalg.vector_norm(base, dim=1).amax())
-    # A hair less, for rounding.
-    return bool(torch.linalg.vector_norm(delta) <= largest * (1 - 1e-6))
+    return bool(torch.linalg.vector_norm(delta) <= largest * (1 - 1e-6))  # a hair less, for rounding
 
 
 def _logarithm(base: Literal["e"] | float) -> float:
-    """Return the natural logarithm of a base."""
     if base == "e":
         return 1.0
     if isinstance(base, (str, bool)) or not 1 < base < math.inf:

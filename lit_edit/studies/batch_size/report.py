@@ -40,15 +40,7 @@ Row = dict[str, Any]
 
 
 def write_report(grid: Grid, folder: Path) -> str:
-    """Write ``batch_size.md``, ``.csv`` and ``.png`` of the study.
-
-    Args:
-        grid: Its runs.
-        folder: Their folder.
-
-    Returns:
-        The table as Markdown.
-    """
+    """Write ``batch_size.md``, ``.csv`` and ``.png`` of the study; return the table as Markdown."""
     rows = [_row(point, folder / point.name) for point in grid.points]
     text = f"# {grid.name}\n\n{as_markdown(shown(rows, SHOWN))}"
     text = with_failures(text, [f"{row[EDITOR]}, {row['batch']}: {row['error']}" for row in rows if row["error"]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +12,8 @@ from lit_edit.console.arguments import make_parser
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.studies.batch_size.report import ALL, BATCH, EDITOR, write_report
+from lit_edit.studies.frame import begin_study, check_data, end_study, folder_of, run_rest, settings_of
 from lit_edit.sweeps.grids import Choice, Grid, Point, read_grid, with_changes
-from lit_edit.sweeps.study import (
-    begin_study,
-    check_there,
-    folder_of,
-    run_rest,
-    say_how_to_go_on,
-    say_report,
-    settings_of,
-)
 
 AXES = [EDITOR, BATCH]
 
@@ -33,24 +24,21 @@ def run_batch_size(args: list[str]) -> int:
     begin_study()
     whole = _grid(options)
     folder = folder_of(options.runs_dir, whole.name)
-    grid = replace(whole, points=_chosen(whole, options.only))
-    edits = _check_edits(grid, options)
-    status: int | None = 0
-    if options.gather:
-        check_there(grid, folder)
-        there = [point for point in grid.points if (folder / point.name).is_dir()]
-    else:
-        grid = replace(grid, points=with_batches(grid, edits))
-        status = run_rest(grid, folder, options.dry_run)
-        # Of --only: beside what other calls have done.
-        there = [p for p in with_batches(whole, edits) if p in grid.points or (folder / p.name).is_dir()]
+    known = [choice.label for choice in whole.axes[EDITOR]]
+    if unknown := [name for name in options.only or () if name not in known]:
+        raise ArgumentError(
+            f"--method {unknown[0]}: there is no such editor in {whole.path}; there are {', '.join(known)}"
+        )
+    points = with_batches(whole, _check_edits(whole, options))
+    chosen = [point for point in points if point.labels[EDITOR] in (options.only or known)]
+    status = run_rest(replace(whole, points=chosen), folder, options)
     if status is None:
         return 0
-    report = write_report(replace(grid, points=there), folder)
-    say_report(report, folder, "batch_size.md", "batch_size.csv", "batch_size.png")
-    if status > 128:
-        say_how_to_go_on("batch-size", args)
-    return status
+    wanted = [] if options.gather else chosen
+    # Of --only: beside what other calls have done.
+    there = [point for point in points if point in wanted or (folder / point.name).is_dir()]
+    report = write_report(replace(whole, points=there), folder)
+    return end_study("batch-size", args, status, report, folder, "batch_size")
 
 
 def _options(args: list[str]) -> argparse.Namespace:
@@ -69,41 +57,20 @@ def _options(args: list[str]) -> argparse.Namespace:
     parser.add_runs("studies/<name>", "name of the study in place of the config's")
     parser.add_dry_run("the runs", "write table and figure")
     options = parser.parse_args(args)
-    if options.data is None and not options.gather:
-        raise ArgumentError("--data is missing: a CounterFact file with as many edits as a run makes")
-    if options.data is not None and not options.data.is_file():
-        raise ArgumentError(f"--data {options.data}: no such file")
+    check_data(options)
     return options
 
 
 def _grid(options: argparse.Namespace) -> Grid:
-    """Read the runs.
-
-    Raises:
-        ArgumentError: If the file has other axes.
-    """
+    """Read the runs; a file of other axes is refused."""
     grid = read_grid(Path(find_config(options.config)))
     if list(grid.axes) != AXES:
         raise ArgumentError(f"{grid.path}: grid: this study has the axes {', '.join(AXES)}; got {', '.join(grid.axes)}")
     return with_changes(grid, "the command line", options.name, settings_of(options))
 
 
-def _chosen(grid: Grid, only: Sequence[str] | None) -> list[Point]:
-    """Return the points of some editors."""
-    known = [choice.label for choice in grid.axes[EDITOR]]
-    if unknown := [name for name in only or () if name not in known]:
-        raise ArgumentError(
-            f"--method {unknown[0]}: there is no such editor in {grid.path}; there are {', '.join(known)}"
-        )
-    return [point for point in grid.points if only is None or point.labels[EDITOR] in only]
-
-
 def _check_edits(grid: Grid, options: argparse.Namespace) -> int:
-    """Return how many edits each run makes.
-
-    Raises:
-        ArgumentError: If the file has fewer: the runs would be of another size than their table says.
-    """
+    """Return how many edits each run makes; were there fewer, runs would be of another size than their table says."""
     edits = grid.settings.get("data.limit")
     if not isinstance(edits, int) or edits < 1:
         raise ArgumentError(f"{grid.path}: settings: data.limit must say how many edits each run makes, got {edits!r}")
@@ -121,10 +88,6 @@ def with_batches(grid: Grid, edits: int) -> list[Point]:
 
     Left out are methods of one edit at a time in larger steps, and numbered steps of as many edits as there are, or
     more: they are "all".
-
-    Args:
-        grid: The study.
-        edits: Of each run.
     """
     from lit_edit.console.catalogue import known_editors
 

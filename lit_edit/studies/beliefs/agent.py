@@ -60,12 +60,7 @@ def evidence(sentence: Sentence) -> Iterator[tuple[Atom, float]]:
 class Agent:
     """Beliefs about the facts of a world, from sentences; see :mod:`lit_edit.studies.beliefs.agent`.
 
-    It knows the relations, their objects and which depends on which, and of the facts only what it reads.
-
-    Args:
-        objects: By relation, its objects.
-        upstream: By relation, the one it depends on.
-        sentences: What it reads. Their order does not matter.
+    It knows the relations, their objects and which depends on which, and of the facts only what it reads, in any order.
     """
 
     def __init__(
@@ -113,28 +108,25 @@ class Agent:
 
     def _attribute(self, fact: Fact, seen: np.ndarray) -> None:
         """Add observations to the tables of the upstream objects, by how far the subject is believed to have them."""
-        subject, relation = fact
-        above = self.upstream.get(relation)
-        if above is None or not self._knows((subject, above)):
-            return
-        for value, share in zip(self.objects[above], self._believed((subject, above)), strict=True):
-            self.given[relation, value] = self.given.get((relation, value), 0.0) + share * seen
+        above = self._known_above(fact)
+        for value, share in zip(self.objects[above[1]], self._believed(above), strict=True) if above else ():
+            self.given[fact[1], value] = self.given.get((fact[1], value), 0.0) + share * seen
 
     def _posterior(self, counts: np.ndarray | float, relation: str) -> np.ndarray:
         total = np.full(len(self.objects[relation]), PRIOR / len(self.objects[relation])) + counts
         return np.asarray(total / total.sum())
 
     def _unedited(self, fact: Fact) -> np.ndarray:
-        subject, relation = fact
-        above = self.upstream.get(relation)
-        if above is not None and self._knows((subject, above)):
-            shares = self._believed((subject, above))
-            tables = [self._posterior(self.given.get((relation, o), 0.0), relation) for o in self.objects[above]]
-            return np.asarray(shares @ np.stack(tables))
+        relation = fact[1]
+        if above := self._known_above(fact):
+            tables = [self._posterior(self.given.get((relation, o), 0.0), relation) for o in self.objects[above[1]]]
+            return np.asarray(self._believed(above) @ np.stack(tables))
         return self._posterior(self.own.get(fact, self.pooled[relation]), relation)
 
-    def _knows(self, fact: Fact) -> bool:
-        return fact in self.own or fact in self.edits
+    def _known_above(self, fact: Fact) -> Fact | None:
+        """Return the fact that one depends on, if anything is known of it."""
+        above = (fact[0], self.upstream.get(fact[1], ""))
+        return above if above in self.own or above in self.edits else None
 
     def _mass(self, fact: Fact) -> float:
         return PRIOR + float(np.sum(self.own.get(fact, 0.0)))
@@ -147,11 +139,7 @@ class Agent:
         return np.asarray(counts / counts.sum())
 
     def query(self, subject: str, relation: str) -> dict[str, float]:
-        """Return what is believed of a fact: probabilities by object.
-
-        Raises:
-            ValueError: If there is no such relation.
-        """
+        """Return what is believed of a fact: probabilities by object."""
         self._check(relation)
         return dict(zip(self.objects[relation], self._believed((subject, relation)).tolist(), strict=True))
 
@@ -160,19 +148,10 @@ class Agent:
         return mode(self.query(subject, relation))
 
     def edit(self, subject: str, relation: str, value: str, certainty: float | None = CERTAINTY) -> float:
-        """Take in a new fact.
+        """Take in a new fact, and return the weight of the evidence, in observations.
 
-        Args:
-            subject: Of the fact.
-            relation: Of the fact.
-            value: Its new object.
-            certainty: The posterior it is to have at least; ``None`` for one observation, the paper's other setting.
-
-        Returns:
-            The weight of the evidence, in observations.
-
-        Raises:
-            ValueError: If there is no such relation or object, or the certainty is not below 1.
+        ``certainty`` is the posterior that its object is to have at least; ``None`` is one observation, the paper's
+        other setting.
         """
         self._check(relation)
         if value not in self._places[relation]:
@@ -183,16 +162,18 @@ class Agent:
         at = self._places[relation][value]
         known = self.edits.get(fact)
         mass = self._mass(fact) + (0.0 if known is None else float(known.sum()))
-        weight = 1.0
-        if certainty is not None:
-            weight = max(0.0, (certainty - float(self._believed(fact)[at])) * mass / (1 - certainty))
+
+        def needed() -> float:
+            if certainty is None:
+                return 1.0
+            return max(0.0, (certainty - float(self._believed(fact)[at])) * mass / (1 - certainty))
+
+        weight = needed()
         added = np.zeros(len(self.objects[relation]))
         added[at] = 1.0
         if weight > 0:
             self._attribute(fact, added)
-            if certainty is not None:  # the shared table has moved the belief as well, a little
-                share = float(self._believed(fact)[at])
-                weight = max(0.0, (certainty - share) * mass / (1 - certainty))
+            weight = needed()  # the shared table has moved the belief as well, a little
             self.edits[fact] = (0.0 if known is None else known) + weight * added
             self.pooled[relation] = self.pooled[relation] + added
         return weight

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_edit.console.fit_parser import FitParser
-from lit_edit.editors.base import Editor, commit_proposal
+from lit_edit.editors.base import Editor
 from lit_edit.errors import ArgumentError
-from lit_edit.ledger.edit_ledger import EditLedger, EditRefusedError
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.solvers.functional import FactsError
 from lit_edit.stats.second_moment import KeyStatistics
+from lit_edit.studies.alone import SingleEdits
 from lit_edit.studies.beliefs.agent import Agent
 from lit_edit.studies.beliefs.coherence import Case, ModelBeliefs, measure_case, revised
 from lit_edit.studies.beliefs.testbed import CORPUS
@@ -32,29 +30,23 @@ def make_editor(
 ) -> Editor:
     """Return the editor of a config, on the testbed's layers and with its sentences before prompts.
 
-    Args:
-        method: A YAML file, or the name of one that ships.
-        folder: The trained model.
-        n_layers: Its depth.
-        layers: To edit; by default those at the config's relative depth.
-        parser: To use again: building one takes longer than parsing.
+    Without ``layers`` they are those at the config's relative depth. A parser is worth using again: building one takes
+    longer than parsing.
     """
     parser = parser or FitParser()
     _parse_editor(method, folder, n_layers, layers, parser)
     editor: Editor = parser.make().model.editor
     if getattr(editor, "contexts", None) == "sampled":
         # The words that samples would begin with are none of this model's.
-        texts = _sentences(folder)[: getattr(editor, "context_count", 5)]
+        first = (folder / CORPUS).read_text(encoding="utf-8").partition("\n")[0]
+        sentences = [text for text in first.split(" . ") if text.strip(" .")]
+        texts = sentences[: getattr(editor, "context_count", 5)]
         editor.contexts = check_templates([["{}"], [f"{text} . {{}}" for text in texts]])  # type: ignore[attr-defined]
     return editor
 
 
 def check_methods(methods: Mapping[str, str], n_layers: int, layers: Sequence[int] | None) -> None:
-    """Refuse before the training what cannot be edited with behind it.
-
-    Raises:
-        ArgumentError: If a config is none, or an editor has no such layers.
-    """
+    """Refuse before the training what cannot be edited with behind it."""
     if wrong := [layer for layer in layers or () if not 0 <= layer < n_layers]:
         raise ArgumentError(f"--layers {wrong[0]}: the decoder has layers 0 to {n_layers - 1}")
     parser = FitParser()
@@ -90,37 +82,14 @@ def scaled_layers(layers: Sequence[int], n_layers: int, depth: int = DEPTH) -> l
     return sorted({min(layer * n_layers // depth, n_layers - 1) for layer in layers})
 
 
-def _sentences(folder: Path) -> list[str]:
-    first = (folder / CORPUS).read_text(encoding="utf-8").partition("\n")[0]
-    return [text for text in first.split(" . ") if text.strip(" .")]
-
-
-class Bench:
-    """Makes one edit at a time on the unedited model, and takes it back.
-
-    Args:
-        editor: The method.
-        adapter: The trained model.
-        tokenizer: Its tokenizer.
-        folder: Where it is, with its text.
-    """
+class Bench(SingleEdits):
+    """Makes single edits on the trained model of a folder, and measures what they do."""
 
     def __init__(self, editor: Editor, adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-        self.editor, self.adapter, self.tokenizer = editor, adapter, tokenizer
-        self.ledger = EditLedger(adapter, editor.resolve_layers(adapter))
-        editor.prepare(self.ledger, tokenizer, KeyStatistics(corpus=str(folder / CORPUS)))
-        self.clean = deepcopy(editor.state_dict())
+        super().__init__(editor, adapter, tokenizer, KeyStatistics(corpus=str(folder / CORPUS)))
 
     def measure(self, case: Case, number: int, agent: Agent) -> dict[str, float | str]:
         """Make a case's edit, measure, and take it back; an edit that is refused is measured as none."""
-        refused: dict[str, str] = {}
-        try:
-            try:
-                commit_proposal(self.ledger, self.editor, self.editor.propose([case.request(number)]))
-            except (FloatingPointError, EditRefusedError, FactsError) as error:
-                refused = {"refused": str(error)}
+        with self.made(case.request(number)) as refused:
             found = measure_case(ModelBeliefs(self.adapter, self.tokenizer), case, agent, revised(agent, case))
-        finally:
-            self.ledger.restore_base()
-            self.editor.load_state_dict(deepcopy(self.clean))
-        return {**found, **refused}
+        return {**found, "refused": refused} if refused else {**found}

@@ -12,11 +12,7 @@ from lit_edit.runs.results import append_line, read_lines
 
 
 def cases_of(path: Path) -> dict[int, dict[str, Any]]:
-    """Return the measurements of a file by case.
-
-    Raises:
-        UserError: If a line is damaged; names file and line.
-    """
+    """Return the measurements of a file by case; a damaged line is named."""
 
     def read(line: Mapping[str, Any]) -> dict[str, Any]:
         return dict(line) if "settings" in line else {**line, "case": int(line["case"])}
@@ -27,12 +23,7 @@ def cases_of(path: Path) -> dict[int, dict[str, Any]]:
 class CaseFile:
     """Measurements of one editor, a JSON line per case, the editor's settings in the first.
 
-    Args:
-        path: The file; it need not be there.
-        settings: Of the editor.
-
-    Raises:
-        ArgumentError: If the file was begun with others.
+    The file need not be there; one that was begun with other settings is refused.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:

@@ -19,7 +19,6 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from lit_edit.data.request import EditRequest
@@ -34,43 +33,31 @@ if TYPE_CHECKING:
 
     from lit_edit.models.adapter import ModelAdapter
 
-KINDS = MappingProxyType(
-    {
-        "edited": "same subject, same relation",
-        "dependent": "same subject, dependent relation",
-        "relation": "other subject, same relation",
-        "other": "other subject, other relation",
-    }
-)
+KINDS: Mapping[str, str] = {
+    "edited": "same subject, same relation",
+    "dependent": "same subject, dependent relation",
+    "relation": "other subject, same relation",
+    "other": "other subject, other relation",
+}
 OBJECTS = ("original", "requested", "now")
-GAPS = MappingProxyType(
-    {
-        "truth": "p(A) and 'A is true'",
-        "and": "'A and B' and p(A) p(B)",
-        "order": "'A and B' and 'B and A'",
-        "or": "'A or B' and p(A) + p(B) - p(A) p(B)",
-        "not": "p(A) and 1 - 'not A'",
-    }
-)
+GAPS: Mapping[str, str] = {
+    "truth": "p(A) and 'A is true'",
+    "and": "'A and B' and p(A) p(B)",
+    "order": "'A and B' and 'B and A'",
+    "or": "'A or B' and p(A) + p(B) - p(A) p(B)",
+    "not": "p(A) and 1 - 'not A'",
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One edit and the facts that are asked behind it.
+    """One edit and the facts that are asked behind it."""
 
-    Attributes:
-        fact: What is edited.
-        original: The object that the ideal reader believes before.
-        requested: The new one.
-        facts: By kind, what is asked.
-        partner: Another subject's fact with the object believed of it, for "and" and "or".
-    """
-
-    fact: Fact
-    original: str
-    requested: str
-    facts: Mapping[str, tuple[Fact, ...]]
-    partner: Atom
+    fact: Fact  # that is edited
+    original: str  # object that the ideal reader believes before
+    requested: str  # the new one
+    facts: Mapping[str, tuple[Fact, ...]]  # by kind, what is asked
+    partner: Atom  # another subject's fact with the object believed of it, for "and" and "or"
 
     def request(self, number: int) -> EditRequest:
         """Return the edit."""
@@ -82,17 +69,7 @@ def draw_cases(world: World, agent: Agent, count: int, probes: int = 10, seed: i
     """Draw edits of upstream facts, each with a dependent one, and what is asked behind them.
 
     The new object is, of those under which the ideal reader comes to believe another object of a dependent fact, one at
-    random; any other one where there is none such.
-
-    Args:
-        world: The facts.
-        agent: The ideal reader before the edits.
-        count: Edits.
-        probes: Facts asked of other subjects, of each kind, at most.
-        seed: Of the draws.
-
-    Raises:
-        ArgumentError: If there are not so many facts to edit.
+    random; any other one where there is none such. Of other subjects at most ``probes`` facts of each kind are asked.
     """
     draw = random.Random(seed)
     able = [fact for fact in world.facts if world.dependents(fact) and len(world.objects[fact[1]]) > 1]
@@ -130,12 +107,7 @@ def _moves(agent: Agent, fact: Fact, value: str, below: Sequence[Fact]) -> bool:
 
 
 class ModelBeliefs:
-    """Probabilities of a model, asked for many at a time.
-
-    Args:
-        adapter: The model.
-        tokenizer: Its tokenizer.
-    """
+    """Probabilities of a model, asked for many at a time."""
 
     def __init__(self, adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase) -> None:
         self.adapter, self.tokenizer = adapter, tokenizer
@@ -179,10 +151,7 @@ def logical_probes(atom: Atom, partner: Atom) -> dict[str, tuple[str, str]]:
 
 
 def logical_gaps(p: Mapping[str, float]) -> dict[str, float]:
-    """Return the gaps of :data:`GAPS`.
-
-    Args:
-        p: The probabilities of :func:`logical_probes`, by name.
+    """Return the gaps of :data:`GAPS`, of the probabilities of :func:`logical_probes` by name.
 
     Example:
         >>> p = {"A": 0.5, "B": 0.5, "A true": 0.5, "and": 0.25, "and turned": 0.25, "or": 0.75, "not": 0.5}
@@ -200,17 +169,10 @@ def logical_gaps(p: Mapping[str, float]) -> dict[str, float]:
 
 
 def measure_case(beliefs: ModelBeliefs, case: Case, before: Agent, now: Agent) -> dict[str, float]:
-    """Return the measurements of one case.
+    """Return the measurements of one case: of the model behind its edit, against the ideal reader ``now``.
 
-    Args:
-        beliefs: The model's, behind its edit.
-        case: The edit and what is asked.
-        before: The ideal reader before the edit.
-        now: The one that the model is held against.
-
-    Returns:
-        Means over the facts of a kind: ``accuracy/KIND`` and ``gap/KIND/OBJECT``; means over the original and the
-        requested object: ``logic/GAP``; and ``p/requested``. What cannot be asked is left out.
+    They are means over the facts of a kind, ``accuracy/KIND`` and ``gap/KIND/OBJECT``; means over the original and the
+    requested object, ``logic/GAP``; and ``p/requested``. What cannot be asked is left out.
     """
     asked: list[tuple[str, str, tuple[str, str], float]] = []
     for kind, facts in case.facts.items():

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lit_edit.errors import check_least, check_not_negative
 from lit_edit.studies.beliefs.world import Fact, World
 
 Kind = Literal["plain", "truth", "not", "and", "or"]
@@ -23,50 +24,29 @@ Atom = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """How much text there is of each fact.
+    """How much text there is of each fact."""
 
-    Args:
-        samples: Draws of the object, each a plain sentence.
-        truths: Sentences ``... is true`` or ``... is false``.
-        negations: The same of ``not ...``.
-        ands: The same of ``... and ...``, this fact named first.
-        ors: The same of ``... or ...``.
-        document: Sentences of a document.
-        shuffles: Times that all sentences are dealt anew to documents.
-        seed: Seeds draws, claims and shuffles.
-    """
-
-    samples: int = 10
-    truths: int = 3
-    negations: int = 2
-    ands: int = 1
-    ors: int = 1
-    document: int = 10
-    shuffles: int = 5
-    seed: int = 0
+    samples: int = 10  # draws of the object, each a plain sentence
+    truths: int = 3  # sentences "... is true" or "... is false"
+    negations: int = 2  # the same of "not ..."
+    ands: int = 1  # the same of "... and ...", this fact named first
+    ors: int = 1  # the same of "... or ..."
+    document: int = 10  # sentences of a document
+    shuffles: int = 5  # times that all sentences are dealt anew to documents
+    seed: int = 0  # of draws, claims and shuffles
 
     def __post_init__(self) -> None:
-        for name, low in (("samples", 1), ("document", 1), ("shuffles", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        for name in ("truths", "negations", "ands", "ors"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        check_least(1, samples=self.samples, document=self.document, shuffles=self.shuffles)
+        check_not_negative(truths=self.truths, negations=self.negations, ands=self.ands, ors=self.ors)
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """What a sentence says.
-
-    Attributes:
-        kind: ``plain``; or a claim, its negation, or two joined.
-        atoms: What it is about: one, or two for ``and`` and ``or``.
-        truth: Whether the whole, with its ``not``, ``and`` or ``or``, is called true; of a plain one always.
-    """
+    """What a sentence says."""
 
     kind: Kind
-    atoms: tuple[Atom, ...]
-    truth: bool = True
+    atoms: tuple[Atom, ...]  # that it is about: one, or two for "and" and "or"
+    truth: bool = True  # whether the whole, with its "not", "and" or "or", is called true; of a plain one always
 
     @property
     def text(self) -> str:
@@ -134,12 +114,11 @@ def write_sentences(world: World, config: CorpusConfig | None = None) -> list[Se
     found: list[Sentence] = []
     for fact in world.facts:
         found += [Sentence("plain", ((*fact, value),)) for value in samples[fact]]
-        for kind, count in (("truth", config.truths), ("not", config.negations)):
+        single: tuple[tuple[Kind, int], ...] = (("truth", config.truths), ("not", config.negations))
+        for kind, count in single:
             for _ in range(count):
                 atom, holds = claims.about(fact)
-                found.append(
-                    Sentence("truth", (atom,), holds) if kind == "truth" else Sentence("not", (atom,), not holds)
-                )
+                found.append(Sentence(kind, (atom,), holds == (kind == "truth")))
         for _ in range(config.ands):
             (first, one), (second, two) = claims.about(fact), claims.about(claims.another(fact))
             found.append(Sentence("and", (first, second), one and two))

@@ -9,7 +9,6 @@ own; documents as they are follow once the decoder has left the plateau.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,65 +17,43 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lit_edit.errors import check_least, check_not_negative, check_positive
 from lit_edit.studies.beliefs.documents import BOS, EOS, PAD
 from lit_edit.studies.beliefs.presets import PRESETS
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a decoder is trained.
+    """How a decoder is trained. Accuracy is the share of facts whose true object it says."""
 
-    Args:
-        preset: Its size, of :data:`~lit_edit.studies.beliefs.presets.PRESETS`.
-        lr: Learning rate of AdamW, between its warm-up and its way down.
-        warm_up: Steps of the warm-up.
-        weight_decay: Of AdamW.
-        batch_size: Sentences per step, alone or in documents.
-        alone: The accuracy (share of facts whose true object the model says) from which on documents are read, and no
-            longer plain sentences alone. With 0, documents are read from the start.
-        max_steps: Stop here at the latest.
-        check_every: Steps between two measurements of accuracy.
-        target: The accuracy, with documents, at which the way down begins.
-        settle: Steps of the way down: the learning rate falls to zero, and the training ends. At the first step that
-            reaches the target, probabilities are still rough.
-        seed: Of weights and order.
-    """
-
-    preset: str = "base"
-    lr: float = 1e-3
-    warm_up: int = 30
+    preset: str = "base"  # its size
+    lr: float = 1e-3  # of AdamW, between its warm-up and its way down
+    warm_up: int = 30  # steps
     weight_decay: float = 0.01
-    batch_size: int = 128
-    alone: float = 0.8
+    batch_size: int = 128  # sentences per step, alone or in documents
+    alone: float = 0.8  # accuracy from which on documents are read, not plain sentences alone; 0: from the start
     max_steps: int = 3000
-    check_every: int = 50
-    target: float = 0.9
-    settle: int = 200
-    seed: int = 0
+    check_every: int = 50  # steps between two measurements of accuracy
+    target: float = 0.9  # the accuracy, with documents, at which the way down begins
+    settle: int = 200  # steps of the way down to a rate of zero: at the target, probabilities are still rough
+    seed: int = 0  # of weights and order
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
-        for name in ("batch_size", "max_steps", "check_every", "settle"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        check_least(1, **{name: getattr(self, name) for name in ("batch_size", "max_steps", "check_every", "settle")})
+        check_positive(lr=self.lr)
         if not 0 < self.target <= 1:
             raise ValueError(f"target must be above 0 and at most 1, got {self.target}")
         if not 0 <= self.alone <= 1:
             raise ValueError(f"alone must be from 0 to 1, got {self.alone}")
-        if self.warm_up < 0 or self.weight_decay < 0:
-            raise ValueError("warm_up and weight_decay must not be negative")
+        check_not_negative(warm_up=self.warm_up, weight_decay=self.weight_decay)
 
 
 class DecoderTraining(LightningModule):
-    """Trains a decoder on text; validation is exact match of objects, all their tokens being the first choice.
+    """Trains a decoder on text; validation is exact match of objects, all their tokens being the first choice."""
 
-    Args:
-        config: How.
-        vocabulary: Number of tokens.
-    """
+    _COURSE = ("together", "settling", "accuracy")
 
     def __init__(self, config: TrainingConfig, vocabulary: int) -> None:
         super().__init__()
@@ -196,9 +173,9 @@ class DecoderTraining(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the course depends on."""
-        checkpoint["course"] = {"together": self.together, "settling": self.settling, "accuracy": self.accuracy}
+        checkpoint["course"] = {name: getattr(self, name) for name in self._COURSE}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it up again."""
-        course = checkpoint["course"]
-        self.together, self.settling, self.accuracy = course["together"], course["settling"], course["accuracy"]
+        for name in self._COURSE:
+            setattr(self, name, checkpoint["course"][name])

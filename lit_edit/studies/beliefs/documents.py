@@ -44,16 +44,9 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 class DocumentData(LightningDataModule):
-    """Texts to train on, and the facts that accuracy is measured on: a closed world has no others.
+    """Texts to train on, and the facts ``(prompt, object)`` that accuracy is measured on: a closed world has no others.
 
-    Args:
-        documents: The texts.
-        facts: ``(prompt, object)`` of every fact.
-        tokenizer: Of all.
-        batch_size: Documents per step.
-        seed: Of their order.
-        sentences: The texts to begin with, until the module is ``together``; none to begin with documents.
-        sentence_batch: Of them per step.
+    ``sentences`` are the texts to begin with, until the module is ``together``; none to begin with documents.
     """
 
     def __init__(

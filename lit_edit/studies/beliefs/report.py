@@ -10,26 +10,29 @@ from typing import TYPE_CHECKING, Any
 from lit_edit.files.paths import without_nan
 from lit_edit.files.pictures import COLOURS, add_panel, new_figure
 from lit_edit.studies.beliefs.coherence import GAPS, KINDS, OBJECTS
+from lit_edit.studies.frame import as_cell
 from lit_edit.sweeps.outputs import as_markdown, write_outputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIRST = ("before", "unedited")
+ACCURACIES = {f"accuracy/{kind}": name for kind, name in KINDS.items()}
+BY_KIND = {f"gap/{kind}": name for kind, name in KINDS.items()}
+BY_OBJECT = {f"gap/{name}": name for name in OBJECTS}
+LOGIC = {f"logic/{name}": text for name, text in GAPS.items()}
+COLUMNS = ("p/requested", *ACCURACIES, *(f"gap/{kind}/{name}" for kind in KINDS for name in OBJECTS), *LOGIC)
+"""What can be measured of a case."""
 
 
 def write_report(folder: Path, settings: Mapping[str, Any]) -> str:
-    """Write ``beliefs.md``, ``beliefs.csv``, ``beliefs.json`` and ``beliefs.png``.
+    """Write ``beliefs.md``, ``beliefs.csv``, ``beliefs.json`` and ``beliefs.png``; return the tables as Markdown."""
+    from lit_edit.studies.beliefs.cases import cases_of
 
-    Args:
-        folder: The study's.
-        settings: What it is about.
-
-    Returns:
-        The tables as Markdown.
-    """
-    files = sorted((folder / "cases").glob("*.jsonl"), key=_order)
-    rows = [mean_row(path.stem, _read(path, settings["edits"])) for path in files]
+    rows = []
+    for path in sorted((folder / "cases").glob("*.jsonl"), key=lambda path: (path.stem not in FIRST, path.stem)):
+        cases = [row for case, row in sorted(cases_of(path).items()) if case < settings["edits"]]
+        rows.append(mean_row(path.stem, cases))
     trained = settings["trained"]
     shape = settings["testbed"]["training"]["preset"]
     text = (
@@ -37,40 +40,20 @@ def write_report(folder: Path, settings: Mapping[str, Any]) -> str:
         f"{trained['steps']} steps. `before`: unedited, against the ideal reader before the edit; `unedited`: against "
         "the one behind it, as all others are. Means over edits, each on the unedited model.\n"
     )
-    if rows:
-        text += f"\nGeneration accuracy, by fact:\n\n{as_markdown([_cells(row, _accuracies()) for row in rows])}"
-        text += "\nProbabilistic coherence, mean |p(model) - p(ideal reader)| over objects, by fact:\n\n"
-        text += as_markdown([_cells(row, {f"gap/{kind}": name for kind, name in KINDS.items()}) for row in rows])
-        text += f"\nThe same by object:\n\n{as_markdown([_cells(row, _by_object()) for row in rows])}"
-        text += f"\nLogical coherence, mean distance of:\n\n{as_markdown([_cells(row, _logic()) for row in rows])}"
-    else:
-        text += "\nNo edit is measured yet.\n"
+    tables = {
+        "Generation accuracy, by fact": ACCURACIES,
+        "Probabilistic coherence, mean |p(model) - p(ideal reader)| over objects, by fact": BY_KIND,
+        "The same by object": BY_OBJECT,
+        "Logical coherence, mean distance of": LOGIC,
+    }
+    for heading, shown in tables.items() if rows else ():
+        text += f"\n{heading}:\n\n{as_markdown([_cells(row, shown) for row in rows])}"
+    text += "" if rows else "\nNo edit is measured yet.\n"
     for row in rows:
         if row["refused"]:
             text += f"\n{row['editor']}: {row['refused']} edits were refused and are measured as none.\n"
     content = without_nan({"study": folder.name, "settings": settings, "rows": rows})
     return write_outputs(folder, "beliefs", text, rows, draw_study(rows, folder.name) if rows else None, content)
-
-
-def _order(path: Path) -> tuple[int, str]:
-    return (FIRST.index(path.stem) if path.stem in FIRST else len(FIRST), path.stem)
-
-
-def _read(path: Path, edits: int) -> list[dict[str, Any]]:
-    """Return the measurements of the first so many cases."""
-    from lit_edit.studies.beliefs.cases import cases_of
-
-    return [row for case, row in sorted(cases_of(path).items()) if case < edits]
-
-
-def columns() -> list[str]:
-    """Return the measurements that a case can have, in order."""
-    return [
-        "p/requested",
-        *_accuracies(),
-        *(f"gap/{kind}/{name}" for kind in KINDS for name in OBJECTS),
-        *_logic(),
-    ]
 
 
 def mean_row(editor: str, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -82,56 +65,31 @@ def mean_row(editor: str, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         (0.5, 0.625, 2)
     """
     row: dict[str, Any] = {"editor": editor, "edits": len(cases), "refused": sum("refused" in case for case in cases)}
-    for name in columns():
+    for name in COLUMNS:
         values = [float(case[name]) for case in cases if case.get(name) is not None]
         row[name] = statistics.fmean(values) if values else None
         row[f"{name} sd"] = statistics.stdev(values) if len(values) > 1 else None
-    for axis, names in (("kind", tuple(KINDS)), ("object", OBJECTS)):
-        for name in names:
-            place = 1 if axis == "kind" else 2
-            means = [v for key, v in row.items() if _part(key, place) == name and v is not None]
-            row[f"gap/{name}"] = statistics.fmean(means) if means else None
+    among = {kind: [f"gap/{kind}/{name}" for name in OBJECTS] for kind in KINDS}
+    among |= {name: [f"gap/{kind}/{name}" for kind in KINDS] for name in OBJECTS}
+    for name, parts in among.items():
+        means = [row[part] for part in parts if row[part] is not None]
+        row[f"gap/{name}"] = statistics.fmean(means) if means else None
     return row
 
 
-def _part(key: str, place: int) -> str | None:
-    parts = key.split("/")
-    return parts[place] if len(parts) == 3 and parts[0] == "gap" and not key.endswith(" sd") else None
-
-
-def _accuracies() -> dict[str, str]:
-    return {f"accuracy/{kind}": name for kind, name in KINDS.items()}
-
-
-def _by_object() -> dict[str, str]:
-    return {f"gap/{name}": name for name in OBJECTS}
-
-
-def _logic() -> dict[str, str]:
-    return {f"logic/{name}": text for name, text in GAPS.items()}
-
-
 def _cells(row: Mapping[str, Any], shown: Mapping[str, str]) -> dict[str, str]:
-    cells = {"editor": str(row["editor"]), "edits": str(row["edits"])}
-    return cells | {head: "–" if row[name] is None else f"{row[name]:.3f}" for name, head in shown.items()}
+    return {head: as_cell(row[name]) for name, head in {"editor": "editor", "edits": "edits", **shown}.items()}
 
 
 def draw_study(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
-    """Draw accuracy, probabilistic and logical gaps as bars, a colour per editor.
-
-    Args:
-        rows: Of :func:`mean_row`.
-        title: Of the figure.
-    """
+    """Draw accuracy, probabilistic and logical gaps as bars, a colour per editor."""
     figure = new_figure(13, 4.4, title)
-    kinds = dict(
-        zip(KINDS, ("edited", "dependent", "other subject,\nsame relation", "other subject\nand relation"), strict=True)
-    )
-    logic = dict(zip(GAPS, ("A is true", "A and B", "order", "A or B", "not A"), strict=True))
+    gaps = ("A is true", "A and B", "order", "A or B", "not A")
+    kinds = ("edited", "dependent", "other subject,\nsame relation", "other subject\nand relation")
     panels = (
-        ("Generation accuracy (more is better)", {f"accuracy/{kind}": name for kind, name in kinds.items()}),
-        ("|p(model) - p(ideal reader)| (less is better)", {f"gap/{kind}": name for kind, name in kinds.items()}),
-        ("Logical gaps (less is better)", {f"logic/{gap}": name for gap, name in logic.items()}),
+        ("Generation accuracy (more is better)", dict(zip(ACCURACIES, kinds, strict=True))),
+        ("|p(model) - p(ideal reader)| (less is better)", dict(zip(BY_KIND, kinds, strict=True))),
+        ("Logical gaps (less is better)", dict(zip(LOGIC, gaps, strict=True))),
     )
     width = 0.8 / len(rows)
     for place, (heading, names) in enumerate(panels, 1):

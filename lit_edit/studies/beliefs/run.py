@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +13,12 @@ from lit_edit.console.arguments import make_parser, positive
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_json
-from lit_edit.sweeps.study import begin_study, folder_of, say_how_to_go_on, say_report
+from lit_edit.studies.frame import begin_study, folder_of, say, say_how_to_go_on, say_report
 
 if TYPE_CHECKING:
     from lit_edit.studies.beliefs.agent import Agent
     from lit_edit.studies.beliefs.coherence import Case
     from lit_edit.studies.beliefs.testbed import Testbed, Trained
-    from lit_edit.studies.beliefs.world import World
 
 METHODS = ("method/d4s", "method/memit", "method/lora")
 BEFORE, UNEDITED = "before", "unedited"
@@ -62,17 +60,18 @@ def _run(options: argparse.Namespace, methods: Mapping[str, str], folder: Path) 
         cases = draw_cases(testbed.world, agent, options.edits, options.probes, options.seed)
         known = testbed.trained()
         if known is None:
-            sys.stdout.write(f"training a model of {len(testbed.world.facts)} facts, once ...\n")
-            sys.stdout.flush()
+            say(f"training a model of {len(testbed.world.facts)} facts, once ...")
         trained = known or testbed.train(options.max_minutes, progress=sys.stderr.isatty())
-        _say_trained(trained)
+        made = f"trained in {trained.seconds / 60:.1f} minutes, {trained.cpu / 60:.1f} of CPU"
+        where = f"{'from the cache' if trained.cached else made}: {trained.folder}"
+        say(f"the model says {trained.accuracy:.1%} of all facts after {trained.steps} steps ({where})")
         if options.train_only:
             return 0
         folder.mkdir(parents=True, exist_ok=True)
         with run_lock(folder):
             settings = _keep_settings(folder, testbed, trained, options)
             _measure_all(folder / "cases", trained, methods, agent, cases, options.layers)
-    say_report(write_report(folder, settings), folder, *(f"beliefs.{kind}" for kind in ("md", "csv", "json", "png")))
+    say_report(write_report(folder, settings), folder, "beliefs")
     return 0
 
 
@@ -113,11 +112,7 @@ def _options(args: list[str]) -> argparse.Namespace:
 
 
 def _methods(names: Sequence[str]) -> dict[str, str]:
-    """Return the editors' configs by short name.
-
-    Raises:
-        ArgumentError: If one is missing, or two have one name.
-    """
+    """Return the editors' configs by short name; one that is missing, or a name that is taken, is refused."""
     found: dict[str, str] = {}
     for name in names:
         find_config(name)
@@ -132,53 +127,29 @@ def _testbed(options: argparse.Namespace) -> Testbed:
     from lit_edit.studies.beliefs.corpus import CorpusConfig
     from lit_edit.studies.beliefs.decoder import TrainingConfig
     from lit_edit.studies.beliefs.testbed import Testbed
-
-    world = _world(options)
-    training = TrainingConfig(preset=options.preset, max_steps=options.max_steps, seed=options.seed)
-    return Testbed(world, CorpusConfig(seed=options.seed), training)
-
-
-def _world(options: argparse.Namespace) -> World:
     from lit_edit.studies.beliefs.world import WorldConfig, generate_world, read_triples, world_of_triples
 
     if options.triples is None:
-        return generate_world(WorldConfig(subjects=options.subjects or 200, seed=options.seed))
-    return world_of_triples(read_triples(options.triples), facts=options.facts or 1000, seed=options.seed)
-
-
-def _say_trained(trained: Trained) -> None:
-    made = f"trained in {trained.seconds / 60:.1f} minutes, {trained.cpu / 60:.1f} of CPU"
-    where = "from the cache" if trained.cached else made
-    sys.stdout.write(
-        f"the model says {trained.accuracy:.1%} of all facts after {trained.steps} steps ({where}: {trained.folder})\n"
-    )
-    sys.stdout.flush()
+        world = generate_world(WorldConfig(subjects=options.subjects or 200, seed=options.seed))
+    else:
+        world = world_of_triples(read_triples(options.triples), facts=options.facts or 1000, seed=options.seed)
+    training = TrainingConfig(preset=options.preset, max_steps=options.max_steps, seed=options.seed)
+    return Testbed(world, CorpusConfig(seed=options.seed), training)
 
 
 # ---- what is kept -------------------------------------------------------------------------------------------------
 
 
 def _keep_settings(folder: Path, testbed: Testbed, trained: Trained, options: argparse.Namespace) -> dict[str, Any]:
-    """Note what the study is about.
-
-    Raises:
-        ArgumentError: If the folder is about something else.
-    """
+    """Note what the study is about; a folder about something else is refused."""
     fixed = {"testbed": testbed.settings, "probes": options.probes, "seed": options.seed, "layers": options.layers}
     path = folder / "settings.json"
     if path.is_file():
         then = _read_settings(folder)
         if other := [name for name in fixed if then.get(name) != fixed[name]]:
-            raise ArgumentError(
-                f"{folder} was begun with other settings ({', '.join(other)}): give the study another --name, or "
-                "delete the folder"
-            )
-    settings = {
-        **fixed,
-        "edits": options.edits,
-        "facts": len(testbed.world.facts),
-        "trained": {name: value for name, value in asdict(trained).items() if name not in ("folder", "cached")},
-    }
+            told = f"{folder} was begun with other settings ({', '.join(other)})"
+            raise ArgumentError(f"{told}: give the study another --name, or delete the folder")
+    settings = {**fixed, "edits": options.edits, "facts": len(testbed.world.facts), "trained": trained.record}
     write_json(path, settings)
     return settings
 
@@ -232,5 +203,4 @@ def _measure_all(
         left = [number for number in range(len(cases)) if number not in file.rows]
         for number in tqdm(left, label, len(cases), initial=len(cases) - len(left), unit="edit", disable=None):
             file.add(number, bench.measure(cases[number], number, agent))
-        sys.stdout.write(f"{label}: {len(file.rows)} edits measured\n")
-        sys.stdout.flush()
+        say(f"{label}: {len(file.rows)} edits measured")

@@ -45,34 +45,24 @@ CORPUS = "corpus.txt"
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model.
+    """A trained model."""
 
-    Attributes:
-        folder: Its Hugging Face folder.
-        accuracy: Share of all facts whose true object it says.
-        steps: Of training.
-        seconds: That the training took; those of a process that was cut included up to its last measurement.
-        cpu: Seconds of CPU that it took, of all threads.
-        cached: Whether it was there already.
-    """
-
-    folder: Path
-    accuracy: float
+    folder: Path  # of Hugging Face
+    accuracy: float  # share of all facts whose true object it says
     steps: int
-    seconds: float
-    cpu: float
-    cached: bool = False
+    seconds: float  # that the training took; those of a process that was cut included up to its last measurement
+    cpu: float  # seconds of CPU that it took, of all threads
+    cached: bool = False  # whether it was there already
+
+    @property
+    def record(self) -> dict[str, float]:
+        """What the training came to."""
+        return {"accuracy": self.accuracy, "steps": self.steps, "seconds": self.seconds, "cpu": self.cpu}
 
 
 @dataclass(frozen=True)
 class Testbed:
-    """A world, its text, and the decoder that reads it.
-
-    Args:
-        world: The world.
-        corpus: How much text there is.
-        training: How the decoder is trained.
-    """
+    """A world, its text, and the decoder that reads it."""
 
     world: World
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -103,19 +93,16 @@ class Testbed:
         """Return the trained model if it is there."""
         try:
             record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
-            return Trained(
-                self.folder, record["accuracy"], record["steps"], record["seconds"], record["cpu"], cached=True
-            )
+            names = ("accuracy", "steps", "seconds", "cpu")
+            return Trained(self.folder, **{name: record[name] for name in names}, cached=True)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def train(self, max_minutes: float | None = None, progress: bool = False) -> Trained:
         """Return the trained model, from the cache or after a training, which goes on where an earlier one was cut.
 
-        Args:
-            max_minutes: Stop after so many minutes of this process. The model is then kept only if it has reached the
-                target or its last step; else the next call goes on.
-            progress: Show a progress bar.
+        After ``max_minutes`` of this process it is stopped. The model is then kept only if it has reached the target or
+        its last step; else the next call goes on.
 
         Raises:
             ArgumentError: If the text is too long for the model, or another process is training it.
@@ -139,15 +126,9 @@ class Testbed:
             for subject, relation in self.world.facts
         ]
         config = self.training
-        data = DocumentData(
-            documents,
-            facts,
-            tokenizer,
-            max(1, config.batch_size // self.corpus.document),
-            config.seed,
-            [sentence.text for sentence in sentences if sentence.kind == "plain"] if config.alone else (),
-            config.batch_size,
-        )
+        plain = [sentence.text for sentence in sentences if sentence.kind == "plain"] if config.alone else ()
+        size = max(1, config.batch_size // self.corpus.document)
+        data = DocumentData(documents, facts, tokenizer, size, config.seed, plain, config.batch_size)
         longest = max(map(len, data.rows))
         if longest > 1024:
             raise DataError(
@@ -193,8 +174,7 @@ def _keep(
         model.cpu().eval().save_pretrained(made)
         tokenizer.save_pretrained(made)
         write_text(made / CORPUS, "\n".join(documents) + "\n")
-        result = {"accuracy": found.accuracy, "steps": found.steps, "seconds": found.seconds, "cpu": found.cpu}
-        write_json(made / RECORD, {**result, "parameters": model.num_parameters(), **more})
+        write_json(made / RECORD, {**found.record, "parameters": model.num_parameters(), **more})
         shutil.rmtree(found.folder, ignore_errors=True)  # a damaged one, or one without its record
         made.replace(found.folder)
     finally:
@@ -250,12 +230,10 @@ class _Clock(Callback):
         found = trainer.callback_metrics
         loss, accuracy = (round(float(found[name]), 4) for name in ("train/loss", "val/accuracy"))
         alone = not getattr(pl_module, "together", True)
-        self.course.append(
-            {
-                **{"step": trainer.global_step, "cpu": round(self.cpu, 1), "seconds": round(self.seconds, 1)},
-                **{"alone": alone, "loss": loss, "accuracy": accuracy},
-            }
-        )
+        self.course.append({
+            "step": trainer.global_step, "cpu": round(self.cpu, 1), "seconds": round(self.seconds, 1),
+            "alone": alone, "loss": loss, "accuracy": accuracy,
+        })  # fmt: skip
         log.info(
             "step %d, %.0f seconds of CPU: loss %.3f, accuracy %.3f%s",
             trainer.global_step, self.cpu, loss, accuracy, " (plain sentences)" if alone else "",

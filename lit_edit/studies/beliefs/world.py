@@ -13,9 +13,9 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 
 from lit_edit.data.files import expand, read_text
@@ -46,25 +46,15 @@ RESERVED = frozenset({"is", "true", "false", "and", "or", "not", "."})
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """What a generated world is made of.
-
-    Args:
-        subjects: How many.
-        pairs: Pairs of relations, the second of each depending on the first.
-        whole: Pairs of which a subject has both relations.
-        single: Further pairs of which a subject has one relation.
-        upstream_objects: Objects of each upstream relation.
-        dependent_objects: Objects of each dependent relation.
-        seed: Seeds names, objects and distributions.
-    """
+    """What a generated world is made of."""
 
     subjects: int = 200
-    pairs: int = 5
-    whole: int = 2
-    single: int = 1
-    upstream_objects: int = 10
-    dependent_objects: int = 8
-    seed: int = 0
+    pairs: int = 5  # of relations, the second of each depending on the first
+    whole: int = 2  # pairs of which a subject has both relations
+    single: int = 1  # further pairs of which a subject has one relation
+    upstream_objects: int = 10  # of each upstream relation
+    dependent_objects: int = 8  # of each dependent relation
+    seed: int = 0  # of names, objects and distributions
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -83,20 +73,11 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class World:
-    """Relations and facts.
+    """Relations and facts; dependencies in a circle, or other objects than the relation's, are refused."""
 
-    Attributes:
-        objects: By relation, all objects it can have, sorted.
-        upstream: By relation, the one it depends on; the others are missing.
-        facts: By subject and relation, the distribution of the object.
-
-    Raises:
-        ValueError: If dependencies run in a circle, or a distribution is none over the relation's objects.
-    """
-
-    objects: Mapping[str, tuple[str, ...]]
-    upstream: Mapping[str, str]
-    facts: Mapping[Fact, Distribution]
+    objects: Mapping[str, tuple[str, ...]]  # by relation, all objects it can have, sorted
+    upstream: Mapping[str, str]  # by relation, the one it depends on; the others are missing
+    facts: Mapping[Fact, Distribution]  # by subject and relation, the distribution of the object
 
     def __post_init__(self) -> None:
         for relation in self.objects:
@@ -106,11 +87,7 @@ class World:
                 raise ValueError(f"the distribution of {fact} is none over the objects of its relation")
 
     def chain(self, relation: str) -> list[str]:
-        """Return a relation and those it depends on, nearest first.
-
-        Raises:
-            ValueError: If they run in a circle.
-        """
+        """Return a relation and those it depends on, nearest first."""
         found = [relation]
         while (above := self.upstream.get(found[-1])) is not None:
             if above in found:
@@ -174,13 +151,13 @@ def generate_world(config: WorldConfig | None = None) -> World:
     """
     config = config or WorldConfig()
     draw = random.Random(config.seed)
-    names = _Names(draw)
+    names = _invented(draw)
     pairs = PAIRS[: config.pairs]
     objects: dict[str, tuple[str, ...]] = {}
     tables: dict[str, dict[str, dict[str, float]]] = {}
     for above, below in pairs:
-        objects[above] = tuple(sorted(names.new() for _ in range(config.upstream_objects)))
-        objects[below] = tuple(sorted(names.new() for _ in range(config.dependent_objects)))
+        objects[above] = tuple(sorted(islice(names, config.upstream_objects)))
+        objects[below] = tuple(sorted(islice(names, config.dependent_objects)))
         tables[below] = {}
         for number, given in enumerate(objects[above]):
             # Different upstream objects imply different ones as far as possible: else an edit would change nothing.
@@ -190,7 +167,7 @@ def generate_world(config: WorldConfig | None = None) -> World:
             tables[below][given] = sharpen(weights)
     facts: dict[Fact, Distribution] = {}
     for _ in range(config.subjects):
-        subject, chosen = names.new(), draw.sample(pairs, config.whole + config.single)
+        subject, chosen = next(names), draw.sample(pairs, config.whole + config.single)
         for number, (above, below) in enumerate(chosen):
             both = number < config.whole
             for relation in (above, below) if both else (draw.choice((above, below)),):
@@ -209,19 +186,15 @@ def _two_points(draw: random.Random, true: str, objects: Sequence[str]) -> dict[
     return {true: share, draw.choice(others): 1 - share}
 
 
-class _Names:
-    """Invented words, each once."""
-
-    def __init__(self, draw: random.Random) -> None:
-        self.draw, self.given = draw, set(RESERVED)
-
-    def new(self) -> str:
-        while True:
-            syllables = [self.draw.choice("bdfgklmnprstvz") + self.draw.choice("aeiou") for _ in range(3)]
-            name = ("".join(syllables) + self.draw.choice(("", "n", "r", "s", "l"))).capitalize()
-            if name not in self.given:
-                self.given.add(name)
-                return name
+def _invented(draw: random.Random) -> Iterator[str]:
+    """Yield invented words, each once."""
+    given = set(RESERVED)
+    while True:
+        syllables = [draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(3)]
+        name = ("".join(syllables) + draw.choice(("", "n", "r", "s", "l"))).capitalize()
+        if name not in given:
+            given.add(name)
+            yield name
 
 
 # ---- from triples -------------------------------------------------------------------------------------------------
@@ -230,10 +203,7 @@ class _Names:
 def read_triples(path: str | Path) -> list[tuple[str, str, str]]:
     """Read subject, relation and object with tabs between them, as Wikidata5m has them.
 
-    Wikidata5m itself names everything by ids; put its labels in their place.
-
-    Returns:
-        The triples in order, each once.
+    Wikidata5m itself names everything by ids; put its labels in their place. Each triple is read once.
 
     Raises:
         DataError: If a line is no triple (names the file and the line), or there are none.
@@ -282,14 +252,8 @@ def world_of_triples(
     that as many subjects as possible have both of a pair (an integer program), the one that tells more of the other
     being upstream; the conditional distributions are the sharpened counts.
 
-    Args:
-        triples: Subject, relation, object. Of several objects of a subject and relation the first is true.
-        relations: Keep so many, at most.
-        facts: Keep so many, at most; whole subjects, in order.
-        seed: Draws the two-point distributions.
-
-    Raises:
-        ArgumentError: If no subject has two relations.
+    Of several objects of a subject and relation the first is true. At most so many relations are kept, and so many
+    facts: whole subjects, in order. The seed draws the two-point distributions.
     """
     by_subject: dict[str, dict[str, str]] = {}
     for subject, relation, value in triples:
@@ -314,11 +278,7 @@ def world_of_triples(
         for relation in kept
         if any(relation in own for own in chosen.values())
     }
-    counts: dict[tuple[str, str], Counter[str]] = {}
-    for own in chosen.values():
-        for below, above in upstream.items():
-            if below in own and above in own:
-                counts.setdefault((below, own[above]), Counter())[own[below]] += 1
+    counts = {below: _counts(chosen.values(), above, below) for below, above in upstream.items()}
     draw = random.Random(seed)
     made: dict[Fact, Distribution] = {}
     for subject, own in chosen.items():
@@ -326,19 +286,16 @@ def world_of_triples(
         for relation, value in own.items():
             given = own.get(upstream.get(relation, ""))
             made[subject, relation] = (
-                _two_points(draw, value, objects[relation]) if given is None else sharpen(counts[relation, given])
+                _two_points(draw, value, objects[relation]) if given is None else sharpen(counts[relation][given])
             )
     return World(objects, upstream, made)
 
 
 def pair_relations(subjects: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Pair relations so that as many subjects as possible have both of a pair; each is in one pair at most.
+    """Pair relations so that as many subjects (objects by relation) as possible have both of a pair.
 
-    Args:
-        subjects: Of each, its objects by relation.
-
-    Returns:
-        By dependent relation, its upstream one: that from which the other's object is guessed right more often.
+    Each is in one pair at most. Returned is, by dependent relation, its upstream one: that from which the other's
+    object is guessed right more often.
 
     Example:
         >>> pair_relations([{"a": "1", "b": "x", "c": "p"}, {"a": "1", "b": "x"}, {"a": "2", "b": "x"}])
@@ -365,16 +322,19 @@ def pair_relations(subjects: Sequence[Mapping[str, str]]) -> dict[str, str]:
     found = {}
     for (first, second), share in zip(edges, solved.x, strict=True):
         if share > 0.5:
-            forward, backward = _guessed(subjects, first, second), _guessed(subjects, second, first)
-            above, below = (first, second) if forward >= backward else (second, first)
+            right = [
+                sum(max(counter.values()) for counter in _counts(subjects, *pair).values())
+                for pair in ((first, second), (second, first))
+            ]
+            above, below = (first, second) if right[0] >= right[1] else (second, first)
             found[below] = above
     return found
 
 
-def _guessed(subjects: Sequence[Mapping[str, str]], above: str, below: str) -> int:
-    """Of how many subjects the likeliest object given the upstream one is right."""
+def _counts(subjects: Iterable[Mapping[str, str]], above: str, below: str) -> dict[str, Counter[str]]:
+    """Return how often subjects with both relations have an object, by upstream object."""
     counts: dict[str, Counter[str]] = {}
     for own in subjects:
         if above in own and below in own:
             counts.setdefault(own[above], Counter())[own[below]] += 1
-    return sum(max(counter.values()) for counter in counts.values())
+    return counts

@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
-
 from lit_edit.files.pictures import add_panel, looks_of, new_figure
+from lit_edit.studies.frame import as_cell
 from lit_edit.sweeps.comparison import COMPARED, Course, draw_comparison, draw_panel, read_course
 from lit_edit.sweeps.gathering import COSTS, is_done, row_of, shown, state_of
 from lit_edit.sweeps.grids import Grid
@@ -26,25 +24,19 @@ Row = dict[str, Any]
 
 
 def write_part(part: str, grid: Grid, folder: Path) -> str:
-    """Write ``<part>.md``, ``.csv`` and ``.png`` of a part of the study.
-
-    Args:
-        part: ``a`` to ``e``.
-        grid: Its runs.
-        folder: Their folder.
-
-    Returns:
-        The table as Markdown, with a line above that says what it shows.
-    """
+    """Write ``<part>.md``, ``.csv`` and ``.png``; return the table with a line above that says what it shows."""
     said, rows, figure = _PARTS[part](grid, folder)
     text = f"{said}\n\n{as_markdown(rows)}" if rows else f"{said}\n\nNothing has been measured yet.\n"
     return write_outputs(folder, part, text, rows, figure)
 
 
-def _courses(grid: Grid, folder: Path) -> list[Course]:
+def _runs(grid: Grid, folder: Path) -> dict[str, Path]:
     [axis] = grid.axes
-    runs = {point.labels[axis]: folder / point.name for point in grid.points}
-    return [read_course(label, state_of(run), run) for label, run in runs.items()]
+    return {point.labels[axis]: folder / point.name for point in grid.points}
+
+
+def _courses(grid: Grid, folder: Path) -> list[Course]:
+    return [read_course(label, state_of(run), run) for label, run in _runs(grid, folder).items()]
 
 
 # ---- a: what is kept, b: mean |W| -----------------------------------------------------------------------------------
@@ -69,7 +61,7 @@ def curve_table(courses: Sequence[Course], quantity: str) -> list[Row]:
     by_editor = {course.editor: dict(course.series.get(quantity, ())) for course in courses}
     numbers = sorted({number for series in by_editor.values() for number in series})
     return [
-        {"edits": str(number)} | {name: _number(series.get(number)) for name, series in by_editor.items()}
+        {"edits": str(number)} | {name: as_cell(series.get(number)) for name, series in by_editor.items()}
         for number in numbers
     ]
 
@@ -87,9 +79,9 @@ def _norms(grid: Grid, folder: Path) -> tuple[str, list[Row], Figure]:
                 "editor": name,
                 "points": str(len(own)),
                 "growth of mean |W| at the end": "–" if last[0] is None else f"{last[0] - 1:+.1%}",
-                "accuracy at the end": _number(last[1]),
-                "Pearson": _number(pearson, "+.2f"),
-                "Spearman": _number(spearman, "+.2f"),
+                "accuracy at the end": as_cell(last[1]),
+                "Pearson": as_cell(pearson, "+.2f"),
+                "Spearman": as_cell(spearman, "+.2f"),
             }
         )
     said = "Growth of mean |W| (of the edited layer that has grown most) and accuracy at the same numbers of edits:"
@@ -113,9 +105,10 @@ def correlations(pairs: Sequence[tuple[float, float]]) -> tuple[float | None, fl
     """
     if len(pairs) < 3 or any(len(set(column)) < 2 for column in zip(*pairs, strict=True)):
         return None, None
-    one, other = torch.tensor(pairs, dtype=torch.float64).T
-    found = pearson_corrcoef(one, other), spearman_corrcoef(one, other)
-    return round(float(found[0]), 3), round(float(found[1]), 3)
+    from scipy.stats import pearsonr, spearmanr
+
+    pearson, spearman = (round(float(of(*zip(*pairs, strict=True)).statistic), 3) for of in (pearsonr, spearmanr))
+    return pearson, spearman
 
 
 def _draw_norms(courses: Sequence[Course], pairs: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
@@ -143,17 +136,16 @@ def _draw_norms(courses: Sequence[Course], pairs: Mapping[str, Sequence[tuple[fl
 
 def _ability(grid: Grid, folder: Path) -> tuple[str, list[Row], Figure]:
     [axis] = grid.axes
-    runs = {point.labels[axis]: folder / point.name for point in grid.points}
+    runs = _runs(grid, folder)
     found = {name: read_points(run) for name, run in runs.items()}
-    rows: list[Row] = []
     tasks = list(dict.fromkeys(task for points in found.values() for values in points.values() for task in values))
-    for task in [*tasks, *(["mean"] if tasks else [])]:
-        for name, points in found.items():
-            cells = {number: _of_task(values, task) for number, values in points.items()}
-            numbers = {f"after {number}" if number else "before": _number(value) for number, value in cells.items()}
-            rows.append({"task": task, axis: name, **numbers})
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    rows = [{name: row.get(name, "–") for name in columns} for row in rows]
+    numbers = sorted({number for points in found.values() for number in points})
+    rows = [
+        {"task": task, axis: name}
+        | {f"after {n}" if n else "before": as_cell(_of_task(points.get(n, {}), task)) for n in numbers}
+        for task in (*tasks, *(["mean"] if tasks else []))
+        for name, points in found.items()
+    ]
     figure = new_figure(4.6, 3.8)
     panel: Any = add_panel(figure, (1, 1, 1), "Mean accuracy over the tasks (95 %)", x_label="edits")
     for (name, points), look in zip(found.items(), looks_of(len(found)), strict=True):
@@ -227,7 +219,3 @@ _PARTS: dict[str, Callable[[Grid, Path], tuple[str, list[Row], Any]]] = {
     "d": _ability,
     "e": _ablation,
 }
-
-
-def _number(value: float | None, form: str = ".3f") -> str:
-    return "–" if value is None else format(value, form)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import yaml
 
@@ -15,26 +14,25 @@ from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_text
 from lit_edit.runs.ability import Asked, measure_run
-from lit_edit.sweeps.grids import Choice, Grid, Point, read_grid, with_changes
-from lit_edit.sweeps.study import (
+from lit_edit.studies.frame import (
     begin_study,
-    check_there,
+    check_data,
+    check_files,
     folder_of,
     run_rest,
     say_how_to_go_on,
     say_report,
     settings_of,
 )
+from lit_edit.sweeps.grids import Choice, Grid, Point, read_grid, with_changes
 
-PARTS = MappingProxyType(
-    {
-        "a": ("stream", "what five editors have kept of a stream, every 25 edits"),
-        "b": ("stream", "mean |W| of the edited layers beside it (the same runs), and the correlation of the two"),
-        "c": ("questions", "what edits of MQD's kinds of questions do to general ability"),
-        "d": ("ability", "general ability of D4S and MEMIT along a stream (two of the runs of part a)"),
-        "e": ("ablation", "D4S with other residuals, layers, lambda and statistics"),
-    }
-)
+PARTS: Mapping[str, tuple[str, str]] = {
+    "a": ("stream", "what five editors have kept of a stream, every 25 edits"),
+    "b": ("stream", "mean |W| of the edited layers beside it (the same runs), and the correlation of the two"),
+    "c": ("questions", "what edits of MQD's kinds of questions do to general ability"),
+    "d": ("ability", "general ability of D4S and MEMIT along a stream (two of the runs of part a)"),
+    "e": ("ablation", "D4S with other residuals, layers, lambda and statistics"),
+}
 """By name: the runs (``configs/studies/d4s``), and the question."""
 
 
@@ -61,23 +59,19 @@ def _options(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--part", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="by default all of them")
     parser.add_data("a CounterFact file (all parts but c)", type=Path)
     parser.add_task_files("parts c and d", "--tasks")
-    more: dict[str, Any] = {"type": Path, "help": "plain text for key statistics, a line more in part e"}
-    parser.add_argument("--corpus", aliases=("--text",), dest="text", metavar="FILE", **more)
+    text = "plain text for key statistics, a line more in part e"
+    parser.add_argument("--corpus", aliases=("--text",), dest="text", type=Path, metavar="FILE", help=text)
     parser.add_limit("edits of each run; by default the config's", "--edits", dest="edits")
-    parser.add_model(
-        None,
-        help="packaged model, folder or hub id, edited at the layers of the methods' configs; by default the config's",
-    )
+    text = "packaged model, folder or hub id, edited at the layers of the methods' configs; by default the config's"
+    parser.add_model(None, help=text)
     parser.add_runs("studies/d4s-...")
     parser.add_dry_run("the runs", "write tables and figures")
     options = parser.parse_args(args)
-    for name, path in (("data", options.data), ("corpus", options.text)):
-        if path is not None and not path.is_file():
-            raise ArgumentError(f"--{name} {path}: no such file")
+    if set(options.part) - {"c"}:
+        check_data(options)
+    check_files(data=options.data, corpus=options.text)
     if options.task_files is not None and not options.task_files.is_dir():
         raise ArgumentError(f"--task_files {options.task_files}: no such folder")
-    if options.data is None and not options.gather and set(options.part) - {"c"}:
-        raise ArgumentError("--data is missing: a CounterFact file with as many edits as a run makes")
     return options
 
 
@@ -91,29 +85,21 @@ def _run_part(options: argparse.Namespace, part: str) -> int:
 
     from lit_edit.studies.d4s.report import write_part
 
-    status = 0
-    if options.gather:
-        check_there(grid, folder, "part")
-    else:
-        done = run_rest(grid, folder, options.dry_run)
-        if done is None:
-            return 0
-        status = done
-        if part == "d" and status <= 128:
-            measure_ability(grid, folder, options.task_files)
-    say_report(write_part(part, grid, folder), folder, *(f"{part}.{kind}" for kind in ("md", "csv", "png")))
+    status = run_rest(grid, folder, options, "part")
+    if status is None:
+        return 0
+    if part == "d" and status <= 128 and not options.gather:
+        measure_ability(grid, folder, options.task_files)
+    say_report(write_part(part, grid, folder), folder, part)
     return status
 
 
 def measure_ability(grid: Grid, folder: Path, tasks: Path | None) -> None:
-    """Measure general ability on the finished runs of a part, before the first edit, every 100, and at the end.
+    """Measure general ability on the finished runs of a part: before the first edit, every 100, and at the end.
 
-    Args:
-        grid: The runs.
-        folder: Theirs.
-        tasks: A folder with a file per task; ``None`` takes them from the hub.
+    ``tasks`` is a folder with a file per task; ``None`` takes them from the hub.
     """
-    from lit_edit.ability.tasks import TASKS
+    from lit_edit.ability.tasks import all_tasks
     from lit_edit.runs.reading import read_history
     from lit_edit.sweeps.gathering import is_done
 
@@ -122,7 +108,7 @@ def measure_ability(grid: Grid, folder: Path, tasks: Path | None) -> None:
         if is_done(run):
             made = len(read_history(run).made)
             numbers = sorted({*range(0, made, 100), made})
-            measure_run(run, numbers, Asked(tuple(TASKS), tasks), run / "ability")
+            measure_run(run, numbers, Asked(tuple(all_tasks()), tasks), run / "ability")
 
 
 def _run_questions(options: argparse.Namespace) -> int:
@@ -133,7 +119,7 @@ def _run_questions(options: argparse.Namespace) -> int:
     grid = read_grid(Path(find_config("studies/d4s/questions")))
     folder = folder_of(options.runs_dir, grid.name)
     if options.gather:
-        check_there(grid, folder, "part")
+        run_rest(grid, folder, options, "part")  # refuses where there is nothing
     # A listing writes the config too: its commands read it.
     config = _with_own_base(grid, folder, None if options.gather else options.task_files)
     words = ["--config", str(config), "--runs_dir", options.runs_dir]
@@ -142,7 +128,7 @@ def _run_questions(options: argparse.Namespace) -> int:
     words += [f"--{name}" for name in ("gather", "dry-run") if getattr(options, name.replace("-", "_"))]
     status = run_mqd(words)
     if not options.dry_run:
-        say_report(write_part("c", grid, folder), folder, "c.md", "c.csv", "c.png")
+        say_report(write_part("c", grid, folder), folder, "c")
     return status
 
 
@@ -150,23 +136,16 @@ def _with_own_base(grid: Grid, folder: Path, tasks: Path | None) -> Path:
     """Return the file of a grid, or of a copy of it whose tasks come from a folder."""
     if tasks is None:
         return grid.path
-    _write_callbacks(folder / "ability.yaml", tasks)
-    content = yaml.safe_load(grid.path.read_text(encoding="utf-8"))
-    base = [str(folder / "ability.yaml") if config == "callbacks/ability" else config for config in content["base"]]
-    _write(folder / "grid.yaml", {**content, "base": base})
-    return folder / "grid.yaml"
-
-
-def _write_callbacks(path: Path, tasks: Path) -> None:
-    config = yaml.safe_load(Path(find_config("callbacks/ability")).read_text(encoding="utf-8"))
-    for callback in config["trainer"]["callbacks"]:
+    ability = yaml.safe_load(Path(find_config("callbacks/ability")).read_text(encoding="utf-8"))
+    for callback in ability["trainer"]["callbacks"]:
         if callback["class_path"].endswith(".Ability"):
             callback["init_args"]["folder"] = str(tasks.resolve())
-    _write(path, config)
-
-
-def _write(path: Path, content: Any) -> None:
-    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    content = yaml.safe_load(grid.path.read_text(encoding="utf-8"))
+    own = str(folder / "ability.yaml")
+    content["base"] = [own if config == "callbacks/ability" else config for config in content["base"]]
+    for name, made in (("ability.yaml", ability), ("grid.yaml", content)):
+        write_text(folder / name, yaml.safe_dump(made, sort_keys=False, allow_unicode=True))
+    return folder / "grid.yaml"
 
 
 def with_text(grid: Grid, text: Path) -> Grid:

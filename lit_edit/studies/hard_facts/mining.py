@@ -11,11 +11,10 @@ from lit_edit.data.request import EditRequest
 from lit_edit.devices.algebra import for_algebra
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import without_nan
-from lit_edit.ledger.edit_ledger import EditRefusedError
 from lit_edit.metrics.evaluation import measure_perplexity
 from lit_edit.metrics.scoring import score_continuations
-from lit_edit.solvers.functional import FactsError
 from lit_edit.stream.session import EditSession
+from lit_edit.studies.alone import HARMFUL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,38 +27,20 @@ NUMBERS = ("mean", "median", "corpus")
 
 @dataclass(frozen=True)
 class SingleEdit:
-    """What one edit alone does to the original model.
+    """What one edit alone does to the original model. All numbers are NaN of an edit that was refused."""
 
-    Attributes:
-        id: Of its request.
-        ratio: Mean perplexity of the texts after the edit over that before; infinite where it is not a number.
-        perplexity: After the edit: mean, median and corpus.
-        probability: Of the new object after the prompt, per token (geometric mean).
-        probability_before: The same on the original model.
-        said: Whether every token of the new object is the first choice.
-        growth: Largest growth of mean |W| of an edited weight, 0.1 for ten per cent; 0 where none is written.
-        refused: Why there is no such edit: it would have written what is not finite. All numbers are NaN then.
-    """
-
-    id: str
-    ratio: float = math.nan
-    perplexity: dict[str, float] = field(default_factory=lambda: dict.fromkeys(NUMBERS, math.nan))
-    probability: float = math.nan
-    probability_before: float = math.nan
-    said: bool = False
-    growth: float = math.nan
-    refused: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold: ``None`` where a number is not finite."""
-        return dict(without_nan(asdict(self)))
+    id: str  # of its request
+    ratio: float = math.nan  # mean perplexity of the texts after over before; infinite where it is not a number
+    perplexity: dict[str, float] = field(default_factory=lambda: dict.fromkeys(NUMBERS, math.nan))  # after the edit
+    probability: float = math.nan  # of the new object after the prompt, per token (geometric mean)
+    probability_before: float = math.nan  # the same on the original model
+    said: bool = False  # whether every token of the new object is the first choice
+    growth: float = math.nan  # of mean |W|, of the weight that grows most: 0.1 is ten per cent; 0 if none is written
+    refused: str = ""  # why there is no such edit: it would have written what is not finite
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> SingleEdit:
-        """Restore :meth:`as_dict`; what was not finite is infinite, or NaN where the edit was refused.
-
-        Raises:
-            TypeError: If it is none.
+        """Restore what JSON holds of one; what was not finite is infinite, or NaN where the edit was refused.
 
         Example:
             >>> SingleEdit.from_dict({"id": "1", "ratio": None, "perplexity": {"mean": None}}).ratio
@@ -70,12 +51,10 @@ class SingleEdit:
         def number(value: Any) -> float:
             return lost if value is None else float(value)
 
-        numbers = {name: number(row[name]) for name in _SCALARS if name in row}
+        scalars = ("ratio", "probability", "probability_before", "growth")
+        numbers = {name: number(row[name]) for name in scalars if name in row}
         perplexity = {str(name): number(value) for name, value in dict(row["perplexity"]).items()}
         return cls(**{**row, **numbers, "perplexity": perplexity})
-
-
-_SCALARS = ("ratio", "probability", "probability_before", "growth")
 
 
 class Miner:
@@ -84,11 +63,8 @@ class Miner:
     The updates that an editor proposes are looked at through a view of the model; the editor never hears of a commit,
     so that every edit is its first. A result depends on no other record.
 
-    Args:
-        session: An editor at the beginning of its stream: :meth:`lit_edit.EditStream.open` returns one.
-        tokenizer: The model's.
-        texts: Their perplexity is measured.
-        leading: Put the tokenizer's leading tokens before a text; ME-PPL does not.
+    The session is of an editor that has made no edit (:meth:`lit_edit.EditStream.open` returns one). With ``leading``
+    the tokenizer's leading tokens are put before a text; ME-PPL does not.
 
     Raises:
         ArgumentError: If the session has made edits, or the perplexity of the original model is not finite.
@@ -111,7 +87,7 @@ class Miner:
         try:
             proposal = self.session.editor.propose([request], [request])
             self.session.ledger.check(proposal.updates, proposal.entries)
-        except (FloatingPointError, EditRefusedError, FactsError) as error:
+        except HARMFUL as error:
             return SingleEdit(request.id, refused=str(error))
         view = self.session.preview(proposal)
         perplexity = self._measure(view)
@@ -135,20 +111,20 @@ class Miner:
         return {name: found[name] for name in NUMBERS}
 
     def _growth(self, proposal: Proposal) -> float:
-        growth = []
-        for update in proposal.updates:
-            weight = for_algebra(self.session.ledger.edited_weight(update.layer, update.delta))
-            growth.append(weight.abs().mean().item() / self._widths[update.name] - 1)
+        ledger = self.session.ledger
+        growth = (
+            for_algebra(ledger.edited_weight(update.layer, update.delta)).abs().mean().item()
+            / self._widths[update.name]
+            - 1
+            for update in proposal.updates
+        )
         return max(growth, default=0.0)
 
 
 def choose_hard(rows: Sequence[SingleEdit], factor: float = 2.0, keep: int | None = None) -> list[SingleEdit]:
     """Return the edits that break the model, the worst first; those that were refused are none.
 
-    Args:
-        rows: All edits.
-        factor: Those whose perplexity ratio is above this.
-        keep: So many of the worst instead, whatever their ratio.
+    Hard are those whose perplexity ratio is above ``factor``, or the ``keep`` worst, whatever their ratio.
 
     Example:
         >>> rows = [SingleEdit("a", 1.5), SingleEdit("b", 9.0), SingleEdit("c", refused="NaN"), SingleEdit("d", 2.0)]
@@ -160,16 +136,9 @@ def choose_hard(rows: Sequence[SingleEdit], factor: float = 2.0, keep: int | Non
 
 
 def as_records(rows: Sequence[SingleEdit], requests: Mapping[str, EditRequest]) -> list[dict[str, Any]]:
-    """Return edits as records that lit-edit reads, each with what was measured under ``hard``, which readers pass over.
-
-    Args:
-        rows: The edits.
-        requests: By id.
-    """
+    """Return edits as records that lit-edit reads, each with what was measured under ``hard``, which is passed over."""
+    measured = {row.id: without_nan(asdict(row)) for row in rows}
     return [
-        {
-            **requests[row.id].as_dict(),
-            "hard": {name: value for name, value in row.as_dict().items() if name not in ("id", "refused")},
-        }
-        for row in rows
+        {**requests[i].as_dict(), "hard": {k: v for k, v in row.items() if k not in ("id", "refused")}}
+        for i, row in measured.items()
     ]

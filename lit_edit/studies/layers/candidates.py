@@ -17,15 +17,10 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Round:
-    """A round of the search over single layers.
+    """A round of the search over single layers."""
 
-    Attributes:
-        step: Distance of the neighbours that are tried beside the best layers of the round before; 0: none are.
-        edits: How many edits each candidate makes.
-    """
-
-    step: int
-    edits: int
+    step: int  # distance of the neighbours that are tried beside the best layers of the round before; 0: none are
+    edits: int  # that each candidate makes
 
 
 def automatic_stride(depth: int) -> int:
@@ -57,16 +52,8 @@ def rounds_of(stride: int, edits: int) -> list[Round]:
     ]
 
 
-def survivors_of(count: int) -> int:
-    """Return how many of so many candidates go on to the next round: a quarter, and two at least."""
-    return max(2, count // 4)
-
-
 def coarse_layers(depth: int, stride: int) -> list[Layers]:
-    """Return the first grid of single layers.
-
-    Raises:
-        ArgumentError: If the model has no second layer at this stride.
+    """Return the first grid of single layers; a stride at which the model has no second one is refused.
 
     Example:
         >>> coarse_layers(10, 4)
@@ -93,21 +80,19 @@ def with_neighbours(best: Iterable[Layers], step: int, depth: int) -> list[Layer
 def groups_around(best: Iterable[Layers], widths: Sequence[int], depth: int) -> list[Layers]:
     """Return groups of consecutive layers that end at, lie around, and begin at the best single layers.
 
-    Args:
-        best: Single layers.
-        widths: Layers in a group; groups of one are left out, they have been tried.
-        depth: Layers of the model.
+    Groups of one are left out: they have been tried.
 
     Example:
         >>> groups_around([(3,)], [1, 3], depth=5)
         [(1, 2, 3), (2, 3, 4)]
     """
-    found = []
-    for (layer,) in best:
-        for width in sorted(set(widths) - {1}):
-            for first in (layer - width + 1, layer - width // 2, layer):
-                if first >= 0 and first + width <= depth:
-                    found.append(tuple(range(first, first + width)))
+    found = [
+        tuple(range(first, first + width))
+        for (layer,) in best
+        for width in sorted(set(widths) - {1})
+        for first in (layer - width + 1, layer - width // 2, layer)
+        if first >= 0 and first + width <= depth
+    ]
     return list(dict.fromkeys(found))
 
 
@@ -116,11 +101,7 @@ WIDTHS = (1, 3, 5)
 
 
 def check_widths(widths: Sequence[int] | None, depth: int) -> tuple[int, ...]:
-    """Return the widths, ascending and each once; ``None``: those of :data:`WIDTHS` that the model has layers for.
-
-    Raises:
-        ArgumentError: If the model has not so many layers.
-    """
+    """Return the widths, ascending and each once; ``None``: those of :data:`WIDTHS` that the model has layers for."""
     if widths is None:
         return tuple(width for width in WIDTHS if width <= depth)
     if not widths or min(widths) < 1 or max(widths) > depth:

@@ -32,13 +32,7 @@ def thorough(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def draw_search(trials: Sequence[Trial], default: Layers, title: str = "") -> Figure:
-    """Draw a search.
-
-    Args:
-        trials: All of it.
-        default: The layers that the method takes by itself.
-        title: Of the figure.
-    """
+    """Draw all trials of a search; ``default`` are the layers that the method takes by itself."""
     searched = [trial for trial in trials if trial.stage != "held out"]
     singles = [trial for trial in thorough(searched) if len(trial.layers) == 1]
     groups = [t for t in thorough(searched) if len(t.layers) > 1 or t.layers == default]
@@ -60,29 +54,24 @@ def _draw_singles(axis: Axes, trials: Sequence[Trial]) -> None:
         # Scores over different numbers of edits are no line.
         xs, ys = [x for x, _, whole in points if whole], [y for _, y, whole in points if whole]
         axis.plot(xs, ys, style, color=colour, label=name, linewidth=2 if name == "score" else 1.3)
-        for full in (True, False):
-            of = [(x, y) for x, y, whole in points if whole == full]
-            axis.scatter(
-                [x for x, _ in of], [y for _, y in of], s=26, zorder=3, edgecolors=colour,
-                facecolors=colour if full else "white",
-            )  # fmt: skip
+        for x, y, whole in points:
+            axis.scatter(x, y, s=26, zorder=3, edgecolors=colour, facecolors=colour if whole else "white")
     axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=len(LINES))
 
 
 def _draw_bars(axis: Axes, groups: Sequence[Trial], held_out: Sequence[Trial], default: Layers) -> None:
     most = max((trial.edits for trial in groups), default=0)
-    names, values, colours, alphas = [], [], [], []
-    for trial in [*groups, *held_out]:
-        apart = trial.stage == "held out"
-        name = f"{trial.name}{' (default)' if trial.layers == default else ''}"
-        names.append(f"held out: {name}" if apart else name)
-        values.append(trial.score or 0.0)
-        colours.append("#E69F00" if apart else "#56B4E9")
-        alphas.append(1.0 if apart or trial.edits == most else 0.4)
-    places = [number + (0.6 if number >= len(groups) else 0.0) for number in range(len(names))]
-    bars = axis.barh(places, values, color=colours, height=0.7)
-    for bar, alpha in zip(bars, alphas, strict=True):
-        bar.set_alpha(alpha)
+    trials = [*groups, *held_out]
+    apart = [trial.stage == "held out" for trial in trials]
+    names = [
+        f"{'held out: ' if alone else ''}{trial.name}{' (default)' if trial.layers == default else ''}"
+        for trial, alone in zip(trials, apart, strict=True)
+    ]
+    places = [number + 0.6 * (number >= len(groups)) for number in range(len(trials))]
+    colours = ["#E69F00" if alone else "#56B4E9" for alone in apart]
+    bars = axis.barh(places, [trial.score or 0.0 for trial in trials], color=colours, height=0.7)
+    for bar, trial, alone in zip(bars, trials, apart, strict=True):
+        bar.set_alpha(1.0 if alone or trial.edits == most else 0.4)
     axis.bar_label(bars, fmt="%.3f", padding=3, fontsize=9)
     axis.set_yticks(places, names, fontsize=9)
     axis.invert_yaxis()

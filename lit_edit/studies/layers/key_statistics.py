@@ -18,13 +18,9 @@ _AT_ONCE = 8 << 30  # bytes of sums in one pass; more layers than fit are counte
 
 @dataclass(frozen=True)
 class StatisticsOfAll(KeyStatistics):
-    """Key statistics that count all layers as soon as one is asked for, and keep them in the cache.
+    """Key statistics that count all layers as soon as one is asked for, and keep them in the cache."""
 
-    Args:
-        every: The layers that will be asked for. Nothing is counted for an editor that asks for none.
-    """
-
-    every: tuple[int, ...] = ()
+    every: tuple[int, ...] = ()  # that will be asked for; nothing is counted for an editor that asks for none
     _places: dict[int, tuple[Corpus, int, Path]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod

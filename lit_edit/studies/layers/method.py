@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import yaml
+
+from lit_edit.console.configs import find_config
+from lit_edit.console.fit_parser import FitParser
+from lit_edit.editors.base import Editor
 from lit_edit.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from lit_edit.console.fit_parser import FitParser
-    from lit_edit.editors.base import Editor
-
-
-BASE = "counterfact"
-"""The config that the proposal is for; what is not the method's comes from it."""
+from lit_edit.studies.layers import BASE
+from lit_edit.studies.layers.proposal import place_of_layers
 
 
 class Method:
-    """A method's config, and the editors made of it for any layers.
-
-    Args:
-        config: A YAML file, or the name of one that ships.
-        model: Name of the model.
-        seed: For all that is drawn at random.
+    """A method's config, by file or name, and the editors made of it for any layers of a model.
 
     Raises:
         ArgumentError: If ``lit-edit fit`` would refuse it, or it has no layers to choose.
     """
 
     def __init__(self, config: str, model: str, seed: int) -> None:
-        from lit_edit.console.fit_parser import FitParser
-        from lit_edit.studies.layers.proposal import place_of_layers
-
-        self.parser: FitParser = FitParser()
+        self.parser = FitParser()
         words = ["--config", BASE, "--config", config, "--model.language_model.name", model]
         settings = self.parser.parse([*words, "--seed_everything", str(seed), "--data.source", "builtin"])
         self.config, self.editor = config, settings["model"]["editor"]
@@ -49,18 +41,10 @@ class Method:
 
     def content(self) -> dict[str, Any]:
         """Return what the method's own file says."""
-        import yaml
-
-        from lit_edit.console.configs import find_config
-
         return yaml.safe_load(Path(find_config(self.config)).read_text(encoding="utf-8")) or {}
 
     def settings(self) -> dict[str, str]:
         """Return all settings that results depend on, but for the layers."""
-        import copy
-
-        from lit_edit.studies.layers.proposal import place_of_layers
-
         editor = copy.deepcopy(self.editor)
         place: Any = place_of_layers(editor)
         place.pop("layers")
@@ -73,8 +57,6 @@ class Method:
         Raises:
             ValueError: If it does not edit so many layers.
         """
-        from lit_edit.studies.layers.proposal import place_of_layers
-
         place: Any = place_of_layers(self.parser.config["fit"]["model"]["editor"])
         place["layers"] = None if layers is None else list(layers)
         editor: Editor = self.parser.make()["model"].editor

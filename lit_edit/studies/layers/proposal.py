@@ -33,14 +33,9 @@ def place_of_layers(editor: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def proposal_text(
     found: Found, model: str, editor: Mapping[str, Any], how: Sequence[str], more: Mapping[str, Any] | None = None
 ) -> str:
-    """Return the proposal as YAML.
+    """Return the proposal as YAML, below lines that say how it came about.
 
-    Args:
-        found: By the search.
-        model: Its name.
-        editor: The editor's settings, as ``class_path`` and ``init_args``.
-        how: Lines that say how it came about.
-        more: What else the method's own config says; the trials were made with it.
+    ``more`` is what the method's own config says beside its editor; the trials were made with it.
     """
     editor = copy.deepcopy(dict(editor))
     place = place_of_layers(editor)

@@ -11,22 +11,13 @@ from lit_edit.data.request import DataError, EditRequest
 def draw_samples(
     requests: Sequence[EditRequest], edits: int, held_out: int, seed: int
 ) -> tuple[list[EditRequest], list[EditRequest]]:
-    """Draw two samples that share no fact and no subject.
+    """Draw two samples that share no fact and no subject: to choose by, and to compare choice and default on.
 
     Only requests count of which all of efficacy, generalization and locality can be measured, and the first of each
     subject.
-
-    Args:
-        requests: To draw from.
-        edits: Size of the sample to choose by.
-        held_out: Size of the sample to compare the choice and the default on.
-        seed: Of the draw.
-
-    Raises:
-        DataError: If there are too few.
     """
-    usable = {r.subject.strip(): r for r in reversed(requests) if r.target_true and r.paraphrases and r.neighborhood}
-    found = list(reversed(usable.values()))
+    usable = [r for r in requests if r.target_true and r.paraphrases and r.neighborhood]
+    found = list(reversed({r.subject.strip(): r for r in reversed(usable)}.values()))
     if len(found) < edits + held_out:
         raise DataError(
             f"--limit {edits} and --held-out {held_out} need {edits + held_out} records of different subjects, each "

@@ -12,7 +12,6 @@ from lit_edit.studies.layers.candidates import (
     groups_around,
     rounds_of,
     shown,
-    survivors_of,
     with_neighbours,
 )
 from lit_edit.studies.layers.trial import Stage, Trial
@@ -26,38 +25,23 @@ Tell = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is searched.
+    """What is searched."""
 
-    Attributes:
-        depth: Layers of the model.
-        stride: Of the first grid.
-        widths: Of groups, ascending.
-        edits: To choose by.
-        held_out: To compare on.
-        default: The layers that the method takes by itself.
-    """
-
-    depth: int
-    stride: int
-    widths: tuple[int, ...]
-    edits: int
-    held_out: int
-    default: Layers
+    depth: int  # layers of the model
+    stride: int  # of the first grid
+    widths: tuple[int, ...]  # of groups, ascending
+    edits: int  # to choose by
+    held_out: int  # edits to compare on
+    default: Layers  # that the method takes by itself
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the search has found.
+    """What the search has found."""
 
-    Attributes:
-        best: The best candidate of the search, on the edits it was chosen by.
-        best_held_out: The same layers on the held-out edits.
-        default_held_out: The default layers on them.
-    """
-
-    best: Trial
-    best_held_out: Trial
-    default_held_out: Trial
+    best: Trial  # on the edits it was chosen by
+    best_held_out: Trial  # the same layers on the held-out edits
+    default_held_out: Trial  # the default layers on them
 
     @property
     def proposed(self) -> Trial:
@@ -71,15 +55,7 @@ def search_layers(plan: Plan, measure: Measure, tell: Tell = lambda what, number
     """Search layers for a method on a model.
 
     Successive halving (arXiv 1502.07943): every candidate is first tried on few edits, the best on more, and only
-    trials over the same edits are compared.
-
-    Args:
-        plan: What is searched.
-        measure: Tries a candidate.
-        tell: Receives what is going on.
-
-    Raises:
-        ArgumentError: If the method works nowhere.
+    trials over the same edits are compared. A method that works nowhere is refused.
     """
 
     def try_all(stage: Stage, what: str, candidates: Sequence[Layers], edits: int) -> list[Trial]:
@@ -94,7 +70,7 @@ def search_layers(plan: Plan, measure: Measure, tell: Tell = lambda what, number
     rounds = rounds_of(plan.stride, plan.edits)
     for number, turn in enumerate(rounds, 1):
         if best:
-            go_on = [trial.layers for trial in best[: survivors_of(len(best))]]
+            go_on = [trial.layers for trial in best[: max(2, len(best) // 4)]]
             candidates = with_neighbours(go_on, turn.step, plan.depth)
         best = try_all("single", f"single layers {number}/{len(rounds)}", candidates, turn.edits)
     if best[0].score is None and best[0].error:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from lit_edit.files.paths import without_nan
 from lit_edit.metrics.evaluation import KINDS, Summary
 from lit_edit.studies.layers.candidates import Layers, shown
 
@@ -19,39 +18,22 @@ MOST_PERPLEXITY = 1.5
 
 @dataclass(frozen=True)
 class Trial:
-    """The sample's edits, made at some layers of the unedited model and measured together at the end.
-
-    Attributes:
-        stage: Of the search.
-        layers: That were edited.
-        edits: How many were made of the sample, from its beginning.
-        score: Harmonic mean of the three success rates; ``None`` if the edits could not be made.
-        efficacy: Share of edits whose new object is likelier than the old.
-        generalization: The same at paraphrases.
-        locality: Share of neighbours whose own object is likelier than the new one.
-        magnitude: Mean over the three kinds of the difference of probabilities.
-        agreement: Share of first choices at neighbours as before editing.
-        perplexity: Of ordinary text.
-        perplexity_before: The same, of the unedited model.
-        refused: Edits that were not made since they would have broken something.
-        seconds: That it took.
-        error: Why the edits could not be made.
-    """
+    """The sample's edits, made at some layers of the unedited model and measured together at the end."""
 
     stage: Stage
     layers: Layers
-    edits: int
-    score: float | None = None
-    efficacy: float | None = None
-    generalization: float | None = None
-    locality: float | None = None
-    magnitude: float | None = None
-    agreement: float | None = None
-    perplexity: float | None = None
+    edits: int  # made of the sample, from its beginning
+    score: float | None = None  # harmonic mean of the three success rates; None if the edits could not be made
+    efficacy: float | None = None  # share of edits whose new object is likelier than the old
+    generalization: float | None = None  # the same at paraphrases
+    locality: float | None = None  # share of neighbours whose own object is likelier than the new one
+    magnitude: float | None = None  # mean over the three kinds of the difference of probabilities
+    agreement: float | None = None  # share of first choices at neighbours as before editing
+    perplexity: float | None = None  # of ordinary text
     perplexity_before: float | None = None
-    refused: int = 0
+    refused: int = 0  # edits that were not made since they would have broken something
     seconds: float = 0.0
-    error: str = ""
+    error: str = ""  # why the edits could not be made
 
     @classmethod
     def of(
@@ -64,9 +46,7 @@ class Trial:
             layers,
             edits,
             summary["score"],
-            efficacy=summary["efficacy"]["success"],
-            generalization=summary["generalization"]["success"],
-            locality=summary["locality"]["success"],
+            **{kind: summary[kind]["success"] for kind in KINDS},
             magnitude=None if None in magnitudes else sum(magnitudes) / len(magnitudes),
             agreement=summary["locality"]["agreement"],
             perplexity=summary["perplexity"],
@@ -112,14 +92,9 @@ class Trial:
         """The layers, for people."""
         return shown(self.layers)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the trial as primitives; what is not finite is ``None``."""
-        row: dict[str, Any] = without_nan({**asdict(self), "layers": list(self.layers)})
-        return row
-
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Trial:
-        """Restore :meth:`as_dict`."""
+        """Restore what :func:`~dataclasses.asdict` and JSON have made of a trial."""
         return cls(**{**row, "layers": tuple(row["layers"])})
 
 

@@ -5,26 +5,20 @@ Hase et al. 2023 (arXiv 2301.04213), error injection: every fact gets a new obje
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.data.files import read_file
 from lit_edit.data.formats import parse_record
 from lit_edit.data.request import DataError, EditRequest
-from lit_edit.editors.base import Editor
-from lit_edit.editors.closed_form.located import LocatedEditor
-from lit_edit.files.paths import without_nan
-from lit_edit.ledger.edit_ledger import EditLedger, EditRefusedError
 from lit_edit.metrics.scoring import score_continuations
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.stats.second_moment import KeyStatistics, Progress
-from lit_edit.stream.session import EditSession
+from lit_edit.studies.alone import SingleEdits
 from lit_edit.studies.tracing.facts import parse_fact
 
 if TYPE_CHECKING:
@@ -33,36 +27,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerEdit:
-    """One fact, edited at one layer of the unedited model.
+    """One fact, edited at one layer of the unedited model."""
 
-    Attributes:
-        fact: Its id.
-        layer: The layer, or the one that the edited group lies around.
-        effect: Tracing's fraction restored there for this fact.
-        before: Probability of the new object on the unedited model (per token, the geometric mean).
-        after: The same after the edit; ``None`` if the edit could not be made.
-    """
-
-    fact: str
-    layer: int
-    effect: float
-    before: float
-    after: float | None
+    fact: str  # its id
+    layer: int  # or the one that the edited group lies around
+    effect: float  # tracing's fraction restored there for this fact
+    before: float  # probability of the new object on the unedited model (per token, the geometric mean)
+    after: float | None  # the same after the edit; None if the edit could not be made
 
     @property
     def score(self) -> float | None:
         """The rewrite score of what was to be gained."""
         return None if self.after is None else rewrite_score(self.before, self.after)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the edit as primitives."""
-        row: dict[str, Any] = without_nan(asdict(self))
-        return row
-
-    @classmethod
-    def from_dict(cls, row: Mapping[str, Any]) -> LayerEdit:
-        """Restore :meth:`as_dict`."""
-        return cls(**row)
 
 
 def rewrite_score(before: float, after: float) -> float:
@@ -79,17 +55,12 @@ def requests_of(path: Path, ids: Sequence[str], seed: int) -> list[EditRequest]:
     """Return an edit per traced fact: of a record's own new object, or of another fact's attribute in its relation.
 
     Facts whose relation has no other attribute are left out. A record without ``relation_id`` has its prompt, the
-    subject aside, for a relation.
-
-    Args:
-        path: The file that was traced.
-        ids: Of the facts, in the order wanted.
-        seed: Draws the new objects.
+    subject aside, for a relation. Edits are in the order of ``ids``; the seed draws the new objects.
 
     Raises:
         DataError: If a fact is not in the file, or no fact has a new object.
     """
-    found: dict[str, tuple[str, Any]] = {}  # by id: the relation, and the fact
+    found: dict[str, tuple[str, str, Any]] = {}  # by id: the relation, the prompt without the subject, and the fact
     ready: dict[str, EditRequest] = {}
     attributes: dict[str, set[str]] = defaultdict(set)
     for number, (_, record) in enumerate(read_file(path)):
@@ -100,8 +71,9 @@ def requests_of(path: Path, ids: Sequence[str], seed: int) -> list[EditRequest]:
             ready[fact.id] = parse_record(record, number)
             continue
         start, end = fact.span
-        relation = str(record.get("relation_id") or f"{fact.prompt[:start]}{{}}{fact.prompt[end:]}")
-        found[fact.id] = relation, fact
+        prompt = f"{fact.prompt[:start]}{{}}{fact.prompt[end:]}"
+        relation = str(record.get("relation_id") or prompt)
+        found[fact.id] = relation, prompt, fact
         attributes[relation].add(fact.attribute)
     requests = []
     for name in ids:
@@ -110,11 +82,9 @@ def requests_of(path: Path, ids: Sequence[str], seed: int) -> list[EditRequest]:
             continue
         if name not in found:
             raise DataError(f"{path} has no fact {name!r}, which was traced; give the file that was traced (--data)")
-        relation, fact = found[name]
+        relation, prompt, fact = found[name]
         others = sorted(attributes[relation] - {fact.attribute})
         if others:
-            start, end = fact.span
-            prompt = f"{fact.prompt[:start]}{{}}{fact.prompt[end:]}"
             new = random.Random(f"{seed}/{name}").choice(others)
             requests.append(EditRequest(name, prompt, fact.subject, new, target_true=fact.attribute, relation=relation))
     if not requests:
@@ -126,52 +96,18 @@ def requests_of(path: Path, ids: Sequence[str], seed: int) -> list[EditRequest]:
 
 
 def edit_alone(
-    adapter: ModelAdapter,
-    tokenizer: PreTrainedTokenizerBase,
-    editor: Editor,
-    statistics: KeyStatistics,
-    requests: Sequence[EditRequest],
-    base_hash: str,
-    window: int = 16,
-    progress: Progress | None = None,
+    edits: SingleEdits, requests: Sequence[EditRequest], window: int = 16
 ) -> Iterator[tuple[EditRequest, float | None]]:
     """Make each edit as the only one, and yield it with the probability of its new object; ``None``: not made.
 
-    The model is as it was between edits and at the end.
-
-    Args:
-        adapter: The unedited model.
-        tokenizer: Its tokenizer.
-        editor: Fresh, of the layers to edit.
-        statistics: Where key statistics come from.
-        requests: The edits.
-        base_hash: Of the model's weights.
-        window: Edits whose targets are fitted together.
-        progress: Of the key statistics.
+    So many targets as are in a window are fitted together.
     """
-    ledger = EditLedger(adapter, editor.resolve_layers(adapter))
-    editor.prepare(ledger, tokenizer, statistics, progress=progress)
-    fresh = copy.deepcopy(editor.state_dict())  # preparing anew for each edit would take longer than the edit
     for first in range(0, len(requests), window):
         together = requests[first : first + window]
-        prepared = fresh
-        if isinstance(editor, LocatedEditor):
-            editor.fit_ahead(together)
-            prepared = copy.deepcopy(editor.state_dict())
+        edits.fit_ahead(together)
         for request in together:
-            try:
-                session = EditSession(ledger, editor, "", base_hash)
-                session.begin()
-                proposal = session.propose([request], [request])
-                if proposal is not None:
-                    session.apply(proposal)
-                yield request, probability(adapter, tokenizer, request)
-            except (FloatingPointError, EditRefusedError):
-                yield request, None
-            finally:
-                ledger.restore_base()
-                editor.load_state_dict(copy.deepcopy(prepared))
-        editor.load_state_dict(copy.deepcopy(fresh))
+            with edits.made(request) as refused:
+                yield request, None if refused else probability(edits.adapter, edits.tokenizer, request)
 
 
 def probability(adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> float:

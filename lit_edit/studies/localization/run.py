@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.errors import ArgumentError
-from lit_edit.sweeps.study import begin_study
+from lit_edit.studies.frame import as_cell, begin_study, results_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +50,6 @@ def run_tracing(args: list[str]) -> int:
     begin_study()
 
     from lit_edit.files.paths import without_nan, write_text
-    from lit_edit.runs.files import run_lock
     from lit_edit.studies.tracing.facts import find_file, read_facts
     from lit_edit.studies.tracing.regression import regress
     from lit_edit.sweeps.outputs import as_csv, as_markdown, write_outputs
@@ -62,16 +60,13 @@ def run_tracing(args: list[str]) -> int:
         raise ArgumentError(f"--data {options.data}: {options.trace} holds a tracing of other facts; give that file")
     place = {fact.id: number for number, fact in enumerate(read_facts(file))}
     traces.sort(key=lambda trace: place.get(trace.id, len(place)))  # several threads leave them in any order
-    name = re.sub(r"[^\w.-]+", "-", options.trace.resolve().name)
-    out: Path = options.out or Path("runs") / "studies" / f"tracing-{name}"
-    out.mkdir(parents=True, exist_ok=True)
-    with run_lock(out, "--out"):
+    with results_folder(options.out, "studies", f"tracing-{options.trace.resolve().name}") as out:
         edits = _edit(options, out, told, traces, file)
     kept = [edit for edit in edits if edit.score is not None]
     if not kept:
         raise ArgumentError(f"{out}: none of the {len(edits)} edits could be made; try another --method, or --layers")
     by_layer = layer_rows(kept)
-    text = f"{as_markdown([{k: _cell(v) for k, v in row.items()} for row in by_layer])}\n"
+    text = f"{as_markdown([{k: as_cell(v) for k, v in row.items()} for row in by_layer])}\n"
     regression: dict[str, Any] = {}
     try:
         fit = regress([e.score or 0.0 for e in kept], [e.layer for e in kept], [e.effect for e in kept])
@@ -82,7 +77,7 @@ def run_tracing(args: list[str]) -> int:
         regression = {**vars(fit), "gain": fit.gain}
     left_out = len(edits) - len(kept)
     text += f"{left_out} edits could not be made and are left out.\n" if left_out else ""
-    rows = [{**edit.as_dict(), "score": edit.score} for edit in edits]
+    rows = [{**vars(edit), "score": edit.score} for edit in edits]
     write_text(out / "edits.csv", as_csv(rows))
     title = f"{told['model']}, {options.method}: {len({e.fact for e in kept})} facts at {len(by_layer)} layers"
     content = without_nan({**regression, "layers": by_layer})
@@ -118,6 +113,7 @@ def _edit(
     from lit_edit.models import ModelAdapter
     from lit_edit.runs.results import ResultsFolder
     from lit_edit.stats.second_moment import weights_hash
+    from lit_edit.studies.alone import SingleEdits
     from lit_edit.studies.layers.candidates import automatic_stride
     from lit_edit.studies.layers.key_statistics import StatisticsOfAll
     from lit_edit.studies.layers.method import Method
@@ -136,15 +132,11 @@ def _edit(
     for layer in layers:
         adapter.check_layer(layer)
     settings = {
-        "model": told["model"],
-        "weights": told["weights"],
-        "data": told["data"],
-        "kind": options.kind,
-        "width": options.width,
-        "seed": options.seed,
+        **{name: told[name] for name in ("model", "weights", "data")},
+        **{name: getattr(options, name) for name in ("kind", "width", "seed")},
         **method.settings(),
     }
-    folder = ResultsFolder(out, LayerEdit.from_dict, "study")
+    folder = ResultsFolder(out, lambda row: LayerEdit(**row), "study")
     done = {(edit.layer, edit.fact): edit for edit in folder.open(settings)}
     groups = {layer: range(*window_around(layer, options.width, adapter.n_layers)) for layer in layers}
     every = sorted({number for group in groups.values() for number in group})
@@ -154,10 +146,10 @@ def _edit(
         before = {r.id: probability(adapter, tokenizer, r) for r in requests if any(missing.values())}
         for layer in (layer for layer in layers if missing[layer]):
             bar.set_description_str(f"edits at layer {layer}")
-            editor = method.make(list(groups[layer]))
-            for request, after in edit_alone(adapter, tokenizer, editor, statistics, missing[layer], base_hash):
+            single = SingleEdits(method.make(groups[layer]), adapter, tokenizer, statistics)
+            for request, after in edit_alone(single, missing[layer]):
                 edit = LayerEdit(request.id, layer, effects[request.id][layer], before[request.id], after)
-                folder.append(edit.as_dict())
+                folder.append(vars(edit))
                 done[layer, request.id] = edit
                 bar.update()
     return [done[layer, request.id] for layer in layers for request in requests]
@@ -165,27 +157,22 @@ def _edit(
 
 def layer_rows(edits: Sequence[LayerEdit]) -> list[dict[str, Any]]:
     """Return, per layer, the mean rewrite score and the mean tracing effect."""
-    rows = []
-    for layer in sorted({edit.layer for edit in edits}):
-        of = [edit for edit in edits if edit.layer == layer]
-        rows.append(
-            {
-                "layer": layer,
-                "facts": len(of),
-                "rewrite score": sum(edit.score or 0.0 for edit in of) / len(of),
-                "fraction restored": sum(edit.effect for edit in of) / len(of),
-            }
-        )
-    return rows
+    by_layer = {layer: [edit for edit in edits if edit.layer == layer] for layer in sorted({e.layer for e in edits})}
+    return [
+        {
+            "layer": layer,
+            "facts": len(of),
+            "rewrite score": sum(edit.score or 0.0 for edit in of) / len(of),
+            "fraction restored": sum(edit.effect for edit in of) / len(of),
+        }
+        for layer, of in by_layer.items()
+    ]
 
 
 def fit_row(fit: LocalizationFit) -> dict[str, str]:
     """Return the regressions as a row of a table."""
-    return {
-        "R² layer": f"{fit.layer:.3f}",
-        "R² tracing": f"{fit.effect:.3f}",
-        "R² both": f"{fit.both:.3f}",
-        "gain": f"{fit.gain:.3f}",
+    shares = {"R² layer": fit.layer, "R² tracing": fit.effect, "R² both": fit.both, "gain": fit.gain}
+    return {name: as_cell(share) for name, share in shares.items()} | {
         "F": f"{fit.statistic:.2f}",
         "p": f"{fit.p_value:.3g}",
     }
@@ -221,7 +208,3 @@ def draw_study(edits: Sequence[LayerEdit], title: str = "") -> Figure:
         right.plot([r["layer"] for r in rows], [r[name] for r in rows], color=colour, marker=marker, label=name)
     right.legend(frameon=False)
     return figure
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)

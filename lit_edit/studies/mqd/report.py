@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.files.pictures import COLOURS, add_panel, new_figure
+from lit_edit.studies.frame import as_cell
 from lit_edit.sweeps.comparison import Course, draw_panel, read_course
 from lit_edit.sweeps.gathering import COSTS, failure_of, row_of, shown
 from lit_edit.sweeps.grids import Grid
@@ -28,29 +29,23 @@ MEASURED = {
 }
 """By column: where ``summary.json`` has it."""
 
-_COLUMNS = {
-    "edits": "number",
-    "perplexity": "perplexity",
-    "first_choice": "said anyway",
-    "nats": "nats",
-    "tokens": "tokens",
-    "kinds": "different",
-    "entropy": "entropy, bits",
-    "distinct_1": "distinct-1",
-    "distinct_2": "distinct-2",
+_COLUMNS = {  # by measurement: heading, and form
+    "edits": ("number", "d"),
+    "perplexity": ("perplexity", ".1f"),
+    "first_choice": ("said anyway", ".3f"),
+    "nats": ("nats", ".2f"),
+    "tokens": ("tokens", ".2f"),
+    "kinds": ("different", "d"),
+    "entropy": ("entropy, bits", ".2f"),
+    "distinct_1": ("distinct-1", ".3f"),
+    "distinct_2": ("distinct-2", ".3f"),
 }
 
 
 def write_report(grid: Grid, folder: Path, targets: Mapping[str, Any]) -> str:
-    """Write ``mqd.md``, ``mqd.csv``, ``mqd.json`` and ``mqd.png``.
+    """Write ``mqd.md``, ``mqd.csv``, ``mqd.json`` and ``mqd.png``; return the tables as Markdown.
 
-    Args:
-        grid: The study's runs.
-        folder: Its folder.
-        targets: What was measured of the targets, and on which model.
-
-    Returns:
-        The tables as Markdown.
+    ``targets`` is what was measured of the targets, and on which model.
     """
     rows = [row_of(point, folder / point.name, MEASURED) for point in grid.points]
     courses = [read_course(row[AXIS], row["state"], folder / row["point"]) for row in rows]
@@ -76,22 +71,11 @@ def write_report(grid: Grid, folder: Path, targets: Mapping[str, Any]) -> str:
 
 
 def _shown_target(row: Mapping[str, Any]) -> dict[str, str]:
-    cells = {AXIS: str(row[AXIS])}
-    for name, heading in _COLUMNS.items():
-        value = row[name]
-        digits = 3 if name in ("first_choice", "distinct_1", "distinct_2") else 2 if name != "perplexity" else 1
-        cells[heading] = "–" if value is None else str(value) if isinstance(value, int) else f"{value:.{digits}f}"
-    return cells
+    return {AXIS: str(row[AXIS])} | {head: as_cell(row[name], form) for name, (head, form) in _COLUMNS.items()}
 
 
 def draw_study(targets: Sequence[Mapping[str, Any]], courses: Sequence[Course], title: str = "") -> Figure:
-    """Draw the targets of each kind as bars, and below what its edits do to the model.
-
-    Args:
-        targets: Per kind, what was measured of its targets.
-        courses: Per kind, in the same order, the course of its run.
-        title: Of the figure.
-    """
+    """Draw the targets of each kind as bars, and below the courses of its edits, in the same order."""
     figure = new_figure(12.5, 7.0, title)
     kinds = [str(row[AXIS]) for row in targets]
     bars = (("perplexity", "Perplexity of the targets"), ("entropy", "Entropy of the targets, bits"))

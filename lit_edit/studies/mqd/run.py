@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,9 +14,9 @@ from lit_edit.console.arguments import make_parser
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import write_json
+from lit_edit.studies.frame import begin_study, end_study, folder_of, run_rest, say, settings_of
 from lit_edit.studies.mqd.making import add_mqd_arguments, write_mqd
 from lit_edit.sweeps.grids import Choice, Grid, read_grid, with_changes
-from lit_edit.sweeps.study import begin_study, folder_of, run_rest, say_how_to_go_on, say_report, settings_of
 
 if TYPE_CHECKING:
     from lit_edit.data.request import EditRequest
@@ -47,14 +46,11 @@ def run_mqd(args: list[str]) -> int:
         _keep_data(folder / "data", made)
         _keep_targets(folder / TARGETS, grid, settings, made, edits)
 
-    status = 0 if options.gather else run_rest(grid, folder, options.dry_run, prepare)
+    status = run_rest(grid, folder, options, prepare=prepare, proof=TARGETS)
     if status is None:
         return 0
-    report = write_report(grid, folder, _read_targets(folder / TARGETS))
-    say_report(report, folder, "mqd.md", "mqd.csv", "mqd.json", "mqd.png")
-    if status > 128:
-        say_how_to_go_on("mqd", args)
-    return status
+    report = write_report(grid, folder, json.loads((folder / TARGETS).read_text(encoding="utf-8")))
+    return end_study("mqd", args, status, report, folder, "mqd")
 
 
 def _options(args: list[str]) -> argparse.Namespace:
@@ -76,11 +72,7 @@ def _options(args: list[str]) -> argparse.Namespace:
 
 
 def _grid(options: argparse.Namespace, kinds: Sequence[str]) -> Grid:
-    """Read the runs.
-
-    Raises:
-        ArgumentError: If the file has others than one for each kind.
-    """
+    """Read the runs; a file of others than one for each kind is refused."""
     grid = read_grid(Path(find_config(options.config)))
     labels = [point.labels.get(AXIS) for point in grid.points]
     if list(grid.axes) != [AXIS] or sorted(map(str, labels)) != sorted(kinds):
@@ -93,11 +85,7 @@ def _grid(options: argparse.Namespace, kinds: Sequence[str]) -> Grid:
 
 
 def _check_edits(grid: Grid, made: Mapping[str, Sequence[EditRequest]]) -> int:
-    """Return how many edits each run makes.
-
-    Raises:
-        ArgumentError: If there are not so many requests.
-    """
+    """Return how many edits each run makes; as many requests are needed."""
     most = min(map(len, made.values()))
     edits = grid.settings.get("data.limit")
     if edits is not None and (not isinstance(edits, int) or not 1 <= edits <= most):
@@ -119,11 +107,7 @@ def with_paths(grid: Grid, paths: Mapping[str, Path]) -> Grid:
 
 
 def _keep_data(folder: Path, made: Mapping[str, Sequence[EditRequest]]) -> None:
-    """Write the data, if it is not there.
-
-    Raises:
-        ArgumentError: If other data is: the runs were begun with it.
-    """
+    """Write the data; where other data is, the runs were begun with that."""
     for kind, requests in made.items():
         path = folder / f"mqd_{kind}.json"
         if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != [r.as_dict() for r in requests]:
@@ -131,8 +115,7 @@ def _keep_data(folder: Path, made: Mapping[str, Sequence[EditRequest]]) -> None:
                 f"{path} was made of other events or with another seed: give the study another --name, or delete "
                 f"{folder.parent}"
             )
-    if not all((folder / f"mqd_{kind}.json").is_file() for kind in made):
-        write_mqd(folder, made)
+    write_mqd(folder, made)
 
 
 # ---- the targets on the unedited model ----------------------------------------------------------------------------
@@ -147,8 +130,7 @@ def _keep_targets(
     key = {"model": model, "data": hashlib.sha256(data.encode()).hexdigest(), "edits": edits}
     if path.is_file() and all(json.loads(path.read_text(encoding="utf-8")).get(name) == key[name] for name in key):
         return
-    sys.stdout.write("measuring the targets on the unedited model ...")
-    sys.stdout.flush()
+    say("measuring the targets on the unedited model ...")
 
     from lit_edit.console.fit_parser import FitParser
     from lit_edit.metrics.diversity import describe_targets
@@ -165,18 +147,3 @@ def _keep_targets(
         for kind, requests in made.items()
     ]
     write_json(path, {**key, "targets": rows})
-    sys.stdout.write(" done\n")
-
-
-def _read_targets(path: Path) -> dict[str, Any]:
-    """Return what was measured of the targets.
-
-    Raises:
-        ArgumentError: If nothing was.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArgumentError(f"there is no {path}: nothing of this study is done yet; leave --gather out") from None
-    assert isinstance(found, dict)  # noqa: S101 - for the type checker
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -51,11 +51,7 @@ class KnownFact:
 
 
 def find_file(data: str) -> Path:
-    """Return the file that ``--data`` names: a path, :data:`BUILTIN` or :data:`KNOWN_FACTS`.
-
-    Raises:
-        DataError: If ``known_facts`` is asked for and no such file lies in the working folder.
-    """
+    """Return the file that ``--data`` names: a path, :data:`BUILTIN` or :data:`KNOWN_FACTS`."""
     if data == BUILTIN:
         return Path(str(files("lit_edit.data") / "known_facts.json"))
     if data != KNOWN_FACTS:
@@ -80,15 +76,9 @@ def read_facts(path: Path) -> list[KnownFact]:
     Raises:
         DataError: On a record that cannot be used (names file and line), or if there is none.
     """
-    facts = list(_parse(path, read_file(path)))
-    if not facts:
-        raise DataError(f"{path}: no facts to trace; expected records with prompt, subject and attribute")
-    return facts
-
-
-def _parse(path: Path, records: Iterable[tuple[int, Any]]) -> Iterator[KnownFact]:
+    facts: list[KnownFact] = []
     seen: dict[str, int] = {}
-    for number, (line, record) in enumerate(records):
+    for number, (line, record) in enumerate(read_file(path)):
         try:
             if isinstance(record, DataError):
                 raise record
@@ -98,15 +88,14 @@ def _parse(path: Path, records: Iterable[tuple[int, Any]]) -> Iterator[KnownFact
         except DataError as error:
             raise DataError(f"{path}:{line}: {error}") from None
         seen[fact.id] = line
-        yield fact
+        facts.append(fact)
+    if not facts:
+        raise DataError(f"{path}: no facts to trace; expected records with prompt, subject and attribute")
+    return facts
 
 
 def parse_fact(record: object, number: int) -> KnownFact:
-    """Turn one raw record into a fact.
-
-    Args:
-        record: A mapping, as read from a file.
-        number: Its place in the file, from 0; the id of a record that has none.
+    """Turn one raw record into a fact; its number, from 0, is the id of one that has none.
 
     Raises:
         DataError: If a field is missing, empty or no text, or the subject is not in the prompt.

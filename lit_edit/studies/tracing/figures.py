@@ -25,14 +25,12 @@ STYLES: tuple[Any, ...] = ("--", ":", "-", (0, (5, 1, 1, 1)), ":", "-")
 def draw_fact(trace: FactTrace, window: int = 10) -> Figure:
     """Draw one fact: the answer's probability by restored token and layer, a panel per kind.
 
-    Tokens of the subject are marked with a star. The palest colour is the corrupted probability.
-
-    Args:
-        trace: Of the fact.
-        window: How many layers were restored together, for the titles.
+    Tokens of the subject are marked with a star. The palest colour is the corrupted probability. The window of layers
+    that were restored together is for the titles.
     """
     first, behind = trace.subject
-    labels = [f"{token.strip() or repr(token)}{'*' if first <= i < behind else ''}" for i, token in _texts(trace)]
+    tokens = [token.replace("$", r"\$").replace("\n", " ") for token in trace.tokens]  # "$" would begin a formula
+    labels = [f"{token.strip() or repr(token)}{'*' if first <= i < behind else ''}" for i, token in enumerate(tokens)]
     known = f"clean {trace.p_clean:.3f}, corrupted {trace.p_corrupt:.3f}"
     title = f"{' '.join(trace.prompt.splitlines())} …  ({known})"
     figure = new_figure(1.2 + 3.9 * len(trace.restored), 1.5 + 0.24 * len(labels), title)
@@ -40,24 +38,13 @@ def draw_fact(trace: FactTrace, window: int = 10) -> Figure:
         axis = figure.add_subplot(1, len(trace.restored), place, gid=kind)
         values = [[trace.p_corrupt] * len(layers)] * first  # nothing is corrupted before the subject
         values += [list(column) for column in zip(*layers, strict=True)]
-        most = max(max(map(max, values)), trace.p_corrupt + 1e-6)
-        image = axis.imshow(values, MAPS[kind], aspect="auto", vmin=trace.p_corrupt, vmax=most, interpolation="nearest")
-        axis.set_title(_title(kind, window), fontsize=9)
+        _draw_map(axis, kind, window, values, trace.p_corrupt, labels, f"p({trace.answer.strip()})")
         axis.set_xlabel("layer", fontsize=9)
-        axis.set_yticks(range(len(labels)), labels if place == 1 else [""] * len(labels), fontsize=8)
-        axis.tick_params(axis="x", labelsize=8)
-        figure.colorbar(image, ax=axis).ax.set_title(f"p({trace.answer.strip()})", fontsize=8)
     return figure
 
 
 def draw_averages(averages: Sequence[AverageEffect], window: int = 10, title: str = "") -> Figure:
-    """Draw average indirect effects: above heat maps of token role by layer, below curves with 95 % intervals.
-
-    Args:
-        averages: From :func:`lit_edit.studies.tracing.average_effects`.
-        window: How many layers were restored together, for the titles.
-        title: Of the figure.
-    """
+    """Draw average indirect effects: above heat maps of token role by layer, below curves with 95 % intervals."""
     kinds = list(dict.fromkeys(average.kind for average in averages))
     figure = new_figure(2.0 + 4.2 * len(kinds), 6.8, title)
     curves: Axes | None = None
@@ -65,12 +52,7 @@ def draw_averages(averages: Sequence[AverageEffect], window: int = 10, title: st
         rows = {role: [a for a in averages if a.kind == kind and a.role == role] for role in ROLES}
         rows = {role: found for role, found in rows.items() if found}
         axis = figure.add_subplot(2, len(kinds), place, gid=f"{kind} map")
-        values = [[a.effect for a in found] for found in rows.values()]
-        most = max(max(map(max, values)), 1e-6)
-        image = axis.imshow(values, MAPS[kind], aspect="auto", vmin=0, vmax=most, interpolation="nearest")
-        axis.set_title(_title(kind, window), fontsize=10)
-        axis.set_yticks(range(len(rows)), list(rows) if place == 1 else [""] * len(rows), fontsize=9)
-        figure.colorbar(image, ax=axis).ax.set_title("AIE", fontsize=8)
+        _draw_map(axis, kind, window, [[a.effect for a in found] for found in rows.values()], 0.0, list(rows), "AIE")
         below = add_panel(figure, (2, len(kinds), len(kinds) + place), name=f"{kind} curves", x_label="layer")
         if curves is None:
             below.set_ylabel("average indirect effect")
@@ -98,14 +80,15 @@ def _draw_curves(axis: Axes, rows: Mapping[str, Sequence[AverageEffect]]) -> Non
         axis.fill_between(layers, low, high, color=COLOURS[index], alpha=0.15, linewidth=0)
 
 
-def _title(kind: str, window: int) -> str:
-    return f"restoring {TITLES[kind]}" if kind == "hidden" else f"restoring {TITLES[kind]}, window of {window}"
-
-
-def _texts(trace: FactTrace) -> list[tuple[int, str]]:
-    return [(index, _plain(token)) for index, token in enumerate(trace.tokens)]
-
-
-def _plain(text: str) -> str:
-    """Return a text that matplotlib does not take for a formula."""
-    return text.replace("$", r"\$").replace("\n", " ")
+def _draw_map(
+    axis: Axes, kind: str, window: int, values: Sequence[Sequence[float]], low: float, labels: Sequence[str], what: str
+) -> None:
+    """Draw values by row and layer, the palest colour for ``low``; rows are named in the first panel."""
+    most = max(max(map(max, values)), low + 1e-6)
+    image = axis.imshow(values, MAPS[kind], aspect="auto", vmin=low, vmax=most, interpolation="nearest")
+    heading = f"restoring {TITLES[kind]}"
+    axis.set_title(heading if kind == "hidden" else f"{heading}, window of {window}", fontsize=9)
+    is_first = axis is axis.figure.axes[0]
+    axis.set_yticks(range(len(values)), labels if is_first else [""] * len(values), fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.figure.colorbar(image, ax=axis).ax.set_title(what, fontsize=8)

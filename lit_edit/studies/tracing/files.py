@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from pyarrow import Table, parquet
 
 from lit_edit.files.paths import without_nan, write_atomically, write_text
 from lit_edit.runs.results import ResultsFolder
@@ -20,9 +21,6 @@ class TraceFolder(ResultsFolder[FactTrace]):
     """The folder of a tracing.
 
     ``facts.jsonl`` holds one finished fact per line and is the truth; tables and figures are made of it.
-
-    Args:
-        path: The folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,29 +34,17 @@ class TraceFolder(ResultsFolder[FactTrace]):
         return super().open(settings)
 
     def write_tables(self, traces: Sequence[FactTrace], averages: Sequence[AverageEffect]) -> list[str]:
-        """Write ``effects``, ``average`` and ``fraction_restored`` as CSV, and Parquet where pyarrow is installed.
-
-        Returns:
-            The files' names.
-        """
+        """Write ``effects``, ``average`` and ``fraction_restored`` as CSV and Parquet; return the files' names."""
         tables = {
             "effects": list(effect_rows(traces)),
             "average": [dict(vars(average)) for average in averages],
             "fraction_restored": list(fraction_rows(traces)),
         }
-        names = []
         for name, rows in tables.items():
-            write_text(self.path / f"{name}.csv", as_csv(without_nan(rows)))
-            names.append(f"{name}.csv")
-        try:
-            pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-        except ImportError:
-            return names
-        for name, rows in tables.items():
-            table = pyarrow.Table.from_pylist(without_nan(rows))
-            write_atomically(self.path / f"{name}.parquet", partial(parquet.write_table, table))
-            names.append(f"{name}.parquet")
-        return names
+            rows = without_nan(rows)
+            write_text(self.path / f"{name}.csv", as_csv(rows))
+            write_atomically(self.path / f"{name}.parquet", partial(parquet.write_table, Table.from_pylist(rows)))
+        return [f"{name}.{ending}" for ending in ("csv", "parquet") for name in tables]
 
 
 def effect_rows(traces: Sequence[FactTrace]) -> Iterator[dict[str, Any]]:

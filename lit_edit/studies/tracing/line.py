@@ -27,12 +27,7 @@ KeyValues = tuple[Tensor, Tensor]
 
 
 class PromptCalls:
-    """How the model calls its layers on one prompt, whatever was done to its states.
-
-    Args:
-        adapter: The model.
-        ids: ``(1, length)``, the prompt.
-    """
+    """How the model calls its layers on one prompt, ids ``(1, length)``, whatever was done to its states."""
 
     def __init__(self, adapter: ModelAdapter, ids: Tensor) -> None:
         self.adapter, self.length = adapter, ids.shape[1]
@@ -79,7 +74,7 @@ class PromptLine:
         stops: Sequence[int] | None = None,
     ) -> None:
         self.calls, self.adapter, length = calls, calls.adapter, calls.length
-        self._made_of = (starts, bases, kept)
+        self.starts, self._bases, self._kept = starts, bases, kept
         device = self.adapter.device
         begin = torch.tensor(starts if self.adapter.packs else [0] * len(starts), device=device)
         end = torch.tensor([length] * len(starts) if stops is None else stops, device=device)
@@ -112,13 +107,11 @@ class PromptLine:
 
     def repeated(self, times: int) -> PromptLine:
         """Return a line of so many times the same versions, one line of them behind the other."""
-        starts, bases, kept = self._made_of
-        return PromptLine(self.calls, [*starts] * times, [*bases] * times, kept)
+        return PromptLine(self.calls, [*self.starts] * times, [*self._bases] * times, self._kept)
 
     def alone(self) -> PromptLine:
         """Return a line of the same versions that run their first position only; versions must not be run whole."""
-        starts, bases, kept = self._made_of
-        return PromptLine(self.calls, starts, bases, kept, [start + 1 for start in starts])
+        return PromptLine(self.calls, self.starts, self._bases, self._kept, [start + 1 for start in self.starts])
 
     def _queries_of(self, heads: int, groups: int) -> Tensor:
         """Return where each query of attention lies among ``(heads * tokens)``, by group of heads and version."""
@@ -144,16 +137,9 @@ class PromptLine:
     def run_layer(
         self, layer: int, hidden: Tensor, kept: KeyValues | None = None, keep: dict[int, KeyValues] | None = None
     ) -> Tensor:
-        """Run one layer.
+        """Run one layer on ``(tokens, d_model)``.
 
-        Args:
-            layer: Which.
-            hidden: ``(tokens, d_model)``.
-            kept: The layer's attention keys and values of the kept versions.
-            keep: Receives those of this line, by layer.
-
-        Returns:
-            ``(tokens, d_model)``.
+        ``kept`` are its attention keys and values of the kept versions; ``keep`` receives those of this line, by layer.
         """
         call = self.calls.calls[layer]
         if not self.adapter.packs:
@@ -212,16 +198,8 @@ def _rows(tokens: Tensor, index: Tensor, versions: int) -> Tensor:
 def _attend(line: PromptLine, mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
     """Attention by its formula. The softmax runs over a dimension that is not the last: of few keys that is faster.
 
-    Args:
-        line: The versions.
-        mask: Booleans ``(1, 1, span, length)``.
-        query: ``(heads, tokens, size)``.
-        key: ``(groups of heads, kept and own tokens, size)``.
-        value: Likewise.
-        scaling: Of the scores.
-
-    Returns:
-        ``(tokens, heads, size)``.
+    ``mask`` are booleans ``(1, 1, span, length)``, ``query`` is ``(heads, tokens, size)``, ``key`` and ``value`` are
+    ``(groups of heads, kept and own tokens, size)``; returned is ``(tokens, heads, size)``.
     """
     heads, _, size = query.shape
     groups, shared, versions = key.shape[0], query.shape[0] // key.shape[0], line.versions

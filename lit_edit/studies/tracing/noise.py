@@ -17,12 +17,9 @@ from lit_edit.studies.tracing.prompts import TokenizedFact
 
 @torch.no_grad()
 def embedding_deviation(adapter: ModelAdapter, facts: Iterable[TokenizedFact]) -> tuple[float, int]:
-    """Return the standard deviation of all numbers in the embeddings of the subjects' tokens, over a set of facts.
+    """Return the standard deviation of all numbers in the embeddings of the subjects' tokens, and an embedding's width.
 
     Noise of three of these is what the field calls ``s3``.
-
-    Returns:
-        The deviation, and the width of an embedding.
     """
     ids = [token for fact in facts for token in fact.ids[slice(*fact.subject)]]
     embedded = adapter.model.get_input_embeddings()(torch.tensor([ids], device=adapter.device))
@@ -33,13 +30,7 @@ def draw_noise(fact: TokenizedFact, samples: int, width: int, scale: float, seed
     """Return noise ``(samples, subject tokens, width)`` for a fact, float64.
 
     It depends on the seed and on the fact's own text, not on the facts traced before, the device or the library.
-
-    Args:
-        fact: The fact.
-        samples: How many draws.
-        width: Of an embedding.
-        scale: Standard deviation of the noise.
-        seed: Seeds it.
+    ``scale`` is its standard deviation.
     """
     text = f"{fact.fact.prompt}\n{fact.fact.start}\n{fact.fact.subject}"
     generator = np.random.default_rng([seed, zlib.crc32(text.encode())])
@@ -49,20 +40,11 @@ def draw_noise(fact: TokenizedFact, samples: int, width: int, scale: float, seed
 
 @contextmanager
 def noisy_embeddings(adapter: ModelAdapter, noise: Tensor, first: int) -> Iterator[None]:
-    """Add noise to what the embedding layer says, inside this context.
-
-    Args:
-        adapter: The model.
-        noise: ``(rows, tokens, width)``, one for each row of the batch.
-        first: Position of the first token that it is added to.
-    """
+    """Add noise ``(rows, tokens, width)`` to what the embedding layer says, from the token ``first`` on."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         before, behind = first, output.shape[1] - first - noise.shape[1]
         return output + nn.functional.pad(noise.to(output), (0, 0, before, behind))
 
-    handle = adapter.model.get_input_embeddings().register_forward_hook(hook)
-    try:
+    with adapter.model.get_input_embeddings().register_forward_hook(hook):
         yield
-    finally:
-        handle.remove()

@@ -27,21 +27,13 @@ ROLES = (
 
 @dataclass(frozen=True)
 class TokenizedFact:
-    """A fact as a model reads it.
-
-    Attributes:
-        fact: The fact.
-        ids: Token ids of the prompt.
-        subject: Index of the subject's first token, and index behind its last.
-        attribute: First token of the attribute as it follows the prompt.
-        tokens: The tokens' texts.
-    """
+    """A fact as a model reads it."""
 
     fact: KnownFact
-    ids: tuple[int, ...]
-    subject: tuple[int, int]
-    attribute: int
-    tokens: tuple[str, ...]
+    ids: tuple[int, ...]  # of the prompt's tokens
+    subject: tuple[int, int]  # index of the subject's first token, and index behind its last
+    attribute: int  # first token of the attribute as it follows the prompt
+    tokens: tuple[str, ...]  # the prompt's, as texts
 
 
 def tokenize_fact(tokenizer: PreTrainedTokenizerBase, fact: KnownFact) -> TokenizedFact:
@@ -74,11 +66,6 @@ def role_of(position: int, subject: tuple[int, int], length: int) -> str | None:
     A token with two roles has the later one: of a subject of one token it is the last; a prompt that ends with the
     subject, or one token behind it, ends with its last token.
 
-    Args:
-        position: Of the token.
-        subject: Index of the subject's first token, and index behind its last.
-        length: Of the prompt.
-
     Example:
         >>> [role_of(i, (1, 3), 5) for i in range(5)]  # doctest: +NORMALIZE_WHITESPACE
         [None, 'first subject token', 'last subject token', 'first subsequent token', 'last token']
@@ -110,16 +97,11 @@ def known_facts(
     tokenizer: PreTrainedTokenizerBase,
     facts: Iterable[TokenizedFact],
     batch_size: int = 16,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Iterator[TokenizedFact]:
     """Yield the facts that the model knows: its most probable next token is the attribute's first.
 
-    Args:
-        adapter: The model.
-        tokenizer: Its tokenizer.
-        facts: In the order they are tried; no more are tried than are asked for, up to a batch.
-        batch_size: Prompts per pass.
-        progress: Told how many facts have been tried.
+    No more are tried than are asked for, up to a batch; ``progress`` is told how many have been.
     """
     waiting, tried = iter(facts), 0
     while batch := list(islice(waiting, batch_size)):

@@ -14,21 +14,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class LocalizationFit:
-    """What three regressions explain of edit success.
+    """What three regressions explain of edit success."""
 
-    Attributes:
-        layer: R² of the edited layer alone (a dummy for each).
-        effect: R² of the tracing effect alone.
-        both: R² of both.
-        statistic: F, of adding the tracing effect to the layers.
-        p_value: Of that F: how probable one as large is, if the tracing effect says nothing that the layer does not.
-    """
-
-    layer: float
-    effect: float
-    both: float
-    statistic: float
-    p_value: float
+    layer: float  # R² of the edited layer alone (a dummy for each)
+    effect: float  # R² of the tracing effect alone
+    both: float  # R² of both
+    statistic: float  # F, of adding the tracing effect to the layers
+    p_value: float  # how probable an F as large is, if the tracing effect says nothing that the layer does not
 
     @property
     def gain(self) -> float:
@@ -37,12 +29,7 @@ class LocalizationFit:
 
 
 def regress(scores: Sequence[float], layers: Sequence[int], effects: Sequence[float]) -> LocalizationFit:
-    """Fit the three regressions.
-
-    Args:
-        scores: Edit success, one for each edit of a fact at a layer.
-        layers: The edited layer of each.
-        effects: The tracing effect of each, for example of :func:`lit_edit.studies.tracing.fraction_restored`.
+    """Fit the three regressions to edits of facts at layers: their success, layer and tracing effect.
 
     Raises:
         ValueError: If they differ in number, are too few, not finite, or the scores are all the same.

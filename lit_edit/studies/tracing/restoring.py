@@ -49,13 +49,7 @@ def restoring(
 ) -> Iterator[None]:
     """Let the modules of a kind give clean outputs ``(places, d_model)`` at some places of the line.
 
-    Args:
-        adapter: The model.
-        kind: Of modules.
-        layer: Theirs.
-        places: In the line.
-        clean: The outputs.
-        only: The places at which MLPs are run, if not at all (:func:`_only_at`).
+    ``only`` are the places at which MLPs are run, if not at all (:func:`only_at`).
     """
     if only is not None and kind == "mlp" and _mlp(adapter, layer) is not None:
         among = torch.full((int(torch.cat([places, only]).max()) + 1,), -1, device=places.device)

@@ -9,7 +9,6 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from threading import Event, Lock, local
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -24,24 +23,13 @@ from lit_edit.studies.tracing.trace import KINDS, FactTrace, Kind, trace_fact
 
 @dataclass(frozen=True)
 class TraceSettings:
-    """What decides about the numbers of a tracing, beside model and facts.
+    """What decides about the numbers of a tracing, beside model and facts; what makes no sense is refused."""
 
-    Args:
-        kinds: What is restored.
-        samples: Draws of the noise per fact.
-        noise: Its standard deviation, in those of the subjects' embeddings over all facts.
-        window: Layers restored together, of MLPs and attentions.
-        seed: Of the noise.
-
-    Raises:
-        ArgumentError: If one of them makes no sense.
-    """
-
-    kinds: tuple[Kind, ...] = KINDS
-    samples: int = 10
-    noise: float = 3.0
-    window: int = 10
-    seed: int = 0
+    kinds: tuple[Kind, ...] = KINDS  # what is restored
+    samples: int = 10  # draws of the noise per fact
+    noise: float = 3.0  # its standard deviation, in those of the subjects' embeddings over all facts
+    window: int = 10  # layers restored together, of MLPs and attentions
+    seed: int = 0  # of the noise
 
     def __post_init__(self) -> None:
         if not self.kinds or set(self.kinds) - set(KINDS) or len(set(self.kinds)) < len(self.kinds):
@@ -61,7 +49,7 @@ class Tracer:
     Args:
         adapter: The model.
         tokenizer: Its tokenizer.
-        facts: All facts of the set; the noise is scaled by the embeddings of their subjects.
+        facts: All of the set; the noise is scaled by the embeddings of their subjects.
         settings: How.
         fast: Multiply in bfloat16 where this device does so clearly faster; the results differ by round-off of
             bfloat16, less than the noise samples make them uncertain.
@@ -81,12 +69,7 @@ class Tracer:
         self.deviation, self.width = embedding_deviation(adapter, facts)
 
     def trace(self, fact: TokenizedFact, check: Callable[[], object] | None = None) -> FactTrace:
-        """Trace one fact; the same numbers whatever was traced before.
-
-        Args:
-            fact: The fact.
-            check: Called every now and then; what it raises ends the tracing.
-        """
+        """Trace one fact; the same numbers whatever was traced before. What ``check`` raises ends the tracing."""
         settings = self.settings
         scale = settings.noise * self.deviation
         noise = draw_noise(fact, settings.samples, self.width, scale, settings.seed)
@@ -110,7 +93,7 @@ class Tracer:
         """Yield the trace of each fact: of those that are finished as it is, of the others when it is made and kept.
 
         Args:
-            facts: The facts, in the order of the results.
+            facts: In the order of the results.
             finished: Traces by id.
             keep: Receives each new trace when it is made, one at a time; of several workers' in any order.
             workers: Threads that trace a fact each, and share the cores.
@@ -169,13 +152,3 @@ def workers_for(adapter: ModelAdapter) -> int:
     One product at a time shares cores badly, since much of a pass is not products.
     """
     return min(4, torch.get_num_threads()) if adapter.device.type == "cpu" and not adapter.sharded else 1
-
-
-def as_settings(settings: TraceSettings, **more: Any) -> dict[str, Any]:
-    """Return settings as primitives for a file.
-
-    Example:
-        >>> as_settings(TraceSettings(), model="m")["kinds"]
-        ['hidden', 'mlp', 'attn']
-    """
-    return {**vars(settings), "kinds": list(settings.kinds), **more}

@@ -13,23 +13,14 @@ from lit_edit.studies.tracing.trace import FactTrace
 
 @dataclass(frozen=True)
 class AverageEffect:
-    """The average indirect effect of one kind of restoration at one layer and token role.
+    """The average indirect effect of one kind of restoration at one layer and token role."""
 
-    Attributes:
-        kind: What was restored.
-        role: Of the token, one of :data:`lit_edit.studies.tracing.prompts.ROLES`.
-        layer: Which.
-        effect: Mean over the facts that have tokens of this role; of several tokens of a fact the mean is taken first.
-        error: Its standard error; NaN of a single fact.
-        facts: How many facts.
-    """
-
-    kind: str
-    role: str
+    kind: str  # what was restored
+    role: str  # of the token, one of :data:`lit_edit.studies.tracing.prompts.ROLES`
     layer: int
-    effect: float
-    error: float
-    facts: int
+    effect: float  # mean over the facts that have tokens of this role; of several tokens of a fact the mean first
+    error: float  # its standard error; NaN of a single fact
+    facts: int  # how many
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -55,11 +46,7 @@ def effects_by_role(trace: FactTrace, kind: str) -> dict[str, list[float]]:
 
 
 def average_effects(traces: Sequence[FactTrace]) -> list[AverageEffect]:
-    """Return the average indirect effect by kind, token role and layer, over the facts.
-
-    Args:
-        traces: Of facts on one model, with the same kinds.
-    """
+    """Return the average indirect effect by kind, token role and layer, over facts traced on one model."""
     averages = []
     for kind in traces[0].restored if traces else ():
         by_fact = [effects_by_role(trace, kind) for trace in traces]
@@ -81,12 +68,7 @@ def fraction_restored(trace: FactTrace, kind: str) -> list[float]:
     Hase et al. 2023 (arXiv 2301.04213):
     :math:`\max_t \max(0, (p_{restored} - p_{corrupt}) / |p_{corrupt} - p_{clean}|)`.
 
-    Args:
-        trace: Of one fact.
-        kind: What was restored.
-
-    Returns:
-        One number per layer; NaN where the noise took nothing.
+    One number per layer; NaN where the noise took nothing.
 
     Example:
         >>> trace = FactTrace("0", "a b", ("a", " b"), (0, 1), "c", 0.9, 0.1, {"mlp": ((0.3, 0.0), (0.0, 0.0))})

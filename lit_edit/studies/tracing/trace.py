@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, get_args
 
@@ -67,30 +67,13 @@ class FactTrace:
         """Return indirect effects ``[layer][token from the subject on]``: restored less corrupted probability."""
         return tuple(tuple(p - self.p_corrupt for p in row) for row in self.restored[kind])
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return primitives for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FactTrace:
-        """Restore :meth:`as_dict`, also after a way through JSON.
-
-        Raises:
-            KeyError: If a field is missing.
-            TypeError: If one is of the wrong kind.
-        """
+        """Restore a trace from its fields after a way through JSON; of others than its own nothing is made."""
         layers = {str(kind): tuple(tuple(map(float, row)) for row in rows) for kind, rows in values["restored"].items()}
-        first, behind = values["subject"]
-        return cls(
-            id=values["id"],
-            prompt=values["prompt"],
-            tokens=tuple(values["tokens"]),
-            subject=(int(first), int(behind)),
-            answer=values["answer"],
-            p_clean=float(values["p_clean"]),
-            p_corrupt=float(values["p_corrupt"]),
-            restored=layers,
-        )
+        first, behind = map(int, values["subject"])
+        made = {"tokens": tuple(values["tokens"]), "subject": (first, behind), "restored": layers}
+        return cls(**{**values, **made, **{name: float(values[name]) for name in ("p_clean", "p_corrupt")}})
 
 
 def window_around(layer: int, width: int, n_layers: int) -> tuple[int, int]:
@@ -105,21 +88,13 @@ def window_around(layer: int, width: int, n_layers: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Runs:
-    """The clean run (version 0) and the noisy ones.
+    """The clean run (version 0) and the noisy ones."""
 
-    Attributes:
-        states: By layer, its input ``(versions, length, d_model)``; behind the last layer its output.
-        kept: By layer, attention keys and values.
-        outputs: By kind and layer, what modules of the clean run gave ``(length, d_model)``.
-        answer: Token id.
-        probabilities: ``(versions,)`` of it.
-    """
-
-    states: list[Tensor]
-    kept: dict[int, KeyValues]
-    outputs: dict[str, dict[int, Tensor]]
-    answer: int
-    probabilities: Tensor
+    states: list[Tensor]  # by layer, its input (versions, length, d_model); behind the last layer its output
+    kept: dict[int, KeyValues]  # by layer
+    outputs: dict[str, dict[int, Tensor]]  # by kind and layer, what modules of the clean run gave (length, d_model)
+    answer: int  # token id
+    probabilities: Tensor  # (versions,) of it
 
 
 @torch.no_grad()
@@ -166,7 +141,7 @@ def trace_fact(
             starts = [position for position in positions for _ in range(samples)]
             bases = [1 + sample for _ in positions for sample in range(samples)]
             line = PromptLine(calls, starts, bases, samples + 1)
-            for one, ends in _restore(adapter, line, starts, runs, plan, most_together):
+            for one, ends in _restore(line, runs, plan, most_together):
                 if check is not None:
                     check()
                 if (one.kind, one.layer) == ("hidden", adapter.n_layers - 1):
@@ -174,7 +149,7 @@ def trace_fact(
                     last = torch.tensor(starts, device=adapter.device) == length - 1
                     p = torch.where(last, runs.probabilities[0], runs.probabilities[1:].repeat(len(positions)))
                 else:
-                    p = _probability(adapter, ends, runs.answer)
+                    p = torch.log_softmax(_logits(adapter, ends), -1)[:, runs.answer].exp()
                 found[one.kind][one.layer] += p.view(len(positions), samples).mean(1).tolist()
     clean, corrupt = runs.probabilities[0], runs.probabilities[1:].mean()
     return FactTrace(
@@ -224,21 +199,13 @@ def _run_whole(adapter: ModelAdapter, calls: PromptCalls, fact: TokenizedFact, n
 
 @dataclass(frozen=True)
 class _Restoration:
-    """Something restored around one layer, at each of the positions of a line.
-
-    Attributes:
-        kind: What.
-        layer: Around which layer; the column of the result.
-        begin: The first layer that is run for it.
-        window: Layers ``start .. stop - 1`` whose modules are restored; empty for hidden states.
-        trunk: The restoration whose states at :attr:`begin` it departs from, if not from the noisy ones.
-    """
+    """Something restored around one layer, at each of the positions of a line."""
 
     kind: Kind
-    layer: int
-    begin: int
-    window: tuple[int, int]
-    trunk: tuple[Kind, int] | None = None
+    layer: int  # around which; the column of the result
+    begin: int  # the first layer that is run for it
+    window: tuple[int, int]  # layers start .. stop - 1 whose modules are restored; empty for hidden states
+    trunk: tuple[Kind, int] | None = None  # whose states at "begin" it departs from, if not from the noisy ones
 
     @property
     def key(self) -> tuple[Kind, int]:
@@ -250,13 +217,8 @@ def _plan(kinds: Sequence[Kind], width: int, n_layers: int, skips: bool) -> list
     """Return all restorations, those that begin at lower layers first, and each behind its trunk.
 
     Windows that begin at the same layer (those cut off at the bottom) go the same way as far as the shortest reaches:
-    the longest is the trunk, from which the others depart where they end.
-
-    Args:
-        kinds: What to restore.
-        width: Of windows.
-        n_layers: Of the model.
-        skips: Whether a window's first layer need not be run (:func:`_beyond_first`).
+    the longest is the trunk, from which the others depart where they end. With ``skips`` a window's first layer need
+    not be run (:func:`_first_state`).
     """
     plan = []
     for kind in kinds:
@@ -272,21 +234,16 @@ def _plan(kinds: Sequence[Kind], width: int, n_layers: int, skips: bool) -> list
 
 
 def _restore(
-    adapter: ModelAdapter, line: PromptLine, starts: Sequence[int], runs: _Runs, plan: Sequence[_Restoration], most: int
+    line: PromptLine, runs: _Runs, plan: Sequence[_Restoration], most: int
 ) -> Iterator[tuple[_Restoration, Tensor]]:
     """Yield each restoration of a plan and what leaves the last layer at the versions' ends ``(versions, d_model)``.
 
-    Restorations that are under way run as one line, layer by layer; those that begin later join it.
-
-    Args:
-        adapter: The model.
-        line: All positions and samples of one restoration.
-        starts: The position that each of its versions restores.
-        runs: The clean run and the noisy ones.
-        plan: What to restore.
-        most: Tokens run together, unless one restoration already takes more.
+    Restorations that are under way run as one line, layer by layer; those that begin later join it. ``line`` holds all
+    positions and samples of one restoration; no more than ``most`` tokens are run together, unless one restoration
+    already takes more.
     """
-    places, chosen = line.place(starts), torch.tensor(starts, device=adapter.device)
+    adapter = line.adapter
+    places, chosen = line.place(line.starts), torch.tensor(line.starts, device=adapter.device)
     lines: dict[int, PromptLine] = {1: line}
     departing: dict[tuple[Kind, int], Tensor] = {}  # states of trunks, for those that depart from them
     together = max(1, most // len(line))
@@ -300,7 +257,7 @@ def _restore(
                     departing[other.key] = hidden[at : at + len(line)].clone()
             joining = [one for one in batch if one.begin == layer]
             for one in joining:
-                state = departing.pop(one.key) if one.trunk else _first_state(adapter, line, starts, runs, one)
+                state = departing.pop(one.key) if one.trunk else _first_state(line, runs, one)
                 for other in plan:
                     if other.trunk == one.key and other.begin == layer:
                         departing[other.key] = state
@@ -324,38 +281,23 @@ def _restore(
             yield one, states[line.ends]
 
 
-def _first_state(
-    adapter: ModelAdapter, line: PromptLine, starts: Sequence[int], runs: _Runs, one: _Restoration
-) -> Tensor:
+def _first_state(line: PromptLine, runs: _Runs, one: _Restoration) -> Tensor:
     """Return the states ``(tokens, d_model)`` that enter the first layer that is run for a restoration."""
     noisy = runs.states[one.begin].flatten(0, 1)[line.base]
-    places = line.place(starts)
+    places, chosen = line.place(line.starts), torch.tensor(line.starts, device=line.adapter.device)
     if one.kind == "hidden":
-        return noisy.index_copy(0, places, runs.states[one.begin][0, torch.tensor(starts, device=adapter.device)])
-    if one.begin == one.window[0]:
+        return noisy.index_copy(0, places, runs.states[one.begin][0, chosen])
+    first = one.window[0]
+    if one.begin == first:
         return noisy
-    return noisy.index_copy(0, places, _beyond_first(adapter, line, starts, runs, one.kind, one.window[0]))
-
-
-def _beyond_first(
-    adapter: ModelAdapter, line: PromptLine, starts: Sequence[int], runs: _Runs, kind: Kind, layer: int
-) -> Tensor:
-    """Return what leaves the first layer of a window at the restored tokens ``(versions, d_model)``.
-
-    Nothing else differs there from the noisy run: the tokens behind see the restored one from the next layer on.
-    """
+    # Behind a window's first layer only the restored tokens differ from the noisy run: those behind see them from the
+    # next layer on.
     alone = line.alone()
-    chosen = torch.tensor(starts, device=adapter.device)
-    places = torch.arange(len(alone), device=adapter.device)
-    with restoring(adapter, kind, layer, places, runs.outputs[kind][layer][chosen]):
-        return alone.run_layer(layer, runs.states[layer].flatten(0, 1)[alone.base], runs.kept[layer])
+    every = torch.arange(len(alone), device=line.adapter.device)
+    with restoring(line.adapter, one.kind, first, every, runs.outputs[one.kind][first][chosen]):
+        left = alone.run_layer(first, runs.states[first].flatten(0, 1)[alone.base], runs.kept[first])
+    return noisy.index_copy(0, places, left)
 
 
 def _logits(adapter: ModelAdapter, hidden: Tensor) -> Tensor:
     return adapter.logits(adapter.finish(hidden))
-
-
-def _probability(adapter: ModelAdapter, hidden: Tensor, answer: int) -> Tensor:
-    """Return the probability of a token ``(versions,)`` after final states ``(versions, d_model)``."""
-    logits = _logits(adapter, hidden)
-    return torch.log_softmax(logits, -1)[:, answer].exp()

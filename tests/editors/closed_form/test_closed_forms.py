@@ -513,7 +513,7 @@ def test_arguments_are_checked(make_it: Callable[[], Any], message: str) -> None
 def test_another_subspace_is_refused() -> None:
     eye = torch.eye(4, dtype=F64)
     one, other = SubspaceSolver(eye[:, :2], 1.0, 3), SubspaceSolver(eye[:, 2:], 1.0, 3)
-    one.update(torch.ones(4, 1, dtype=F64), torch.ones(3, 1, dtype=F64))
+    one.absorb(one.preview(torch.ones(4, 1, dtype=F64), torch.ones(3, 1, dtype=F64)))
     with pytest.raises(ValueError, match="another one"):
         other.load_state_dict(one.state_dict())
     turned = SubspaceSolver(eye[:, [1, 0]], 1.0, 3)  # another basis of the same space, as another machine finds it

@@ -16,16 +16,10 @@ from torch import Tensor
 
 from lit_edit.editors.transforms import prune
 from lit_edit.editors.transforms.base import UpdateTransform, transformed
-from lit_edit.editors.transforms.interpolate import Interpolate, interpolated, search_alpha
-from lit_edit.editors.transforms.norm_anchor import (
-    anchor_targets,
-    drop_mask,
-    reference_norm,
-    rescale_values,
-    split_targets,
-)
-from lit_edit.editors.transforms.prune import PRUNE, compress_singular_values, spectral_norm
-from lit_edit.editors.transforms.rect import RECT, keep_largest_relative
+from lit_edit.editors.transforms.interpolate import Interpolate, search_alpha
+from lit_edit.editors.transforms.norm_anchor import NormAnchor, anchor_targets, reference_norm
+from lit_edit.editors.transforms.prune import PRUNE, spectral_norm
+from lit_edit.editors.transforms.rect import RECT
 from lit_edit.ledger.edit_ledger import EditLedger, LayerUpdate
 from lit_edit.metrics.evaluation import evaluate_edits, summarise
 from lit_edit.metrics.functional import harmonic_score
@@ -185,7 +179,7 @@ def test_weights_of_zero() -> None:
 def test_of_equal_changes_the_first_are_kept() -> None:
     kept = RECT(0.5)(torch.ones(2, 4), torch.ones(2, 4))
     assert kept.tolist() == [[1.0] * 4, [0.0] * 4]
-    negative = keep_largest_relative(torch.tensor([[1.0, -1.0, 1.0]]), torch.tensor([[-1.0, 1.0, 1.0]]), keep=0.67)
+    negative = RECT(0.67)(torch.tensor([[1.0, -1.0, 1.0]]), torch.tensor([[-1.0, 1.0, 1.0]]))
     assert negative.tolist() == [[1.0, -1.0, 0.0]]
 
 
@@ -295,18 +289,6 @@ def test_what_is_not_finite_is_refused_and_not_cut_out(transform: UpdateTransfor
 def test_settings_out_of_range_are_refused(kind: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**arguments)
-
-
-def test_functions_check_as_the_transforms_do() -> None:
-    delta, base = some()
-    with pytest.raises(ValueError, match="keep must be"):
-        keep_largest_relative(delta, base, keep=2.0)
-    with pytest.raises(ValueError, match="limit must not be negative"):
-        compress_singular_values(delta, -1.0)
-    with pytest.raises(ValueError, match="delta must be a matrix"):
-        compress_singular_values(delta[0], 1.0)
-    with pytest.raises(ValueError, match="alpha must be"):
-        interpolated(delta, 2.0)
 
 
 # ---- norms of weights are computed once ---------------------------------------------------------------------------
@@ -452,23 +434,24 @@ def test_anchoring_twice_is_anchoring_once(parts: tuple[Tensor, Tensor, Tensor],
     again = anchor_targets(once.targets[:, kept], state[:, kept], output[:, kept], rho)
     torch.testing.assert_close(again.targets, once.targets[:, kept], **EXACT)
     assert not again.dropped.any()
-    values = split_targets(once.targets[:, kept], state[:, kept], output[:, kept])[1]
+    values = (once.targets - (state - output))[:, kept]
     torch.testing.assert_close(values.norm(dim=0), torch.full_like(values.norm(dim=0), rho), **EXACT)
 
 
-def test_a_target_is_the_sum_of_its_parts() -> None:
-    target, state, output = (torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(n)) for n in range(3))
-    rest, value = split_targets(target, state, output)
-    torch.testing.assert_close(rest + value, target, **EXACT)
-    torch.testing.assert_close(split_targets(state, state, output)[1], output, **EXACT)  # nothing asked: v0
+def test_where_nothing_is_asked_the_output_is_rescaled() -> None:
+    state, output = (torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(n)) for n in range(2))
+    found = anchor_targets(state, state, output, 100.0)  # z = h0: v* is v0
+    torch.testing.assert_close(found.targets, state - output + 100 * output / output.norm(dim=0), **EXACT)
 
 
 def test_values_of_zero_and_dropping_none() -> None:
-    zeros = torch.zeros(3, 2, dtype=F64)
-    assert not rescale_values(zeros, 2.0).any()
-    assert not drop_mask(torch.full((3, 2), 1e9), 1.0, math.inf).any()
-    exactly = torch.tensor([[2.0], [0.0]])
-    assert not drop_mask(exactly, 1.0).any()  # twice as long is not longer than twice
+    state = torch.ones(3, 2, dtype=F64)
+    silent = anchor_targets(0 * state, state, state, 2.0)  # z = h0 - v0: v* is zero
+    assert not silent.targets.any()
+    assert not silent.dropped.any()
+    assert not anchor_targets(1e9 * state, state, state, 1.0, math.inf).dropped.any()
+    zeros, exactly = torch.zeros(2, 1), torch.tensor([[2.0], [0.0]])
+    assert not anchor_targets(exactly, zeros, zeros, 1.0).dropped.any()  # twice as long is not longer than twice
 
 
 def test_the_reference_leaves_the_largest_out() -> None:
@@ -496,12 +479,15 @@ def test_anchoring_says_what_is_wrong() -> None:
     with pytest.raises(ValueError, match=r"outputs must be of the shape of targets, \(3, 2\), got \(2, 3\)"):
         anchor_targets(ones, ones, ones.T, 1.0)
     with pytest.raises(ValueError, match="states must be of the shape"):
-        split_targets(ones, ones[:1], ones)
+        anchor_targets(ones, ones[:1], ones, 1.0)
     for reference in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="reference must be positive and finite"):
             anchor_targets(ones, ones, ones, reference)
     with pytest.raises(ValueError, match="factor must be positive, got 0"):
-        drop_mask(ones, 1.0, 0)
+        anchor_targets(ones, ones, ones, 1.0, 0)
+    for setting, message in ({"samples": 0}, "at least 1"), ({"factor": 0.0}, "positive"), ({"drop": 1.0}, r"\[0, 1\)"):
+        with pytest.raises(ValueError, match=f"{next(iter(setting))} must be .*{message}"):
+            NormAnchor(**setting)
     with pytest.raises(FactsError, match="NaN or infinite"):
         anchor_targets(ones * math.nan, ones, ones, 1.0)
     with pytest.raises(ValueError, match="norms must hold at least one length"):

@@ -188,4 +188,4 @@ def test_traces_survive_json() -> None:
 
     adapter, fact, noise = make()
     found = trace_fact(adapter, fact, noise)
-    assert FactTrace.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+    assert FactTrace.from_dict(json.loads(json.dumps(vars(found)))) == found

@@ -1,6 +1,6 @@
 """Key statistics: seconds per 1,000 tokens, against a plain pass with hooks.
 
-    python benchmarks/statistics.py --json statistics.json
+    python benchmarks/key_statistics.py --json statistics.json
 
 The plain pass runs the whole model on padded rows in the order they come, logits included, and adds up outer products
 of what hooks on the edited layers see. Ours leaves the pass at the highest edited layer and sorts rows by length. Both
@@ -10,29 +10,21 @@ sampling itself, batched with a key-value cache, is timed apart.
 
 from __future__ import annotations
 
-import sys
-
-if __name__ == "statistics":  # run from this folder, a library that asks for Python's own module ends up here
-    from importlib import import_module
-
-    here = sys.path.pop(0)
-    del sys.modules[__name__]
-    import_module(__name__)
-    sys.path.insert(0, here)
-
-import argparse
-import json
 import random
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # for the same reason imported where they are used
-    import torch
+import torch
+from common import add_model, load_model, make_parser, write_result
 
-    from lit_edit.models import ModelAdapter
+from lit_edit import D4S
+from lit_edit.models import ModelAdapter
+from lit_edit.stats.corpus import SampledText
+from lit_edit.stats.second_moment import accumulate
+from lit_edit.text.tokens import pad_right, pad_token
 
 
 class Rows:
@@ -51,10 +43,6 @@ class Rows:
 def plain_pass(
     adapter: ModelAdapter, layers: Sequence[int], rows: list[list[int]], pad: int, batch: int = 32
 ) -> dict[int, torch.Tensor]:
-    import torch
-
-    from lit_edit.text.tokens import pad_right
-
     torch.set_grad_enabled(False)
     sums = {n: torch.zeros(*[adapter.shape(n)[1]] * 2, dtype=torch.float64) for n in layers}
     found: dict[int, torch.Tensor] = {}
@@ -75,21 +63,13 @@ def plain_pass(
 
 
 def main() -> None:
-    from lit_edit import D4S, LanguageModel
-    from lit_edit.models import ModelAdapter
-    from lit_edit.stats.corpus import SampledText
-    from lit_edit.stats.second_moment import accumulate
-    from lit_edit.text.tokens import pad_token
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
+    parser = make_parser(__doc__)
+    add_model(parser)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2, help="the two passes take turns so often")
-    parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
 
-    model, tokenizer = LanguageModel(options.model).load()
-    adapter = ModelAdapter(model)
+    adapter, tokenizer = load_model(options.model)
     layers = D4S().resolve_layers(adapter)
     shipped = SampledText()
     start = perf_counter()
@@ -117,13 +97,12 @@ def main() -> None:
     print(f"lit-edit                {seconds['ours']:7.2f} s per 1,000 tokens   {ratio:.1f}x")
     print(f"sampling the text       {sampling:7.2f} s per 1,000 tokens")
     print(f"largest relative difference of the results: {difference:.1e}")
-    if options.json is not None:
-        result = {
-            "seconds_per_1000_tokens": {**seconds, "sampling": sampling},
-            "ratio": ratio,
-            "max_relative_difference": difference,
-        }
-        options.json.write_text(json.dumps(result, indent=1))
+    result = {
+        "seconds_per_1000_tokens": {**seconds, "sampling": sampling},
+        "ratio": ratio,
+        "max_relative_difference": difference,
+    }
+    write_result(options.json, result)
 
 
 if __name__ == "__main__":
