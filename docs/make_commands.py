@@ -111,6 +111,7 @@ def _section(command: Command, part: str, parser: CommandParser) -> str:
 def _row(parser: CommandParser, action: argparse.Action) -> str:
     value = action.metavar or ("/".join(map(str, action.choices)) if action.choices else action.dest.upper())
     value = "" if action.nargs == 0 else f" {value} ..." if action.nargs in ("+", "*") else f" {value}"
+    value = f" [{value.strip()}]" if action.nargs == "?" and action.option_strings else value
     name = f"{action.option_strings[0]}{value}" if action.option_strings else value.strip()
     text = parser._get_formatter()._expand_help(action) if action.help else ""
     needed = "; must be given" if action.required and action.option_strings else ""

@@ -17,11 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def run_ability(args: list[str]) -> None:
-    """Measure, print a table, and write ``ability.json`` into a folder of the run.
-
-    Raises:
-        ArgumentError: If there is no such run, it has not made so many edits, or tasks and their files are not there.
-    """
+    """Measure, print a table, and write ``ability.json`` into a folder of the run."""
     from lit_edit.ability.tasks import RESERVED, all_tasks
 
     parser = make_parser(

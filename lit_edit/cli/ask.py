@@ -6,6 +6,7 @@ import argparse
 
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.console.terminal import write_json
+from lit_edit.runs.reading import check_finished
 
 
 def run_ask(args: list[str]) -> None:
@@ -16,6 +17,7 @@ def run_ask(args: list[str]) -> None:
     parser.add_argument("--tokens", type=positive, default=20, help="length of the continuation")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     options = parser.parse_args(args)
+    check_finished(options.run)
 
     from rich.console import Console
 

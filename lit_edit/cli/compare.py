@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,18 +39,15 @@ def run_compare(args: list[str]) -> int:
     folder = folder_of(grid, options.runs_dir)
     chosen = _chosen(grid, options.only)
 
-    from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
-
     if options.gather:
         _report(grid, folder, options.measure)
         return 0
-    parsed = parse_points(grid, chosen)
-    check_one_stream(grid, parsed)
-    check_begun(folder, chosen, parsed)
-    if options.dry_run:
-        sys.stdout.write(list_points(grid, chosen, folder))
+
+    from lit_edit.sweeps.points import run_or_list
+
+    status = run_or_list(grid, folder, options.dry_run, chosen, check=partial(check_one_stream, grid))
+    if status is None:
         return 0
-    status = run_points(grid, folder, chosen, parsed)
     sys.stdout.write("\n")
     _report(grid, folder, options.measure)
     if status > 128:
@@ -85,11 +83,7 @@ def _options(args: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 
 def _grid(options: argparse.Namespace, settings: Mapping[str, str]) -> Grid:
-    """Read the editors to compare.
-
-    Raises:
-        ArgumentError: If the file is no comparison.
-    """
+    """Read the editors to compare; :class:`ArgumentError` if the file is no comparison."""
     grid = read_grid(Path(find_config(options.config)))
     if list(grid.axes) != [AXIS]:
         raise ArgumentError(
@@ -116,15 +110,7 @@ def _chosen(grid: Grid, only: Sequence[str] | None) -> list[Point]:
 
 
 def check_one_stream(grid: Grid, settings: Mapping[str, Any]) -> None:
-    """Check that all editors get the same edits, in the same order, on the same model.
-
-    Args:
-        grid: The comparison.
-        settings: What its runs are given, by name.
-
-    Raises:
-        ArgumentError: If not; names the editor and the setting.
-    """
+    """Refuse editors that get other edits, in another order, or on another model; name the editor and the setting."""
     from lit_edit.console.fit_parser import changes
 
     first, *others = settings
@@ -164,16 +150,8 @@ def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     from lit_edit.sweeps.comparison import shown
     from lit_edit.sweeps.gathering import COSTS
 
-    headings: tuple[str, ...] = (
-        AXIS,
-        "state",
-        ">edits",
-        ">efficacy",
-        ">right after\nthe edit",
-        ">generalization",
-        ">locality",
-    )
-    headings += (">agreement", ">perplexity", ">mean |W|", ">seconds\nper edit")
+    headings = [AXIS, "state", ">edits", ">efficacy", ">right after\nthe edit", ">generalization", ">locality"]
+    headings += [">agreement", ">perplexity", ">mean |W|", ">seconds\nper edit"]
     found = []
     for line in shown(rows):
         pairs = [

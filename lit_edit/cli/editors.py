@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
 from difflib import get_close_matches
 from typing import Any
 
@@ -42,11 +41,7 @@ def editor_names() -> list[str]:
 
 
 def find_editor(name: str, editors: list[KnownEditor]) -> KnownEditor:
-    """Return the editor of a name; upper and lower case are one.
-
-    Raises:
-        ArgumentError: If there is none; names those that come near.
-    """
+    """Return the editor of a name in any case; the :class:`ArgumentError` names those that come near."""
     by_name = {editor.name.lower(): editor for editor in editors}
     wanted = name.rpartition(".")[2].lower()
     if wanted in by_name:
@@ -61,15 +56,8 @@ def find_editor(name: str, editors: list[KnownEditor]) -> KnownEditor:
 
 def as_data(editor: KnownEditor) -> dict[str, Any]:
     """Return all that is known of an editor, for JSON."""
-    found = asdict(editor)
-    return {
-        "name": editor.name,
-        "class_path": f"{HOME}.{editor.name}",
-        **found.pop("about"),
-        "summary": editor.summary,
-        "settings": found["settings"],
-        "configs": configs_of(editor.name),
-    }
+    known = {"name": editor.name, "class_path": f"{HOME}.{editor.name}", **editor.about, "summary": editor.summary}
+    return {**known, "settings": editor.settings, "configs": configs_of(editor.name)}
 
 
 def configs_of(name: str) -> list[str]:
@@ -119,8 +107,7 @@ def _show(editor: KnownEditor) -> None:
     ):
         facts.add_row(name, Text(value))
     settings = [
-        (setting.name, "must be given" if setting.default is None else setting.default, setting.type)
-        for setting in editor.settings
+        (setting["name"], setting["default"] or "must be given", setting["type"]) for setting in editor.settings
     ]
     table = table_of(("name", "default", "type"), settings, title="Settings, below model.editor.init_args")
     use = f"lit-edit fit --config counterfact --config {configs[0]}" if configs else ""

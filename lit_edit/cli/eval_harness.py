@@ -18,11 +18,7 @@ Results = dict[str, dict[str, Any]]
 
 
 def run_eval_harness(args: list[str]) -> None:
-    """Measure, print a table, and write ``eval_harness.json`` into the run folder.
-
-    Raises:
-        ArgumentError: If lm-eval is not installed, or does not know a task.
-    """
+    """Measure, print a table, and write ``eval_harness.json`` into the run folder."""
     parser = make_parser(
         "eval-harness", "Measure the base model and the edited model of a run with lm-eval (lit-edit[harness])."
     )
@@ -39,15 +35,14 @@ def run_eval_harness(args: list[str]) -> None:
         parser.error(f"argument --shots: must not be negative, got {options.shots}")
     if options.include_path is not None and not options.include_path.is_dir():
         raise ArgumentError(f"--include_path {options.include_path}: there is no such folder")
-    if not options.run.expanduser().is_dir():
-        raise ArgumentError(f"--run {options.run}: there is no such folder")
     lm_eval = import_lm_eval()  # before the model is loaded
 
     from lit_edit.console.tables import print_whole
     from lit_edit.files.paths import without_nan, write_json
     from lit_edit.runs.folder import open_run
 
-    manager = lm_eval.tasks.TaskManager(include_path=_text(options.include_path))
+    folder = None if options.include_path is None else str(options.include_path)
+    manager = lm_eval.tasks.TaskManager(include_path=folder)
     check_tasks(manager, options.tasks)
     run = open_run(options.run)
     adapter = run.ledger.adapter
@@ -97,11 +92,7 @@ def run_eval_harness(args: list[str]) -> None:
 
 
 def import_lm_eval() -> Any:
-    """Return lm-eval with the parts that are used.
-
-    Raises:
-        ArgumentError: If it is not installed.
-    """
+    """Return lm-eval with the parts that are used; :class:`ArgumentError` if it is not installed."""
     try:
         import lm_eval
         import lm_eval.models.huggingface
@@ -115,11 +106,7 @@ def import_lm_eval() -> Any:
 
 
 def check_tasks(manager: Any, tasks: Sequence[str]) -> None:
-    """Check that lm-eval knows some tasks, before a model is loaded.
-
-    Raises:
-        ArgumentError: Names one that it does not know.
-    """
+    """Check that lm-eval knows some tasks, before a model is loaded."""
     for task in tasks:
         if not manager.match_tasks([task]):
             raise ArgumentError(f"--tasks: lm-eval knows no task {task!r}; lm-eval ls tasks lists what it knows")
@@ -161,14 +148,14 @@ def result_rows(measured: Mapping[str, Results]) -> list[dict[str, Any]]:
 
 
 def _is_metric(name: str, value: Any) -> bool:
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return numeric and "," in name and "_stderr" not in name  # sample_len and the like have no comma
+    return (
+        type(value) in (int, float) and "," in name and "_stderr" not in name
+    )  # sample_len and the like have no comma
 
 
 def _number(value: Any) -> float | None:
     """Return a number; lm-eval writes ``N/A`` where it has none."""
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if numeric and math.isfinite(value) else None
+    return float(value) if type(value) in (int, float) and math.isfinite(value) else None
 
 
 def result_table(rows: Sequence[Mapping[str, Any]], edits: int) -> Any:
@@ -188,7 +175,3 @@ def _cell(value: float | None, error: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import make_parser, positive
+from lit_edit.errors import ArgumentError
+from lit_edit.runs.reading import check_finished
 
 if TYPE_CHECKING:
     from lit_edit.export.lora import LowRank
@@ -44,13 +46,13 @@ def run_export(args: list[str]) -> None:
     options = parser.parse_args(args)
     if options.rank is not None and options.kind != "lora":
         parser.error("--rank belongs to --as lora")
+    check_finished(options.run)
 
     from lit_edit.export.model import check_export_file, check_export_folder
     from lit_edit.runs.folder import open_run
 
     target = (options.out or options.run / _NAMES[options.kind]).expanduser()
-    if options.run.expanduser().is_dir():  # before a model is loaded; and no folder is made for a run that is not there
-        (check_export_file if options.kind == "delta" else check_export_folder)(target)
+    (check_export_file if options.kind == "delta" else check_export_folder)(target)  # before a model is loaded
     run = open_run(options.run)
     run.apply()
     {"model": _write_model, "delta": _write_delta, "lora": _write_lora}[options.kind](run, target, options)
@@ -63,6 +65,8 @@ def run_apply(args: list[str]) -> None:
     parser.add_model(None, required=True, help="the base model: packaged model, folder or hub id")
     parser.add_out("a new folder; by default that of the file, without its suffix")
     options = parser.parse_args(args)
+    if not options.delta.expanduser().is_file():
+        raise ArgumentError(f"--delta {options.delta} cannot be read: there is no such file")
 
     from lit_edit.export.delta import edit_with, read_delta
     from lit_edit.export.model import check_export_folder, export_model
@@ -103,7 +107,9 @@ def _write_lora(run: OpenRun, target: Path, options: argparse.Namespace) -> None
     else:
         needed = max(part.needed for part in parts.values())
         sys.stdout.write(f"The adapter of rank {rank} is an approximation: nothing would be lost at rank {needed}.\n")
-        _show_errors(parts)
+        sys.stdout.write("Relative error of the updates (Frobenius):\n")
+        for name, part in parts.items():
+            sys.stdout.write(f"  {name}: {part.error:.2g} (rank of the whole update: {part.needed})\n")
         _show_cost(run, parts, rank)
     sys.stdout.write(
         f"The adapter is in {target}. Load it onto {run.language_model.name}, unedited, with\n"
@@ -116,12 +122,6 @@ def _say_where(target: Path) -> None:
         f"The edited model is in {target}. Load it with\n"
         f'  transformers.AutoModelForCausalLM.from_pretrained("{target}")\n'
     )
-
-
-def _show_errors(parts: Mapping[str, LowRank]) -> None:
-    sys.stdout.write("Relative error of the updates (Frobenius):\n")
-    for name, part in parts.items():
-        sys.stdout.write(f"  {name}: {part.error:.2g} (rank of the whole update: {part.needed})\n")
 
 
 def _show_cost(run: OpenRun, parts: Mapping[str, LowRank], rank: int) -> None:

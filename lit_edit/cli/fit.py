@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from lit_edit.console.words import check_names, expand_arguments, trains_network, with_config
+from lit_edit.console.words import check_data, check_names, expand_arguments, trains_network, with_config
 from lit_edit.errors import ArgumentError
 
 
@@ -30,6 +30,8 @@ def run_training(command: str, args: list[str]) -> None:
     if command == "fit" and not asks:
         args = with_config(args)
     network = trains_network(args)
+    if not asks and not any(word.replace("_", "-").startswith("--print-config") for word in args):
+        check_data(args)
     if network and command != "fit":
         raise ArgumentError(f"lit-edit {command} measures an edit stream; a network is trained: lit-edit fit")
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import CommandParser, make_parser, positive
 from lit_edit.console.terminal import write_json
+from lit_edit.errors import ArgumentError
+from lit_edit.runs.reading import EditLog, read_history, read_log
 
 if TYPE_CHECKING:
     from lit_edit.ledger.history import EditHistory
     from lit_edit.runs.folder import ChangingRun
-    from lit_edit.runs.reading import EditLog
 
 
 def run_undo(args: list[str]) -> None:
@@ -31,19 +32,19 @@ def run_undo(args: list[str]) -> None:
         "exact by themselves (undo says so)",
     )
     options = parser.parse_args(args)
+    numbers = _chosen(options, read_history(options.run), hold=True)
 
     from lit_edit.runs.folder import open_for_change
-    from lit_edit.runs.reading import read_history
 
-    numbers = _chosen(options, read_history(options.run), hold=True)
     with open_for_change(options.run) as run:
         editor = run.session.editor
-        off = 0.0 if options.exact or editor.exact_undo else _how_far(run, numbers)
+        exact = options.exact or editor.exact_undo  # else: how far it is from a stream without the edits
+        off = 0.0 if exact else editor.deviation(editor.retract(run.session.ledger.facts_of(numbers)))
         before = _answers(run, numbers)
         run.session.undo(numbers, exact=options.exact)
         later = any(entry.number > min(numbers) for entry in run.session.ledger.entries)
         note = ""
-        if later and not off and not options.exact and not editor.exact_undo:
+        if later and not off and not exact:
             note = (
                 f"What {type(editor).__name__} had written for these is out. Later edits were made on a model that had "
                 "them, and what they wrote stays as it is."
@@ -62,23 +63,18 @@ def run_redo(args: list[str]) -> None:
     parser = make_parser("redo", "Put edits of a run that were taken out back into its model.")
     _choose(parser, "were taken out")
     options = parser.parse_args(args)
+    numbers = _chosen(options, read_history(options.run), hold=False)
 
     from lit_edit.runs.folder import open_for_change
-    from lit_edit.runs.reading import read_history
 
-    numbers = _chosen(options, read_history(options.run), hold=False)
     with open_for_change(options.run) as run:
         before = _answers(run, numbers)
         run.session.redo(numbers)
         note = (
-            ""
-            if run.session.editor.exact_undo
-            else (
-                "The facts are back as they were recorded. Where other edits were taken out or made again meanwhile, "
-                "the weights are near those of before, not equal to them."
-            )
+            "The facts are back as they were recorded. Where other edits were taken out or made again meanwhile, the "
+            "weights are near those of before, not equal to them."
         )
-        _finish(run, options, numbers, before, "put back", note)
+        _finish(run, options, numbers, before, "put back", "" if run.session.editor.exact_undo else note)
 
 
 def run_log(args: list[str]) -> None:
@@ -97,11 +93,12 @@ def run_log(args: list[str]) -> None:
 
     from lit_edit.runs.holding import explain, failures, headline, next_commands
     from lit_edit.runs.names import shown as shown_folder
-    from lit_edit.runs.reading import read_log
 
     log = read_log(options.run)
     subject = None if options.subject is None else options.subject.casefold()
     wanted = [row["number"] for row in log.rows if subject in (None, row["subject"].casefold())]
+    if not wanted and subject is not None and not options.json:
+        raise ArgumentError(f"--subject {options.subject}: no edit of {options.run} has that subject")
     chosen = set(wanted[-options.last :] if options.last else wanted)
     all_of_them = options.subject is None and options.last is None  # of refused edits the subject is not known
     shown = [v for v in log.verdicts if v.number in chosen or (v.number is None and all_of_them)]
@@ -119,26 +116,15 @@ def run_log(args: list[str]) -> None:
 
 
 def _table(log: EditLog, numbers: set[int | None]) -> Any:
-    from rich.markup import escape
-    from rich.table import Table
+    from lit_edit.console.tables import table_of
 
-    table = Table()
-    for column in ("#", "id", "prompt", "new object", "p", "made", "state"):
-        table.add_column(column, justify="right" if column in ("#", "p") else "left", overflow="fold")
+    rows = []
     for row, verdict in zip(log.rows, log.verdicts, strict=False):  # behind the edits made stand those refused
-        if row["number"] not in numbers:
-            continue
-        probability = row.get("target_probability")
-        table.add_row(
-            str(row["number"]),
-            escape(row["id"]),
-            escape(row["prompt"]),
-            escape(row["target_new"]),
-            "" if probability is None else f"{probability:.2f}",
-            log.times.get(row["number"], "")[:19].replace("T", " "),
-            verdict.state,
-        )
-    return table
+        if row["number"] in numbers:
+            p, made = row.get("target_probability"), log.times.get(row["number"], "")[:19].replace("T", " ")
+            about = (row["number"], row["id"], row["prompt"], row["target_new"])
+            rows.append((*about, "" if p is None else f"{p:.2f}", made, verdict.state))
+    return table_of((">#", "id", "prompt", "new object", ">p", "made", "state"), rows)
 
 
 def _choose(parser: CommandParser, which: str) -> None:
@@ -163,13 +149,7 @@ def _choose(parser: CommandParser, which: str) -> None:
 
 
 def _chosen(options: argparse.Namespace, history: EditHistory, hold: bool) -> list[int]:
-    """Return the numbers of the edits that were named.
-
-    Raises:
-        ArgumentError: If none were, or there are no such edits.
-    """
-    from lit_edit.errors import ArgumentError
-
+    """Return the numbers of the edits that were named; :class:`ArgumentError` if none were, or there are no such."""
     there = [e for e in history.made if (e.number not in history.undone) == hold]
     numbers = [number for text in options.edit for number in parse_numbers(text)]
     for name in options.id:
@@ -189,8 +169,6 @@ def _chosen(options: argparse.Namespace, history: EditHistory, hold: bool) -> li
 
 
 def _found(numbers: list[int], what: str) -> list[int]:
-    from lit_edit.errors import ArgumentError
-
     if not numbers:
         raise ArgumentError(f"{what}: there is no such edit (lit-edit log --run lists them)")
     return numbers
@@ -203,8 +181,6 @@ def parse_numbers(text: str) -> list[int]:
         >>> parse_numbers("3,5-7")
         [3, 5, 6, 7]
     """
-    from lit_edit.errors import ArgumentError
-
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -215,12 +191,6 @@ def parse_numbers(text: str) -> list[int]:
             raise ArgumentError(f"--edit {text}: too many numbers")
         numbers += found
     return numbers
-
-
-def _how_far(run: ChangingRun, numbers: Sequence[int]) -> float:
-    """Estimate how far an undo is from a stream without the edits."""
-    editor, ledger = run.session.editor, run.session.ledger
-    return editor.deviation(editor.retract(ledger.facts_of(numbers)))
 
 
 def _answers(run: ChangingRun, numbers: Sequence[int]) -> list[str]:

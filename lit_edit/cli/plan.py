@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import make_parser, positive
+from lit_edit.console.terminal import write_json
+from lit_edit.console.words import check_names, expand_arguments, with_config
 from lit_edit.errors import ArgumentError, UserError
+from lit_edit.files.paths import write_json as write_json_file
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ON_SCREEN = "-"
 ASSUMED_BANDWIDTH = 2000e9  # bytes per second, where a rate is given and this is not
 
 DESCRIPTION = """\
@@ -42,24 +45,33 @@ examples:
 def run_plan(args: list[str]) -> None:
     """Print the plan of a ``fit`` with the same arguments."""
     options, rest = _parser().parse_known_args(args)
-    stream, data, trainer = _read_settings(rest)
+    check_names("fit", rest)
+    expand_arguments(with_config(rest))  # before anything heavy is imported
 
+    from lit_edit.console.fit_parser import FitParser
+    from lit_edit.console.messages import quieten
     from lit_edit.editors.closed_form.engine import ClosedFormEditor
     from lit_edit.planning.estimate import make_plan
     from lit_edit.planning.report import show_plan
 
-    editor = stream.editor
+    quieten()
+    parser = FitParser()
+    parser.parse(with_config(rest))
+    made = parser.make(bare=True)  # no Trainer: the devices may be those of another machine
+    editor = made.model.editor
     if not isinstance(editor, ClosedFormEditor):
         raise ArgumentError(
             f"lit-edit plan knows the closed-form editors (D4S, MEMIT), got model.editor={type(editor).__name__}: "
             "measure this one on a few edits"
         )
-    case = _make_case(options, stream, data, trainer, editor)
+    case = _make_case(options, made.model, made.data, parser.config["fit"].trainer, editor)
     plan = make_plan(case.sizes, editor, case.setup, case.workload, case.speed)
+    found = {**case.as_dict(), **plan.as_dict()}
+    if options.json == ON_SCREEN:
+        write_json(found)
+        return
     if options.json is not None:
-        from lit_edit.files.paths import write_json
-
-        write_json(options.json, {**case.as_dict(), **plan.as_dict()})
+        write_json_file(Path(options.json), found)
     show_plan(case, plan, options.device_memory)
 
 
@@ -88,22 +100,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--link", type=_positive_number, default=100.0, help="between devices, in GB/s (default: %(default)s)")
     add("--device-memory", type=read_size, metavar="SIZE", help="of a device, say 80GB: does it fit, and if not, why")
     add("--model-config", metavar="FILE", help="a config.json, or a folder or hub id that has one, for the model's")
-    add("--json", type=Path, metavar="FILE", help="write everything there as well")
+    text = "one JSON object instead of tables; with a name, it is written to that file beside them"
+    add("--json", nargs="?", const=ON_SCREEN, metavar="FILE", help=text)
     return parser
 
 
 def _positive_number(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
+    if not 0 < float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return value
+    return float(text)
 
 
 def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
+    if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
-    return value
+    return float(text)
 
 
 def read_size(text: str) -> float:
@@ -121,19 +132,6 @@ def read_size(text: str) -> float:
 
 
 # ---- what fit would do --------------------------------------------------------------------------------------------
-
-
-def _read_settings(args: Sequence[str]) -> tuple[EditStream, EditDataModule, Any]:
-    """Parse and check arguments as ``fit`` does; return what it would make, and the Trainer's settings."""
-    from lit_edit.console.fit_parser import FitParser
-    from lit_edit.console.messages import quieten
-    from lit_edit.console.words import with_config
-
-    quieten()
-    parser = FitParser()
-    parser.parse(with_config(list(args)))
-    made = parser.make(bare=True)  # no Trainer: the devices may be those of another machine
-    return made.model, made.data, parser.config["fit"].trainer
 
 
 def _make_case(

@@ -17,25 +17,16 @@ GROUPS = ("edit", "look", "take away", "compare and study", "models", "lit-edit 
 
 @dataclass(frozen=True)
 class Command:
-    """One command.
+    """One command."""
 
-    Attributes:
-        name: What is typed behind ``lit-edit``.
-        group: One of :data:`GROUPS`.
-        line: What it does.
-        example: A call of it.
-        target: ``module:function`` below ``lit_edit.cli``; the function takes the arguments behind the name and returns
-            the exit status, or ``None`` for 0.
-    """
-
-    name: str
-    group: str
-    line: str
-    example: str
-    target: str
+    name: str  # what is typed behind lit-edit
+    group: str  # one of GROUPS
+    line: str  # what it does
+    example: str  # a call of it
+    target: str  # module:function below lit_edit.cli
 
     def load(self) -> Callable[[list[str]], int | None]:
-        """Return the function that runs it."""
+        """Return the function that runs it: from the arguments behind the name to the exit status (or ``None``)."""
         module, _, function = self.target.partition(":")
         found: Callable[[list[str]], int | None] = getattr(import_module(f"lit_edit.cli.{module}"), function)
         return found

@@ -9,39 +9,15 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 from lit_edit.console.arguments import make_parser
 from lit_edit.console.configs import find_config
 from lit_edit.console.words import read_settings
 from lit_edit.errors import ArgumentError
-from lit_edit.files.paths import write_atomically
+from lit_edit.files.paths import write_text
 from lit_edit.sweeps.grids import Grid, Point, read_grid, with_changes
-
-SCRIPT = """\
-#!/bin/bash
-# The points of the sweep {name}, each a task of a SLURM array. Set the resources of one point, then
-#   sbatch {script}
-# A point that is done ends at once; one that was cut goes on. Afterwards, or meanwhile, the table:
-#   {command} --gather
-#SBATCH --job-name={name}
-# 0-{last}%4 runs four at a time.
-#SBATCH --array=0-{last}
-#SBATCH --output={folder}/slurm-%A_%a.out
-# One process and one device per point; take one # away for a GPU.
-#SBATCH --nodes=1
-#SBATCH --ntasks=1
-#SBATCH --cpus-per-task=4
-##SBATCH --gpus-per-node=1
-#SBATCH --time=04:00:00
-# Two minutes before the time is up the run saves itself and is queued again.
-#SBATCH --signal=SIGUSR1@120
-#SBATCH --requeue
-#SBATCH --open-mode=append
-
-cd {here} || exit 1
-srun --cpus-per-task="${{SLURM_CPUS_PER_TASK:-1}}" {command} --only "$SLURM_ARRAY_TASK_ID"
-"""
 
 
 def run_sweep(args: list[str]) -> int:
@@ -54,26 +30,25 @@ def run_sweep(args: list[str]) -> int:
     chosen = _chosen(grid, options.only)
 
     from lit_edit.sweeps.gathering import gather
-    from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
+    from lit_edit.sweeps.points import check_begun, parse_points, run_or_list
 
     if options.gather:
         sys.stdout.write(gather(grid, folder))
         return 0
-    parsed = parse_points(grid, chosen)
-    check_begun(folder, chosen, parsed)
-    if options.dry_run:
-        sys.stdout.write(list_points(grid, chosen, folder))
-        return 0
     words = [*(f"--method={name}" for name in method), *changes_again(options.name, settings)]
     again = command_again("sweep", options.config, options.runs_dir, *words)
     if options.array:
+        check_begun(folder, chosen, parse_points(grid, chosen))
         script = write_script(grid, folder, again)
         sys.stdout.write(f"{len(grid.points)} points; set their resources in the script, then\n  sbatch {script}\n")
         return 0
-    status = run_points(grid, folder, chosen, parsed)
+    status = run_or_list(grid, folder, options.dry_run, chosen)
+    if status is None:
+        return 0
     sys.stdout.write(f"\n{gather(grid, folder)}\nEverything is in {folder}/\n")
     if status > 128:
-        sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {again}{_only(options)}\n")
+        only = "" if options.only is None else f" --only {','.join(map(str, options.only))}"
+        sys.stderr.write(f"\nlit-edit: interrupted; go on with\n  {again}{only}\n")
     return status
 
 
@@ -120,25 +95,16 @@ def _chosen(grid: Grid, only: list[int] | None) -> list[Point]:
 
 
 def write_script(grid: Grid, folder: Path, command: str) -> Path:
-    """Write the script of a SLURM array into the sweep's folder; one that is there keeps what was set in it.
-
-    Args:
-        grid: The sweep.
-        folder: Its folder.
-        command: What runs it.
-
-    Returns:
-        Where the script is.
-    """
+    """Write the script of a SLURM array into the sweep's folder; one that is there keeps what was set in it."""
     script, last = folder / "sweep.sbatch", len(grid.points) - 1
     if script.is_file():
         old = script.read_text(encoding="utf-8")
         text = re.sub(r"(?m)^#SBATCH --array=\d+-\d+", f"#SBATCH --array=0-{last}", old)
     else:
-        text = SCRIPT.format(
-            name=grid.name, last=last, folder=folder, command=command, script=script, here=shlex.quote(str(Path.cwd()))
-        )
-    write_atomically(script, lambda path: path.write_text(text, encoding="utf-8"))
+        told = {"name": grid.name, "last": last, "folder": folder, "command": command, "script": script}
+        template = files("lit_edit.sweeps").joinpath("array.sbatch").read_text(encoding="utf-8")
+        text = template.format(**told, here=shlex.quote(str(Path.cwd())))
+    write_text(script, text)
     return script
 
 
@@ -152,7 +118,3 @@ def command_again(command: str, name: str, runs_dir: str, *words: str) -> str:
 def changes_again(name: str | None, settings: Mapping[str, str]) -> list[str]:
     """Return the arguments that change what a grid's file says."""
     return [*([] if name is None else ["--run_name", name]), *(f"--{key}={value}" for key, value in settings.items())]
-
-
-def _only(options: argparse.Namespace) -> str:
-    return "" if options.only is None else f" --only {','.join(map(str, options.only))}"

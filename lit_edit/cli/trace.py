@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_edit.console.arguments import make_parser, positive
+from lit_edit.errors import ArgumentError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +66,8 @@ def _parser() -> ArgumentParser:
 def run_trace(args: list[str]) -> None:
     """Run ``lit-edit trace``."""
     options = _parser().parse_args(args)
+    if options.data not in ("builtin", "known_facts") and not Path(options.data).expanduser().is_file():
+        raise ArgumentError(f"--data {options.data}: no such file")
 
     from lit_edit.models import LanguageModel, ModelAdapter
     from lit_edit.stats.second_moment import weights_hash
@@ -121,7 +124,6 @@ def _choose(
     """Return the first facts that the model knows."""
     from tqdm import tqdm
 
-    from lit_edit.errors import ArgumentError
     from lit_edit.studies.tracing.prompts import known_facts
 
     with tqdm(total=len(facts), desc="which facts are known", unit="fact", leave=False) as bar:

@@ -29,11 +29,7 @@ NETWORK = "network.safetensors"
 
 
 def run_network_training(args: list[str]) -> None:
-    """Train a network as the arguments of ``lit-edit fit`` say.
-
-    Raises:
-        ArgumentError: If they cannot be right.
-    """
+    """Train a network as the arguments of ``lit-edit fit`` say."""
     NetworkCLI(
         (LightningModule, LightningDataModule),
         "fit",

@@ -33,13 +33,9 @@ SHORT = MappingProxyType(
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parser of a command.
+    """Parser of ``lit-edit COMMAND``; its help shows defaults.
 
-    Args:
-        command: Behind ``lit-edit``.
-        description: What it does.
-        settings: Whether any setting of ``lit-edit fit`` may follow; :meth:`parse_known_args` leaves those.
-        more: As for :class:`argparse.ArgumentParser`.
+    With ``settings`` any setting of ``lit-edit fit`` may follow; :meth:`parse_known_args` leaves those.
     """
 
     def __init__(self, command: str, description: str, settings: bool = False, **more: Any) -> None:
@@ -54,11 +50,8 @@ class CommandParser(argparse.ArgumentParser):
     ) -> argparse.Action:
         """Add an argument.
 
-        Args:
-            names: Of the argument.
-            aliases: Other spellings, which the help does not show.
-            complete: Returns values for the shell's completion; by default file names.
-            more: As for :class:`argparse.ArgumentParser`.
+        ``aliases`` are other spellings, which the help does not show. ``complete`` returns values for the shell's
+        completion, by default file names.
         """
         action = super().add_argument(*names, **more)
         self._aliases |= dict.fromkeys(aliases, names[0])
@@ -71,7 +64,7 @@ class CommandParser(argparse.ArgumentParser):
     def add_run(self, **more: Any) -> None:
         """Add ``--run``: the folder of a run."""
         more = {"type": Path, "help": "the run folder, for example runs/x", **more}
-        self.add_argument("--run", required=True, complete=run_folders, **more)
+        self.add_argument("--run", required=True, complete=run_folders, action=_Checked, check=check_run, **more)
 
     def add_data(self, text: str, *aliases: str, **more: Any) -> None:
         """Add ``--data``: the edits, facts or events that a command reads."""
@@ -108,13 +101,15 @@ class CommandParser(argparse.ArgumentParser):
 
     def add_model(self, default: str | None = "smollm2-135m", **more: Any) -> None:
         """Add ``--model``: a packaged one, a folder or a hub id."""
-        more = {"help": "packaged model, folder or hub id", "default": default, **more}
-        self.add_argument("--model", aliases=("--model.language_model.name",), complete=packaged_models, **more)
+        more = {"help": "packaged model, folder or hub id", "default": default, "action": _Checked, **more}
+        names = "--model", "--model.language_model.name"
+        self.add_argument(names[0], aliases=names[1:], complete=packaged_models, check=check_model, **more)
 
     def add_method(self, default: Any, **more: Any) -> None:
         """Add ``--method``: an editor with its settings."""
         more = {"help": "the editor: rome, or a YAML file like those of configs/method", **more}
-        self.add_argument("--method", type=method_config, default=default, complete=methods, **more)
+        more |= {"default": default, "action": _Checked, "check": method_config}
+        self.add_argument("--method", complete=methods, **more)
 
     def add_layers(self, text: str) -> None:
         """Add ``--layers``: ``6 7``, ``6,7`` or ``[6,7]``."""
@@ -208,6 +203,17 @@ def _plain(name: str) -> str:
     return name.replace("_", "-")
 
 
+class _Checked(argparse.Action):
+    """Keeps what ``check`` returns; what that refuses is said as commands say it, before anything heavy is imported."""
+
+    def __init__(self, *names: Any, check: Callable[[Any], Any], **more: Any) -> None:
+        super().__init__(*names, **more)
+        self.check = check
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, [*map(self.check, values)] if isinstance(values, list) else self.check(values))
+
+
 class _Layers(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         try:
@@ -218,10 +224,7 @@ class _Layers(argparse.Action):
 
 
 def read_layers(words: Sequence[str]) -> list[int]:
-    """Read numbers of layers.
-
-    Raises:
-        ValueError: If they are none.
+    """Read numbers of layers; :class:`ValueError` if they are none.
 
     Example:
         >>> read_layers(["6", "7"]), read_layers(["6,7"]), read_layers(["[6,", "7]"])
@@ -231,6 +234,23 @@ def read_layers(words: Sequence[str]) -> list[int]:
     if not re.fullmatch(r"(\[)?\s*-?\d+(\s*[\s,]\s*-?\d+)*\s*(?(1)\])", text):
         raise ValueError(f"expected numbers of layers (6 7, 6,7 or [6,7]), got {text!r}")
     return [int(number) for number in re.findall(r"-?\d+", text)]
+
+
+def check_run(folder: Path) -> Path:
+    """Return a run's folder if it is there."""
+    from lit_edit.runs.reading import find_folder
+
+    find_folder(folder)
+    return folder
+
+
+def check_model(name: str) -> str:
+    """Return the name of a model if it can be one."""
+    from lit_edit.models.packaged import PACKAGED, find_source
+
+    if name not in PACKAGED:
+        find_source(name)
+    return name
 
 
 def positive(text: str) -> int:

@@ -8,7 +8,7 @@ import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 
@@ -18,13 +18,10 @@ class ProcessLine:
     Each gets a session of its own, so that a Ctrl-C in the terminal reaches it once, through here. SIGTERM and SIGUSR1
     (SLURM's warning that the time is up) are passed on as well. A second Ctrl-C kills the process at work; a run loses
     nothing by that.
-
-    Attributes:
-        stopped: The first signal that has come, if one has; no process is to be started then.
     """
 
     def __init__(self) -> None:
-        self.stopped: signal.Signals | None = None
+        self.stopped: signal.Signals | None = None  # by the first that has come; no process is to be started then
         self._process: subprocess.Popen[bytes] | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -34,22 +31,14 @@ class ProcessLine:
                 self._before[number] = signal.signal(number, self._pass_on)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def run(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
-        """Run a command to its end.
+        """Run a command to its end, with some variables beside those of this process; ``log`` takes what it writes.
 
-        Args:
-            command: Program and arguments.
-            log: File that takes what it writes, behind what is there.
-            environment: Variables that it gets beside those of this process.
-
-        Returns:
-            Its exit status; minus the signal's number if one has ended it.
+        Returns its exit status; minus the signal's number if one has ended it.
         """
         with log.open("ab") as file:
             self._process = subprocess.Popen(

@@ -7,6 +7,7 @@ import io
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -30,11 +31,7 @@ def shipped_configs() -> list[str]:
 
 
 def find_config(name: str) -> str:
-    """Return the path of a config given as path or name.
-
-    Raises:
-        ArgumentError: If there is no such file and none of that name ships.
-    """
+    """Return the path of a config given as path or name; :class:`ArgumentError` if there is none."""
     if os.path.isfile(name):
         return name
     shipped = config_root() / f"{name.removesuffix('.yaml')}.yaml"
@@ -48,44 +45,59 @@ def find_config(name: str) -> str:
 
 
 def method_config(name: str) -> str:
-    """Return the config of a method by any of its names; a file, and what is none of them, as it is.
+    """Return the config of a method by any of its names; a file, and a config that ships, as it is.
 
     Example:
-        >>> method_config("rome"), method_config("RROME"), method_config("ft-l"), method_config("mine.yaml")
-        ('method/rome', 'method/r_rome', 'method/ft_l', 'mine.yaml')
+        >>> method_config("rome"), method_config("RROME"), method_config("ft-l"), method_config("method/d4s")
+        ('method/rome', 'method/r_rome', 'method/ft_l', 'method/d4s')
     """
-    known = {re.sub("[_-]", "", name): name for name in shipped_configs() if name.startswith("method/")}
+    shipped = shipped_configs()
+    known = {re.sub("[_-]", "", config): config for config in shipped if config.startswith("method/")}
     wanted = f"method/{re.sub('[_-]', '', name.removeprefix('method/').lower())}"
-    return name if os.path.isfile(name) else known.get(wanted, name)
+    if os.path.isfile(name) or name.removesuffix(".yaml") in shipped:
+        return name
+    if wanted not in known:
+        near = get_close_matches(wanted, known, 3)
+        meant = f" Did you mean {', '.join(known[word].removeprefix('method/') for word in near)}?" if near else ""
+        raise ArgumentError(
+            f"--method {shorten(name)}: no such file, and no method of that name ships (lit-edit editors lists "
+            f"them).{meant}"
+        )
+    return known[wanted]
 
 
 SECTIONS = ("model", "data", "trainer")
 
 
 def check_config(path: str) -> None:
-    """Check that a config can be read: settings by name, with references that lead somewhere.
-
-    Raises:
-        ArgumentError: If not; names the file and, where there is one, the line or the setting.
-    """
+    """Check that a config can be read; the :class:`ArgumentError` names the file and, if known, line or setting."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        text = read_text(Path(path))
-        root = yaml.compose(text, yaml.SafeLoader)
-        _check_sections(path, root)
-        OmegaConf.to_object(OmegaConf.load(io.StringIO(text)))  # as the parser will, but it does not name the file
+        with readable_yaml(path):
+            text = read_text(Path(path))
+            _check_sections(path, yaml.compose(text, yaml.SafeLoader))
+            OmegaConf.to_object(OmegaConf.load(io.StringIO(text)))  # as the parser will, but it does not name the file
+    except OmegaConfBaseException as error:
+        reason = str(error).partition("\n")[0]
+        raise ArgumentError(f"{path}: {error.full_key or 'a setting'}: {reason}") from None
+
+
+@contextmanager
+def readable_yaml(path: str | Path) -> Iterator[None]:
+    """Say what is wrong with a file that is read and parsed, and where."""
+    import yaml
+
+    try:
+        yield
     except DataError as error:
         raise ArgumentError(str(error)) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         place = path if mark is None else f"{path}:{mark.line + 1}"
         raise ArgumentError(f"{place}: bad YAML: {getattr(error, 'problem', None) or error}") from None
-    except OmegaConfBaseException as error:
-        reason = str(error).partition("\n")[0]
-        raise ArgumentError(f"{path}: {error.full_key or 'a setting'}: {reason}") from None
     except RecursionError:
         raise ArgumentError(f"{path}: bad YAML: nested too deeply") from None
 
@@ -109,14 +121,7 @@ def _kind(node: Any) -> str:
 
 
 def check_settings(config: Any) -> None:
-    """Check what the types of the settings do not say.
-
-    Args:
-        config: The parsed settings of a command.
-
-    Raises:
-        ArgumentError: If something cannot work; names the setting.
-    """
+    """Check what the types of a command's settings do not say; the :class:`ArgumentError` names the setting."""
     for section in SECTIONS:
         if not hasattr(config[section], "items"):
             raise ArgumentError(f"{section} must hold settings by name, got {shorten(repr(config[section]))}")
@@ -177,9 +182,7 @@ def _leaves(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def changed_settings(trainer: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """Return the Trainer's plain settings that the user has chosen, for a message: ``accelerator='gpu', devices=2``.
 
-    Args:
-        trainer: All settings.
-        ours: What they are with lit-edit; the others are Lightning's.
+    ``ours`` are those that lit-edit sets; the others are Lightning's.
     """
     from lightning.pytorch import Trainer
 

@@ -65,13 +65,7 @@ STREAM_DEFAULTS = TRAINER_DEFAULTS | {
 
 
 class EditCLI(RunCLI):
-    """The command line of an edit stream.
-
-    Args:
-        command: ``fit``, ``validate`` or ``test``.
-        words: Its arguments.
-        more: As for :class:`RunCLI`.
-    """
+    """The command line of an edit stream: ``fit``, ``validate`` or ``test``, with its arguments."""
 
     def __init__(self, command: str, words: Sequence[str] = (), **more: Any) -> None:
         self._ended = False
@@ -207,9 +201,7 @@ class EditCLI(RunCLI):
         if checkpoint := self.config[self.subcommand].get("ckpt_path"):
             warn_if_behind(Path(checkpoint))
 
-    def before_test(self) -> None:
-        """Read the data before the model is loaded."""
-        self.before_validate()
+    before_test = before_validate
 
     def after_fit(self) -> None:
         """Say where the results are."""
@@ -236,13 +228,6 @@ class EditCLI(RunCLI):
 
     def after_validate(self) -> None:
         """Print what was measured."""
-        self._print_measured()
-
-    def after_test(self) -> None:
-        """Print what was measured."""
-        self._print_measured()
-
-    def _print_measured(self) -> None:
         from rich.console import Console
 
         from lit_edit.console.tables import table_of
@@ -258,6 +243,8 @@ class EditCLI(RunCLI):
         rows = [(name.partition("/")[2].replace("/", " "), f"{value:.3f}") for name, value in measured.items()]
         title = f"{facts} facts on a model with {edits} edits"
         Console().print(table_of(("metric", ">value"), rows, title=title))
+
+    after_test = after_validate
 
     def _run_folder(self, config: Any) -> Path:
         if (told := handed_down()) is not None:

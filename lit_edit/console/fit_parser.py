@@ -12,11 +12,9 @@ from lit_edit.console.edit_cli import EditCLI
 from lit_edit.console.run_cli import argv_of
 from lit_edit.console.words import expand_arguments
 from lit_edit.errors import ArgumentError, UserError
+from lit_edit.runs.resuming import OF_ONE_RUN
 
-_OF_ONE_RUN = (
-    "config", "run_name", "runs_dir", "resume", "overwrite", "ckpt_path", "weights_only",
-    "trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir",
-)  # fmt: skip
+_UNCOMPARED = (*OF_ONE_RUN, "trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir")
 
 
 class FitParser(EditCLI):
@@ -26,11 +24,7 @@ class FitParser(EditCLI):
         super().__init__("fit")
 
     def parse(self, args: list[str]) -> dict[str, Any]:
-        """Return all settings that arguments of ``lit-edit fit`` lead to.
-
-        Raises:
-            ArgumentError: If the command would refuse them.
-        """
+        """Return all settings that arguments of ``lit-edit fit`` lead to; :class:`ArgumentError` as there."""
         with argv_of(()):
             try:
                 self.parse_arguments(self.parser, ["fit", *expand_arguments(args)])
@@ -42,14 +36,7 @@ class FitParser(EditCLI):
         return settings
 
     def make(self, bare: bool = False) -> Any:
-        """Make the stream, the data module, the callbacks and the loggers of what was parsed last; no Trainer.
-
-        Args:
-            bare: Neither callbacks nor loggers.
-
-        Raises:
-            ArgumentError: If a constructor refuses its values.
-        """
+        """Make stream, data, callbacks and loggers (not if ``bare``) of what was parsed last, as ``fit`` does."""
         if bare:
             self.config["fit"].trainer.logger = self.config["fit"].trainer.callbacks = None
         try:
@@ -59,17 +46,10 @@ class FitParser(EditCLI):
         except (ValueError, TypeError) as error:
             raise ArgumentError(explain(str(error))) from error
 
-    def before_instantiate_classes(self) -> None:
-        """Touch no run folder."""
+    def _parse_only(self, subcommand: str = "") -> None:
+        """Touch no run folder, leave the global random state alone, make nothing unasked, run nothing."""
 
-    def instantiate_classes(self) -> None:
-        """Make nothing unasked."""
-
-    def _set_seed(self) -> None:
-        """Leave the global random state alone."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run nothing."""
+    before_instantiate_classes = instantiate_classes = _set_seed = _run_subcommand = _parse_only
 
 
 def changes(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
@@ -85,7 +65,7 @@ def changes(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _collect(before: Any, after: Any, name: str, found: dict[str, tuple[Any, Any]]) -> None:
-    if name in _OF_ONE_RUN or before == after:
+    if name in _UNCOMPARED or before == after:
         return
     if isinstance(before, dict) and isinstance(after, dict):
         for key in dict.fromkeys([*before, *after]):

@@ -18,14 +18,7 @@ GRACE = 20.0
 
 
 class WatchingLauncher(_SubprocessScriptLauncher):
-    """Lightning's launcher, but for its observer, which kills this process without a word when another has failed.
-
-    Args:
-        environment: Lightning's cluster environment.
-        processes: Of this node.
-        nodes: How many.
-        advice: The command that goes on.
-    """
+    """Lightning's launcher, but for its observer, which kills this process without a word when another has failed."""
 
     def __init__(self, environment: Any, processes: int, nodes: int, advice: str) -> None:
         super().__init__(environment, processes, nodes)
@@ -42,13 +35,10 @@ class WatchingLauncher(_SubprocessScriptLauncher):
 
 
 def watch(processes: list[subprocess.Popen[Any]], advice: str, grace: float = GRACE, every: float = 0.5) -> None:
-    """Watch over the processes of the other ranks, in a thread: when one fails and nothing comes of it, end all.
+    """Watch over the processes of ranks 1, 2, ..., in a thread: when one fails and nothing comes of it, end all.
 
-    Args:
-        processes: Of ranks 1, 2, ...
-        advice: The command that goes on.
-        grace: Seconds between a failure and the end.
-        every: Seconds between two looks.
+    There are ``grace`` seconds between a failure and the end, and ``every`` seconds between two looks; ``advice`` is
+    the command that goes on.
     """
 
     def look() -> None:

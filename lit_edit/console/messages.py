@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 
 from lit_edit.console.processes import leads
@@ -13,12 +12,8 @@ from lit_edit.console.terminal import show_messages
 def quieten(quiet: bool = False) -> None:
     """Show our own notes; keep Lightning's tips, which are about other kinds of training, to themselves.
 
-    Args:
-        quiet: Of our own, show warnings and errors only.
+    If ``quiet``, show warnings and errors only of our own.
     """
-    os.environ.setdefault(
-        "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
-    )  # they are about Lightning's calls, not the user's
     own = logging.WARNING if quiet else logging.INFO
     show_messages(own if leads() else logging.ERROR)  # one of them speaks for all
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -16,15 +16,7 @@ def choose_part(
 ) -> Callable[[list[str]], int | None] | None:
     """Return the function that the first argument names, or print the help and return ``None``.
 
-    Args:
-        command: The command above.
-        about: What it does.
-        what: What its parts are, one of them and several.
-        parts: By name: what stands for it (``module:function``), and what it does.
-        args: The arguments behind the command.
-
-    Raises:
-        ArgumentError: If the first argument names none of them.
+    ``what`` parts are called, one of them and several; they are given by name: ``module:function``, and what it does.
     """
     if args and args[0] in parts:
         module, _, function = parts[args[0]][0].partition(":")

@@ -24,17 +24,11 @@ _DECISION = "LIT_EDIT_DECISION"
 
 @dataclass(frozen=True)
 class Decision:
-    """What the leader has found out about a run.
-
-    Attributes:
-        folder: The run folder.
-        checkpoint: Where to go on.
-        ended: Whether there is nothing left to do.
-    """
+    """What the leader has found out about a run."""
 
     folder: str
-    checkpoint: str | None = None
-    ended: bool = False
+    checkpoint: str | None = None  # where to go on
+    ended: bool = False  # whether there is nothing left to do
 
 
 def leads() -> bool:
@@ -72,11 +66,7 @@ def handed_down() -> Decision | None:
 
 
 def check_launched(trainer: Trainer) -> None:
-    """Refuse to run as one of several processes that do not know of each other.
-
-    Raises:
-        ArgumentError: If torchrun or SLURM has started other than as many as the Trainer is made for.
-    """
+    """Refuse to run as one of several processes that do not know of each other: torchrun's or SLURM's, unasked."""
     started = _started()
     if started_together() and started != trainer.world_size:
         raise ArgumentError(
@@ -100,9 +90,7 @@ def share_decision(trainer: Trainer, module: LightningModule, decision: Decision
         return told
     strategy: Any = trainer.strategy
     if not strategy.cluster_environment.creates_processes_externally:
-        os.environ[_DECISION] = json.dumps(
-            asdict(decision)
-        )  # the processes that Lightning is about to start inherit it
+        os.environ[_DECISION] = json.dumps(asdict(decision))  # for the processes that Lightning is about to start
         return decision
     strategy.connect(module)
     strategy.setup_environment()  # Lightning does the same again later and finds it done

@@ -45,12 +45,8 @@ def argv_of(words: Sequence[str]) -> Iterator[None]:
 class RunCLI(LightningCLI):
     """LightningCLI of one command, with run folders.
 
-    Args:
-        kind: Classes of the module and the data.
-        command: One of Lightning's. The parser of no other is built: each takes as long, and none is looked at.
-        words: Its arguments, as :func:`lit_edit.console.words.expand_arguments` returns them.
-        argv: What the processes of other devices are started with.
-        more: As for LightningCLI.
+    The parser of no other command is built: each takes as long, and none is looked at. ``words`` are as
+    :func:`~lit_edit.console.words.expand_arguments` returns them; processes of other devices are started with ``argv``.
     """
 
     run_folder: Path
@@ -137,18 +133,7 @@ class RunCLI(LightningCLI):
             self._locked = True
 
     def begin_run(self, goes_on: bool, overwrite: bool) -> bool:
-        """Make the run folder.
-
-        Args:
-            goes_on: What an earlier run has left in it is needed.
-            overwrite: It is to be deleted.
-
-        Returns:
-            Whether there was none before.
-
-        Raises:
-            ArgumentError: If it cannot be made, or there is something in it.
-        """
+        """Make the run folder, and return whether there was none; what is in it must be needed (``goes_on``) or go."""
         config, folder = self.config[self._command], self.run_folder
         left = [path for path in folder.iterdir() if path.name != ".lock"] if folder.is_dir() else []
         if left and not goes_on:

@@ -12,13 +12,10 @@ from rich.table import Table
 
 
 def table_of(headings: Iterable[str], rows: Iterable[Iterable[Any]], whole: bool = False, **more: Any) -> Table:
-    """Return a table.
+    """Return a table of cells, taken as they are (brackets are no markup); ``None`` is a dash.
 
-    Args:
-        headings: Of the columns; ``>`` before one sets its cells to the right.
-        rows: Their cells: anything with a text, taken as it is (brackets are no markup); ``None`` is a dash.
-        whole: No cell is ever cut or wrapped.
-        more: As for :class:`rich.table.Table`.
+    A ``>`` before a heading sets its cells to the right; if ``whole``, no cell is ever cut or wrapped. ``more`` is as
+    for :class:`rich.table.Table`.
     """
     table = Table(**{"title_justify": "left", **more})
     for heading in headings:

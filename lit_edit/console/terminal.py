@@ -32,13 +32,10 @@ class AboveBars(logging.Handler):
 
 
 def show_messages(level: int = logging.INFO) -> None:
-    """Show log messages and warnings, those of libraries too, so that none shares a line with a progress bar.
+    """Show log messages (our own from ``level`` on) and warnings, so that none shares a line with a progress bar.
 
     Where logging was set up before, by a program that calls us, it is left as it is. To be called again when libraries
     have been imported that bring handlers of their own.
-
-    Args:
-        level: Of our own messages; libraries are heard from warnings on.
     """
     if not logging.root.handlers:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[AboveBars()])

@@ -32,9 +32,6 @@ OPTIONS = (
 def check_names(command: str, args: Sequence[str]) -> None:
     """Refuse an option that there cannot be, before anything heavy is imported; the parser knows the others.
 
-    Raises:
-        ArgumentError: If an option's name begins like none of :data:`OPTIONS`; names the nearest.
-
     Example:
         >>> check_names("fit", ["--data.limit", "3", "--run-name=x"])
     """
@@ -47,18 +44,20 @@ def check_names(command: str, args: Sequence[str]) -> None:
             )
 
 
+def check_data(args: Sequence[str]) -> None:
+    """Refuse a file of edits (``--data FILE``) that is not there, before anything heavy is imported."""
+    words = full_settings(args)
+    paths = [word.partition("=")[2] for word in words if word.startswith("--data.path=")]
+    if "--data.source=file" in words and paths and not Path(paths[-1]).expanduser().is_file():
+        raise ArgumentError(f"{paths[-1]}: no such file")
+
+
 def full_settings(args: Sequence[str], elsewhere: bool = False) -> list[str]:
     """Return arguments of ``lit-edit fit`` with all settings by their full names, and ``_`` for ``-`` in names.
 
     What short forms stand for comes behind the configs, wherever they stood: it wins over these. A config or a class is
-    no file of edits and no model: ``--data x.yaml`` and ``--model package.Class`` stay Lightning's.
-
-    Args:
-        args: As they were written.
-        elsewhere: They are used in other processes, or again: ``--data`` must be there, and is named in full.
-
-    Raises:
-        ArgumentError: If a short form has no value, or one that cannot be.
+    no file of edits and no model: ``--data x.yaml`` and ``--model package.Class`` stay Lightning's. If they are used
+    ``elsewhere``, in other processes, or again, ``--data`` must be there, and is named in full.
 
     Example:
         >>> full_settings(["--limit", "3", "--config", "quickstart", "--run-name", "x"])
@@ -182,11 +181,7 @@ def _seeded(args: list[str]) -> list[str]:
 
 
 def trains_network(args: list[str]) -> bool:
-    """Tell whether arguments of ``fit`` name a config that trains a network: ``train/NAME``, or one with ``train:``.
-
-    Raises:
-        ArgumentError: If a config cannot be read.
-    """
+    """Tell whether arguments of ``fit`` name a config that trains a network: ``train/NAME``, or one with ``train:``."""
     words = expand_arguments(args)
     paths = [Path(path) for option, path in pairwise(words) if option == "--config"]
     return any(

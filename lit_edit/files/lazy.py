@@ -10,9 +10,7 @@ from typing import Any
 def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return ``__getattr__`` and ``__dir__`` of a package whose import is to stay cheap.
 
-    Args:
-        package: Its ``__name__``.
-        homes: By name: the module that defines it.
+    ``homes`` says by name which module defines it.
 
     Example:
         >>> get, names = lazily("some.package", {"sqrt": "math"})

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,23 +52,33 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def without_nan(value: Any) -> Any:
-    """Return plain data with ``None`` in place of NaN and infinity, which JSON does not have.
+def without_nan(value: Any, instead: Callable[[float], Any] = lambda _: None) -> Any:
+    """Return plain data with something (``None``) in place of NaN and infinity, which JSON does not have.
 
     Example:
         >>> without_nan({"a": [1.0, float("nan")]})
         {'a': [1.0, None]}
     """
     if isinstance(value, Mapping):
-        return {name: without_nan(part) for name, part in value.items()}
+        return {name: without_nan(part, instead) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [without_nan(part, instead) for part in value]
+    return instead(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
     """Write strict JSON (no NaN), readable and atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Return what each line of a file says; texts in it may hold other kinds of line breaks."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write a line of strict JSON for each row, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 def write_text(path: Path, text: str) -> None:

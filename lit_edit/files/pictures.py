@@ -37,16 +37,9 @@ def add_panel(
     whole: bool = False,
     grid: bool = True,
 ) -> Axes:
-    """Add a panel.
+    """Add a panel at ``place``: rows and columns of panels, and which of them it is, from 1.
 
-    Args:
-        figure: To which.
-        place: Rows and columns of panels, and which of them it is, from 1.
-        heading: Above it.
-        name: By which it is found again.
-        x_label: Below it.
-        whole: Whether its x axis is of whole numbers.
-        grid: Whether lines help to read values.
+    It is found again by its ``name``; ``whole`` numbers stand along its x axis; lines (``grid``) help to read values.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -63,22 +56,19 @@ def add_panel(
 
 def looks_of(count: int) -> list[dict[str, Any]]:
     """Return a look for each of so many lines; the first are drawn below, and broader: what coincides stays visible."""
-    looks = []
-    for index in range(count):
-        share = index / max(1, count - 1)
-        looks.append(
-            {
-                "color": COLOURS[index % len(COLOURS)],
-                "linestyle": STYLES[index // len(COLOURS) % len(STYLES)],
-                "linewidth": 4.2 - 2.8 * share if count > 1 else 2.0,
-                "marker": MARKERS[index % len(MARKERS)],
-                "markersize": 9.5 - 3.0 * share if count > 1 else 6.0,
-                "markeredgecolor": "white",
-                "markeredgewidth": 0.6,
-                "zorder": 3 + index / 100,
-            }
-        )
-    return looks
+    return [
+        {
+            "color": COLOURS[index % len(COLOURS)],
+            "linestyle": STYLES[index // len(COLOURS) % len(STYLES)],
+            "linewidth": 4.2 - 2.8 * index / (count - 1) if count > 1 else 2.0,
+            "marker": MARKERS[index % len(MARKERS)],
+            "markersize": 9.5 - 3.0 * index / (count - 1) if count > 1 else 6.0,
+            "markeredgecolor": "white",
+            "markeredgewidth": 0.6,
+            "zorder": 3 + index / 100,
+        }
+        for index in range(count)
+    ]
 
 
 def write_figure(path: Path, figure: Figure) -> None:

@@ -14,12 +14,7 @@ from torch import Tensor
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write contiguous tensors that share no memory into one file.
-
-    Raises:
-        OSError: If the disk refuses; ``errno`` and ``filename`` say what and where.
-        SafetensorError: If the tensors cannot be written so.
-    """
+    """Write contiguous tensors that share no memory into one file; what the disk refuses is an :class:`OSError`."""
     with system_errors(path):
         save_file(dict(tensors), path, None if metadata is None else dict(metadata))
 

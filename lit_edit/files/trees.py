@@ -20,7 +20,6 @@ import base64
 import json
 import math
 import struct
-import warnings
 from bisect import bisect
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
@@ -84,7 +83,7 @@ def save_tree(tree: Any, path: str | Path) -> None:
     if len(text) <= _MAX_TEXT:
         metadata["tree"] = text
     else:
-        tensors["tree"] = torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8)
+        tensors["tree"] = _as_tensor(text.encode())
     write_atomically(Path(path), lambda target: save_tensors(tensors, target, metadata))
 
 
@@ -226,11 +225,7 @@ def _in_order_of_memory(value: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def _as_tensor(value: bytes) -> Tensor:
-    if not value:
-        return torch.empty(0, dtype=torch.uint8)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*buffer is not writable.*")  # nobody will
-        return torch.frombuffer(value, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.empty(0, dtype=torch.uint8)
 
 
 def _is_key(value: Any) -> bool:
@@ -276,7 +271,7 @@ class _Reader:
         self._loaded: dict[str, Tensor] = {}
         self._kinds: dict[str, Callable[[Any, int], Any]] = {
             "dict": self._dict,
-            "tuple": self._tuple,
+            "tuple": lambda content, depth: tuple(self.value(_of(list, content), depth)),
             "tensor": self._tensor,
             "bytes": lambda content, _: _bytes(self._file, content),
             "float": lambda content, _: _float(_of(str, content)),
@@ -306,9 +301,6 @@ class _Reader:
             raise ValueError("a dictionary with a key twice")
         return found
 
-    def _tuple(self, content: Any, depth: int) -> tuple[Any, ...]:
-        return tuple(self.value(_of(list, content), depth))
-
     def _tensor(self, content: Any, depth: int) -> Tensor:
         name, order = _pair(content) if isinstance(content, list) else (content, [])
         if _of(str, name) not in self._loaded:
@@ -317,17 +309,13 @@ class _Reader:
         value = self._loaded[name]
         if not isinstance(content, list):
             return value
-        if sorted(map(_index, _of(list, order))) != list(range(value.dim())):
+        if sorted(_of(int, dim) for dim in _of(list, order)) != list(range(value.dim())):
             raise ValueError("a tensor with dimensions that it does not have")
         return value.permute([order.index(dim) for dim in range(value.dim())])
 
 
 def _description(file: Any) -> Any:
-    """Return the JSON that describes the tree.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Return the JSON that describes the tree; :class:`ValueError` if there is none."""
     metadata = file.metadata() or {}
     if metadata.get("format") != _FORMAT["format"]:
         raise ValueError("a safetensors file of another kind")
@@ -372,10 +360,6 @@ def _pair(value: Any) -> list[Any]:
     if len(_of(list, value)) != 2:
         raise ValueError(f"{len(value)} values where two should be")
     return value
-
-
-def _index(value: Any) -> int:
-    return _of(int, value)
 
 
 def _is_pickle(path: Path) -> bool:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from lit_edit.models.packaged import PACKAGED, ModelUnavailableError, fetch
+from lit_edit.models.packaged import PACKAGED, ModelUnavailableError, fetch, find_source
 from lit_edit.models.products import Products
 from lit_edit.models.spec import ArchSpec
 
@@ -82,7 +82,7 @@ class LanguageModel:
                 cut_layers(model.to(cut[1]), cut[0], self.arch)
             return model, tokenizer
         if self.name not in PACKAGED:
-            return self._load(self._resolve(), cut)
+            return self._load(find_source(self.name), cut)
         try:
             return self._load(str(fetch(PACKAGED[self.name])), cut)
         except ModelUnavailableError as error:
@@ -120,19 +120,6 @@ class LanguageModel:
         if not os.path.isdir(source):
             source = snapshot_download(source, revision=self.revision, allow_patterns=["*.safetensors", "*.json"])
         return load_in_parts(Path(source), *cut, dtype, self.arch, **options)
-
-    def _resolve(self) -> str:
-        folder = os.path.expanduser(self.name)
-        if self.name and os.path.isdir(folder):
-            if not os.path.isfile(os.path.join(folder, "config.json")):
-                raise ModelUnavailableError(f"{self.name} is no model folder: it holds no config.json")
-            return folder
-        if os.path.exists(folder) or self.name.startswith((".", "/", "~")) or "/" not in self.name:
-            raise ModelUnavailableError(
-                f"there is no model {self.name!r} (model.language_model.name): not a packaged model "
-                f"({', '.join(PACKAGED)}), not a folder, and not a hub id (owner/name)"
-            )
-        return self.name
 
 
 @contextmanager

@@ -191,6 +191,25 @@ def _download(model: Packaged, folder: Path) -> Path:
     return wheels[0]
 
 
+def find_source(name: str) -> str:
+    """Return the folder or hub id of a model that is not packaged; whether a hub has it is not asked.
+
+    Raises:
+        ModelUnavailableError: If it can be neither.
+    """
+    folder = os.path.expanduser(name)
+    if name and os.path.isdir(folder):
+        if not os.path.isfile(os.path.join(folder, "config.json")):
+            raise ModelUnavailableError(f"{name} is no model folder: it holds no config.json")
+        return folder
+    if os.path.exists(folder) or name.startswith((".", "/", "~")) or "/" not in name:
+        raise ModelUnavailableError(
+            f"there is no model {name!r} (model.language_model.name): not a packaged model "
+            f"({', '.join(PACKAGED)}), not a folder, and not a hub id (owner/name)"
+        )
+    return name
+
+
 def _check_hash(path: Path, expected: str) -> None:
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -40,31 +40,18 @@ CPU_LAUNCH, GPU_LAUNCH = 1.5e-3, 0.5e-3  # seconds of Python per layer and pass;
 
 @dataclass(frozen=True)
 class Setup:
-    """How a stream is run.
+    """How a stream is run."""
 
-    Attributes:
-        dtype: Of the weights.
-        devices: In all, over all nodes.
-        strategy: ``ddp`` gives each rank the whole model; ``fsdp2`` shares the decoder layers out.
-        gpu: Whether devices have a memory of their own, beside the host's.
-        window: Edits whose targets are fitted together.
-        batch: Edits of a step.
-        edits: Of the stream; ``None`` for many.
-        statistics: Tokens that key statistics are to read, at least.
-        storage: Type and place of the solver's matrices.
-        rounded: Whether the layers above are multiplied in bfloat16 copies.
-    """
-
-    dtype: torch.dtype
-    devices: int = 1
-    strategy: Strategy = "single"
-    gpu: bool = False
-    window: int = 32
-    batch: int = 1
-    edits: int | None = None
-    statistics: int = 0
-    storage: SolverStorage = SolverStorage()  # noqa: RUF009 - frozen
-    rounded: bool = False
+    dtype: torch.dtype  # of the weights
+    devices: int = 1  # in all, over all nodes
+    strategy: Strategy = "single"  # ddp: each rank has the whole model; fsdp2: they share the decoder layers
+    gpu: bool = False  # whether devices have a memory of their own
+    window: int = 32  # edits whose targets are fitted together
+    batch: int = 1  # edits of a step
+    edits: int | None = None  # of the stream; None for many
+    statistics: int = 0  # tokens that key statistics are to read, at least
+    storage: SolverStorage = SolverStorage()  # noqa: RUF009 - frozen; of the solver's matrices
+    rounded: bool = False  # whether the layers above are multiplied in bfloat16 copies
 
     @property
     def folded(self) -> bool:
@@ -74,76 +61,45 @@ class Setup:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a device can do.
+    """What a device can do."""
 
-    Attributes:
-        rate: Floating-point operations per second of matrix products in the type of the weights.
-        bandwidth: Bytes per second to and from its memory.
-        utilisation: Share of ``rate`` that passes of the engine reach.
-        link: Bytes per second between devices.
-        host: Operations per second of products in float64 on the host, where key statistics are summed up.
-        host_bandwidth: Bytes per second to and from the host's memory.
-        short: Like ``rate``, of products that are rounded to bfloat16; ``None`` if the same.
-        source: Where this comes from, for people.
-    """
-
-    rate: float
-    bandwidth: float
-    utilisation: float = 0.55
-    link: float = 100e9
-    host: float = 100e9
-    host_bandwidth: float = 30e9
-    short: float | None = None
-    source: str = "given"
+    rate: float  # operations per second of matrix products in the type of the weights
+    bandwidth: float  # bytes per second to and from its memory
+    utilisation: float = 0.55  # share of rate that passes of the engine reach
+    link: float = 100e9  # bytes per second between devices
+    host: float = 100e9  # operations per second in float64 on the host, where key statistics are summed up
+    host_bandwidth: float = 30e9  # bytes per second to and from the host's memory
+    short: float | None = None  # like rate, of products that are rounded to bfloat16; None if the same
+    source: str = "given"  # where this comes from, for people
 
 
 @dataclass(frozen=True)
 class Item:
-    """Something that takes memory.
-
-    Attributes:
-        name: What.
-        first: Bytes on rank 0.
-        others: Bytes on each other rank.
-        place: Where.
-        passing: Whether it comes and goes; of those only the largest counts.
-    """
+    """Something that takes memory."""
 
     name: str
-    first: float
-    others: float
+    first: float  # bytes on rank 0
+    others: float  # bytes on each other rank
     place: Place = "device"
-    passing: bool = False
+    passing: bool = False  # whether it comes and goes; of those only the largest counts
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Something that takes time.
-
-    Attributes:
-        name: What.
-        operations: Floating-point operations of one edit, over all ranks.
-        seconds: Of one edit.
-    """
+    """Something that takes time."""
 
     name: str
-    operations: float
-    seconds: float
+    operations: float  # floating-point operations of one edit, over all ranks
+    seconds: float  # of one edit
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stream of edits takes.
+    """What a stream of edits takes."""
 
-    Attributes:
-        items: What takes memory.
-        phases: What takes time, edit by edit.
-        once: What takes time once, before the first edit.
-    """
-
-    items: tuple[Item, ...]
-    phases: tuple[Phase, ...]
-    once: tuple[Phase, ...]
+    items: tuple[Item, ...]  # what takes memory
+    phases: tuple[Phase, ...]  # what takes time, edit by edit
+    once: tuple[Phase, ...]  # what takes time once, before the first edit
 
     def total(self, place: Place = "device", first: bool = True) -> float:
         """Return the bytes in a place at the worst moment, on rank 0 or on each other rank."""
@@ -175,15 +131,7 @@ class Plan:
 
 
 def make_plan(sizes: ModelSizes, editor: ClosedFormEditor, setup: Setup, workload: Workload, speed: Speed) -> Plan:
-    """Return memory per device and time per edit.
-
-    Args:
-        sizes: Of the model.
-        editor: The method, with its settings.
-        setup: Devices, window, types and places.
-        workload: Tokens of an edit.
-        speed: Of a device.
-    """
+    """Return memory per device and time per edit."""
     items = [*_staying(sizes, editor, setup, workload), *_passing(sizes, editor, setup, workload)]
     if setup.devices == 1:
         items = [replace(item, others=0.0) for item in items]
@@ -361,17 +309,10 @@ def _once(sizes: ModelSizes, setup: Setup, speed: Speed) -> tuple[Phase, ...]:
 def _pass_seconds(
     operations: float, sizes: ModelSizes, layers: Sequence[int], passes: float, setup: Setup, speed: Speed
 ) -> float:
-    """Return what passes through some layers take.
+    """Return what ``passes`` through some layers, which may stand there twice, take on one rank.
 
     A GPU computes, reads weights and waits for Python at the same time; on a CPU Python comes on top.
-
-    Args:
-        operations: Of all passes, on one rank.
-        sizes: Of the model.
-        layers: Which layers, in whatever order; a layer may stand there twice.
-        passes: How many.
-        setup: Types and devices.
-        speed: Of a device.
+    ``operations`` are those of all passes.
     """
     weights = setup.dtype.itemsize * sum(sizes.layers[n] for n in layers)
     moving = max(operations / (speed.rate * speed.utilisation), passes * weights / speed.bandwidth)

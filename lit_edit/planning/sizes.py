@@ -10,35 +10,20 @@ from lit_edit.models.adapter import ModelAdapter
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a model. Counts are of numbers, not of bytes.
+    """Sizes of a model. Counts are of numbers, not of bytes."""
 
-    Attributes:
-        parameters: All of them; shared ones once.
-        layers: Parameters of each decoder layer.
-        matrices: Those of them that every token is multiplied with.
-        head: Parameters of the head.
-        vocabulary: Tokens.
-        d_model: Width of the residual stream.
-        queries: Width of a token's attention queries; as wide are its outputs.
-        key_values: Width of its attention keys; as wide are its values.
-        heads: Attention heads.
-        kept: Numbers that a layer's MLP keeps of a token for the way back.
-        edited: The edited layers, ascending.
-        shapes: ``(d_out, d_in)`` of each edited layer.
-    """
-
-    parameters: int
-    layers: tuple[int, ...]
-    matrices: tuple[int, ...]
-    head: int
-    vocabulary: int
-    d_model: int
-    queries: int
-    key_values: int
-    heads: int
-    kept: int
-    edited: tuple[int, ...]
-    shapes: tuple[tuple[int, int], ...]
+    parameters: int  # all of them; shared ones once
+    layers: tuple[int, ...]  # parameters of each decoder layer
+    matrices: tuple[int, ...]  # those of them that every token is multiplied with
+    head: int  # parameters of the head
+    vocabulary: int  # tokens
+    d_model: int  # width of the residual stream
+    queries: int  # width of a token's attention queries; as wide are its outputs
+    key_values: int  # width of its attention keys; as wide are its values
+    heads: int  # attention heads
+    kept: int  # numbers that a layer's MLP keeps of a token for the way back
+    edited: tuple[int, ...]  # the edited layers, ascending
+    shapes: tuple[tuple[int, int], ...]  # (d_out, d_in) of each edited layer
 
     @classmethod
     def of(cls, adapter: ModelAdapter, editor: ClosedFormEditor) -> ModelSizes:

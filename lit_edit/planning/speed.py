@@ -17,32 +17,16 @@ from lit_edit.models.products import fastest_accurate, kept_measurement
 
 @dataclass(frozen=True)
 class Measured:
-    """What plans are made of.
+    """What plans are made of."""
 
-    Attributes:
-        rate: Operations per second of matrix products in the type of the weights.
-        short: The same in bfloat16.
-        bandwidth: Bytes per second to and from the memory.
-        host: Operations per second of products in float64 on the host.
-    """
-
-    rate: float
-    short: float
-    bandwidth: float
-    host: float
+    rate: float  # operations per second of matrix products in the type of the weights
+    short: float  # the same in bfloat16
+    bandwidth: float  # bytes per second to and from the memory
+    host: float  # operations per second of products in float64 on the host
 
 
 def measure_speed(adapter: ModelAdapter, dtype: torch.dtype, gpu: bool) -> Measured:
-    """Measure a device of this machine.
-
-    Args:
-        adapter: The model; its choice of products is measured.
-        dtype: Type of its weights.
-        gpu: Whether to measure a GPU.
-
-    Raises:
-        ArgumentError: If there is no GPU to be measured.
-    """
+    """Measure a device of this machine, with the products that the model would choose."""
     device = torch.accelerator.current_accelerator() if gpu and torch.accelerator.is_available() else None
     if gpu and device is None:
         raise ArgumentError("there is no GPU here to be measured: give the rate of one device with --tflops, say 400")

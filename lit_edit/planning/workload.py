@@ -19,33 +19,21 @@ _CONTEXT = "The people of this small town had always been proud. {}"
 
 @dataclass(frozen=True)
 class Workload:
-    """Tokens of one edit, on average over a window.
+    """Tokens of one edit, on average over a window."""
 
-    Attributes:
-        rows: Prompts in all contexts, and the row of the KL term.
-        own: Tokens from the lookup token on, over all rows: what every step runs.
-        shared: Distinct tokens before the lookup tokens: run once for a window.
-        keys: Distinct tokens up to the lookup tokens: run once for the keys.
-        read: States that the head reads in a step.
-        steps: Passes of the target optimisation.
-        counted: Whether counted from the edits of the config; otherwise averages of CounterFact.
-    """
-
-    rows: float
-    own: float
-    shared: float
-    keys: float
-    read: float
-    steps: float
-    counted: bool = False
+    rows: float  # prompts in all contexts, and the row of the KL term
+    own: float  # from the lookup token on, over all rows: what every step runs
+    shared: float  # distinct ones before the lookup tokens: run once for a window
+    keys: float  # distinct ones up to the lookup tokens: run once for the keys
+    read: float  # states that the head reads in a step
+    steps: float  # passes of the target optimisation
+    counted: bool = False  # from the edits of the config; otherwise averages of CounterFact
 
     @classmethod
     def typical(cls, contexts: int, target: TargetSettings) -> Workload:
         """Return what edits of CounterFact have on average (the tokens of SmolLM2; others have fewer).
 
-        Args:
-            contexts: Sampled contexts, beside the plain prompt.
-            target: Settings of the target optimisation.
+        ``contexts`` are sampled ones, beside the plain prompt.
 
         Example:
             >>> Workload.typical(5, TargetSettings()).rows
@@ -69,13 +57,7 @@ class Workload:
         contexts: int,
         target: TargetSettings,
     ) -> Workload:
-        """Count the tokens of some edits.
-
-        Args:
-            tokenizer: The model's tokenizer.
-            requests: The edits of a window.
-            contexts: Sampled contexts, beside the plain prompt.
-            target: Settings of the target optimisation.
+        """Count the tokens of the edits of a window; ``contexts`` as for :meth:`typical`.
 
         Example:
             >>> from lit_edit.testing import tiny_requests, tiny_tokenizer

@@ -22,41 +22,21 @@ _KEY = ("edits", "state", "task", "items")
 
 @dataclass(frozen=True)
 class Asked:
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        tasks: Names of tasks.
-        folder: Of their files; ``None`` takes them from the hub.
-        shots: Answered items in front of each question.
-        limit: Items per task; 0 for all.
-        generation: Also what the model says, besides the likeliest option.
-    """
-
-    tasks: tuple[str, ...]
-    folder: Path | None = None
-    shots: int = 0
-    limit: int = 100
-    generation: bool = True
+    tasks: tuple[str, ...]  # names
+    folder: Path | None = None  # of their files; None takes them from the hub
+    shots: int = 0  # answered items in front of each question
+    limit: int = 100  # items per task; 0 for all
+    generation: bool = True  # also what the model says, besides the likeliest option
 
 
 def measure_run(run: Path, numbers: Sequence[int], asked: Asked, out: Path) -> list[Point]:
-    """Measure a run's model after some numbers of edits, and write ``ability.json``.
+    """Measure a run's model after some numbers of edits, in their order, and write ``ability.json``.
 
     A task's result is kept as it comes (``results.jsonl``) and used again while the run has done the same by then and
     the task has the same items. ``ability.json`` has these tasks at all numbers of edits that are known, also from
-    earlier.
-
-    Args:
-        run: Folder of the run; it is not changed.
-        numbers: Of edits, rising.
-        asked: What is measured.
-        out: Folder of the results.
-
-    Returns:
-        The measurements, in the order of the numbers.
-
-    Raises:
-        ArgumentError: If the run has not made so many edits, or ``out`` holds results of other settings.
+    earlier. :class:`ArgumentError` if ``out`` holds results of other settings.
     """
     from tqdm import tqdm
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.data.request import DataError, EditRequest
-from lit_edit.files.paths import without_nan, write_atomically
+from lit_edit.files.paths import read_json_lines, without_nan, write_json_lines
 from lit_edit.ledger.history import EditHistory, LedgerEntry
 
 if TYPE_CHECKING:
@@ -36,12 +35,7 @@ def write_answers(
     """Write ``ledger/answers.jsonl``: one line per edit, with all its prompts.
 
     What an earlier call wrote of the base model and of the moment of the edit stays if it is not measured now.
-
-    Args:
-        folder: The run's.
-        history: Its edits.
-        results: By stage and id.
-        tokenizer: Decodes first choices.
+    ``results`` are by stage and id.
     """
     rows = answers_of(history, results, tokenizer)
     earlier = {row["number"]: row for row in read_answers(folder)}
@@ -51,8 +45,7 @@ def write_answers(
             continue
         for prompt, before in zip(row["prompts"], old["prompts"], strict=True):
             prompt |= {s: before[s] for s in STAGES[:2] if s in before and s not in prompt}
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in without_nan(rows))
-    write_atomically(answers_path(folder), lambda path: path.write_text(text, encoding="utf-8"))
+    write_json_lines(answers_path(folder), without_nan(rows))
 
 
 def answers_of(
@@ -72,8 +65,7 @@ def answers_of(
 def read_answers(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of ``ledger/answers.jsonl``; none if it is not there or damaged."""
     try:
-        text = answers_path(folder).read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.split("\n") if line]
+        rows = read_json_lines(answers_path(folder))
         return [row for row in rows if row["number"] >= 0 and row["id"] and all(map(_is_whole, row["prompts"]))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
@@ -87,13 +79,7 @@ def _is_whole(prompt: Mapping[str, Any]) -> bool:
 def answer_rows(
     history: EditHistory, results: Mapping[str, Mapping[str, EditResult]], decode: Decode
 ) -> list[dict[str, Any]]:
-    """Return one row per edit whose request is on record.
-
-    Args:
-        history: The edits.
-        results: By stage and id.
-        decode: From token ids to text.
-    """
+    """Return one row per edit whose request is on record; ``results`` are by stage and id."""
     from lit_edit.metrics.evaluation import KINDS
 
     rows = []

@@ -12,17 +12,7 @@ from lit_edit.runs.reading import read_history
 
 
 def check_source(source: Path, target: Path, overwrite: bool = False) -> None:
-    """Check that a run can begin, or has begun, with the edits of another.
-
-    Args:
-        source: The folder of the earlier run.
-        target: The folder of the new one, which may exist.
-        overwrite: It will be deleted.
-
-    Raises:
-        RunError: If the earlier run is not there or has no journal.
-        ArgumentError: If it is the new one itself, or that has begun with something else.
-    """
+    """Check that a run can begin, or has begun, with the edits of another (if ``overwrite``, it is deleted first)."""
     read_history(source)
     source, target = source.expanduser().resolve(), target.resolve()
     if source == target or source in target.parents or target in source.parents:
@@ -37,19 +27,7 @@ def check_source(source: Path, target: Path, overwrite: bool = False) -> None:
 
 
 def carry_over(source: Path, target: Path) -> int:
-    """Begin a run's journal with the edits of another run, whose ids are marked with its name.
-
-    Args:
-        source: The folder of the earlier run.
-        target: The folder of the new one.
-
-    Returns:
-        How many edits hold.
-
-    Raises:
-        RunError: If the earlier run has no journal.
-        ArgumentError: If the new one has one already.
-    """
+    """Begin a run's journal with the edits of another, whose ids are marked with its name; return how many hold."""
     history, name = read_history(source), source.expanduser().resolve().name
     if journal_path(target).is_file() and len(Journal(journal_path(target))):
         raise ArgumentError(f"{target} has edits already; continue {source} in a new run")

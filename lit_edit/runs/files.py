@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from lit_edit.errors import UserError
-from lit_edit.files.paths import without_nan, write_atomically, write_json
+from lit_edit.files.paths import read_json_lines, without_nan, write_json, write_json_lines
 
 if TYPE_CHECKING:
     from lit_edit.ledger.edit_ledger import EditLedger
@@ -40,12 +40,7 @@ def deltas_path(folder: Path) -> Path:
 def run_lock(folder: Path, other: str = "--run_name") -> Iterator[None]:
     """Keep other processes out of a run folder; the system lifts the lock when a process dies, however it dies.
 
-    Args:
-        folder: The folder, which exists.
-        other: The option that names another one, for the message.
-
-    Raises:
-        RunLockedError: If another process is in it.
+    ``other`` is the option that names another folder, for the message of :class:`RunLockedError`.
     """
     lock = FileLock(folder / ".lock", blocking=False)
     try:
@@ -67,12 +62,7 @@ def write_run_files(
 ) -> None:
     """Write ``ledger/edits.jsonl`` and ``ledger/deltas.safetensors``: what the journal adds up to.
 
-    Args:
-        folder: The run's.
-        ledger: Its edits.
-        base_hash: Of the weights that they change.
-        results: By stage and id.
-        missed: By id, of edits that were found not to hold along the stream: after how many edits that was.
+    ``results`` and ``missed`` are as for :func:`edit_rows`.
     """
     from lit_edit.export.model import save_deltas
 
@@ -82,16 +72,14 @@ def write_run_files(
         old = kept.get(row["number"], {})
         if old.get("id") == row["id"]:
             row |= {k: v for k, v in old.items() if k.startswith(("base_", "immediate_", "missed_")) and k not in row}
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    write_atomically(folder / "ledger" / "edits.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+    write_json_lines(folder / "ledger" / "edits.jsonl", rows)
     save_deltas(ledger, deltas_path(folder), base_hash)  # last: it says up to where the files have come
 
 
 def _earlier_rows(path: Path) -> dict[int, dict[str, Any]]:
     """Return the rows that a run's list of edits holds so far, by number; none if it cannot be read."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        return {row["number"]: row for row in rows}
+        return {row["number"]: row for row in read_json_lines(path)}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -143,12 +131,7 @@ def update_summary(folder: Path, ledger: EditLedger, final: Summary | None) -> N
     """Bring ``summary.json`` up to edits that were taken out or put back after the end.
 
     What callbacks had measured is of the model as it was at the end, and is not measured again: it is moved to
-    ``before_change``.
-
-    Args:
-        folder: The run's.
-        ledger: As it is now.
-        final: The metrics over the edits that hold; ``None`` if they were not measured.
+    ``before_change``. ``final`` are the metrics over the edits that hold; ``None`` if they were not measured.
     """
     path = folder / "summary.json"
     if not path.is_file():

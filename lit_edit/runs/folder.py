@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
@@ -22,6 +21,7 @@ from lit_edit.data.request import DataError, EditRequest
 from lit_edit.editors.memory.engine import MemoryEditor
 from lit_edit.errors import UserError
 from lit_edit.export.model import apply_deltas
+from lit_edit.files.paths import read_json_lines
 from lit_edit.files.trees import CheckpointError, load_tree
 from lit_edit.ledger.edit_ledger import EditLedger, weights_state
 from lit_edit.ledger.history import EditHistory, LedgerEntry
@@ -33,7 +33,7 @@ from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.spec import ArchSpec
 from lit_edit.runs.answers import write_answers
 from lit_edit.runs.files import deltas_path, journal_path, run_lock, update_summary, write_run_files
-from lit_edit.runs.reading import RunError, check_folder, has_ended, read_history
+from lit_edit.runs.reading import RunError, check_finished, check_folder, read_history
 from lit_edit.stats.second_moment import weights_hash
 from lit_edit.stream.edit_stream import EditStream
 from lit_edit.stream.precision import cast_as
@@ -44,20 +44,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class OpenRun:
-    """A run's model, unedited until :meth:`apply` is called, and what was edited.
-
-    Attributes:
-        entries: The edits that hold.
-        editor: The run's, if it keeps its edits beside the weights.
-    """
+    """A run's model, unedited until :meth:`apply` is called, and what was edited."""
 
     folder: Path
     language_model: LanguageModel
     ledger: EditLedger
     tokenizer: Any
-    entries: list[LedgerEntry]
+    entries: list[LedgerEntry]  # the edits that hold
     base_hash: str
-    editor: MemoryEditor | None = None
+    editor: MemoryEditor | None = None  # the run's, if it keeps its edits beside the weights
 
     @property
     def requests(self) -> list[EditRequest]:
@@ -82,16 +77,11 @@ def open_run(folder: Path) -> OpenRun:
     """Load the base model of a run and read what the run edited.
 
     Raises:
-        RunError: If the folder is no finished run.
+        RunError: If it is no finished run.
         WeightsChangedError: If the base model is not the one that the edits were made on.
     """
-    folder = check_folder(folder)
+    folder = check_finished(folder)
     deltas = deltas_path(folder)
-    if not deltas.is_file() and not has_ended(folder):
-        raise RunError(
-            f"{folder} is no finished run (no {deltas.name}); if the run was interrupted, finish it: "
-            f"lit-edit fit --config {folder}/config.yaml --resume auto"
-        )
     _catch_up(folder)
     try:
         settings = dict(_read_config(folder)["model"]["language_model"])
@@ -144,10 +134,9 @@ def _entries(folder: Path) -> list[LedgerEntry]:
     """Return the edits that hold: from the journal, or the list of a run that has none."""
     if journal_path(folder).is_file():
         return read_history(folder).live
-    rows = (folder / "ledger" / "edits.jsonl").read_text("utf-8").split("\n")  # texts may hold other line breaks
     return [
         LedgerEntry(row["id"], row["subject"], row["prompt"], row["target_new"])
-        for row in (json.loads(row) for row in rows if row)
+        for row in read_json_lines(folder / "ledger" / "edits.jsonl")
         if row.get("status", "holds") == "holds"
     ]
 
@@ -172,17 +161,11 @@ def _catch_up(folder: Path) -> None:
 
 @dataclass
 class ChangingRun:
-    """A run whose edits are being changed.
-
-    Attributes:
-        folder: The run's.
-        stream: With the model as the journal left it.
-        session: Makes the changes.
-    """
+    """A run whose edits are being changed."""
 
     folder: Path
-    stream: EditStream
-    session: EditSession
+    stream: EditStream  # with the model as the journal left it
+    session: EditSession  # makes the changes
 
     def measure(self) -> Summary:
         """Measure the edits that hold on the model as it is now."""
@@ -209,12 +192,7 @@ class ChangingRun:
 
 @contextmanager
 def open_for_change(folder: Path) -> Iterator[ChangingRun]:
-    """Open a run at the end of its journal, for nobody else to work in meanwhile.
-
-    Raises:
-        RunError: If it cannot be opened.
-        RunLockedError: If another process works in it.
-    """
+    """Open a run at the end of its journal, for nobody else to work in meanwhile: :class:`RunLockedError`."""
     folder = check_folder(folder).resolve()
     if not journal_path(folder).is_file():
         raise RunError(f"{folder} has no journal ({journal_path(folder)}): its edits cannot be changed")
@@ -225,7 +203,8 @@ def open_for_change(folder: Path) -> Iterator[ChangingRun]:
         assert stream.model is not None  # noqa: S101 - for the type checker
         cast_as(stream.model, precision_of(folder))
         stream.ledger.align()
-        session = stream.open(newest_checkpoint(folder))
+        path = find_checkpoint(folder)
+        session = stream.open(None if path is None else load_tree(path)["lit_edit"])
         yield ChangingRun(folder, stream, session)
 
 
@@ -234,13 +213,7 @@ def open_as_of(folder: Path, edits: int) -> Iterator[ChangingRun]:
     """Open a run as it was after so many edits, in a folder that is gone afterwards; the run itself is not touched.
 
     The edits are replayed from the journal, without fitting anything. Where one step made several, all of them are.
-
-    Args:
-        folder: The run's.
-        edits: How many were made, whether they hold still or not.
-
-    Raises:
-        RunError: If the run cannot be opened or has not made so many.
+    Edits are counted whether they hold still or not; :class:`RunError` if the run has not made so many.
     """
     folder = check_folder(folder).resolve()
     count = records_until(read_history(folder), Journal(journal_path(folder), writable=False).records, edits)
@@ -254,11 +227,7 @@ def open_as_of(folder: Path, edits: int) -> Iterator[ChangingRun]:
 
 
 def records_until(history: EditHistory, records: Sequence[Mapping[str, Any]], edits: int) -> int:
-    """Return how many records of a journal lead to its first so many edits, with what came of them before the next one.
-
-    Raises:
-        RunError: If there are not so many.
-    """
+    """Return how many records of a journal lead to its first so many edits, with what came of them before the next."""
     if edits > len(history.made):
         raise RunError(f"the run has made {len(history.made)} edits, not {edits}")
     made = 0
@@ -283,13 +252,6 @@ def stream_of(folder: Path) -> EditStream:
         raise RunError(f"{folder}/config.yaml does not describe a run: {error}") from error
     assert isinstance(stream, EditStream)  # noqa: S101 - for the type checker
     return stream
-
-
-def newest_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Return what the newest checkpoint of a run holds under ``lit_edit``, if it is whole and fits the journal."""
-    path = find_checkpoint(folder)
-    saved = None if path is None else load_tree(path)["lit_edit"]
-    return saved if isinstance(saved, dict) else None
 
 
 def find_checkpoint(folder: Path) -> Path | None:

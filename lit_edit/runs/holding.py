@@ -30,25 +30,15 @@ _ROWS = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What has become of one edit.
+    """What has become of one edit."""
 
-    Attributes:
-        number: In the order of making; ``None`` for an edit that was refused.
-        id: In the data.
-        prompt: Filled; empty for a refused edit of which the record has the id alone.
-        wanted: The new object.
-        state: What has become of it.
-        said: What the model says instead: its first choices, up to the first that leaves the new object.
-        reasons: Why it does not hold, the likeliest first.
-    """
-
-    number: int | None
-    id: str
-    prompt: str
-    wanted: str
-    state: State
-    said: str | None = None
-    reasons: tuple[str, ...] = ()
+    number: int | None  # in the order of making; None for an edit that was refused
+    id: str  # in the data
+    prompt: str  # filled; empty for a refused edit of which the record has the id alone
+    wanted: str  # the new object
+    state: State  # what has become of it
+    said: str | None = None  # instead: the first choices, up to the first that leaves the new object
+    reasons: tuple[str, ...] = ()  # why it does not hold, the likeliest first
 
     @property
     def failed(self) -> bool:
@@ -62,15 +52,12 @@ class Verdict:
 
 
 def judge(edits: _ROWS, answers: _ROWS, records: _ROWS) -> list[Verdict]:
-    """Return what has become of every edit that was asked for.
+    """Return what has become of every edit that was asked for: those made, in order, and behind them those refused.
 
     Args:
         edits: As in ``ledger/edits.jsonl``; the marks in it that begin with ``final_`` are of the model as it is now.
         answers: As in ``ledger/answers.jsonl``.
         records: Of the journal, without their tensors.
-
-    Returns:
-        The edits that were made, in order, and behind them those that were refused.
 
     Example:
         >>> edit = {"number": 1, "id": "a", "status": "holds", "subject": "Italy", "prompt": "The capital of Italy is",
@@ -239,15 +226,9 @@ def failures(verdicts: Sequence[Verdict]) -> list[Verdict]:
 
 
 def closing_lines(verdicts: Sequence[Verdict], run: str | None = None, most: int | None = 10) -> list[str]:
-    """Say how many edits hold, which do not and why, and what can be done about it.
+    """Say how many edits hold, which do not and why (of so many at most), and what can be done about it.
 
-    Args:
-        verdicts: Of :func:`judge`.
-        run: The run's folder, for commands; ``None`` where there is none.
-        most: Tell of so many edits at most.
-
-    Returns:
-        Lines; none of them holds a line break.
+    Without the folder of a ``run`` no commands are named. None of the lines holds a line break.
     """
     failed = failures(verdicts)
     shown = failed[:most]

@@ -12,7 +12,7 @@ from lit_edit.errors import UserError
 from lit_edit.ledger.history import EditHistory
 from lit_edit.ledger.journal import Journal
 from lit_edit.runs.answers import answers_of, read_answers
-from lit_edit.runs.files import current_rows, edit_rows, journal_path
+from lit_edit.runs.files import current_rows, deltas_path, edit_rows, journal_path
 from lit_edit.runs.holding import Verdict, counts, failures, judge
 
 if TYPE_CHECKING:
@@ -31,33 +31,41 @@ def has_ended(folder: Path) -> bool:
     return path.is_file() and any(record["kind"] == "end" for record in Journal(path, writable=False).records)
 
 
-def check_folder(folder: Path) -> Path:
-    """Return the folder of a run, with ``~`` put in full.
-
-    Raises:
-        RunError: If there is none, or it is no run's.
-    """
+def find_folder(folder: Path) -> Path:
+    """Return the folder of a run, with ``~`` put in full; :class:`RunError` if there is none."""
     folder = folder.expanduser()
     if not folder.is_dir():
         raise RunError(f"there is no run folder {folder}")
+    return folder
+
+
+def check_folder(folder: Path) -> Path:
+    """Return the folder of a run that has got as far as its settings; :class:`RunError` if it is none."""
+    folder = find_folder(folder)
     if not (folder / "config.yaml").is_file():
         raise RunError(f"{folder} is no finished run (no config.yaml)")
     return folder
 
 
-def read_history(folder: Path) -> EditHistory:
-    """Return what the journal of a run says, without opening a model or changing a file.
+def check_finished(folder: Path) -> Path:
+    """Return the folder of a run whose edited model can be opened; :class:`RunError` if it is none."""
+    folder = check_folder(folder)
+    deltas = deltas_path(folder)
+    if not deltas.is_file() and not has_ended(folder):
+        raise RunError(
+            f"{folder} is no finished run (no {deltas.name}); if the run was interrupted, finish it: "
+            f"lit-edit fit --config {folder}/config.yaml --resume auto"
+        )
+    return folder
 
-    Raises:
-        RunError: If there is no such run or it has no journal.
-    """
+
+def read_history(folder: Path) -> EditHistory:
+    """Return what the journal of a run says, without opening a model or changing a file."""
     return EditHistory.of(_records(folder))
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
-    folder = folder.expanduser()
-    if not folder.is_dir():
-        raise RunError(f"there is no run folder {folder}")
+    folder = find_folder(folder)
     if not journal_path(folder).is_file():
         raise RunError(f"{folder} has no journal ({journal_path(folder)}): it is no run of this version of lit-edit")
     return Journal(journal_path(folder), writable=False).records
@@ -65,17 +73,11 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class EditLog:
-    """The edits of a run, as its folder tells them.
+    """The edits of a run, as its folder tells them."""
 
-    Attributes:
-        rows: As in ``ledger/edits.jsonl``, one per edit ever made.
-        verdicts: What has become of them, and behind them of the edits that were refused.
-        times: By number: when an edit was made.
-    """
-
-    rows: list[dict[str, Any]]
-    verdicts: list[Verdict]
-    times: dict[int, str]
+    rows: list[dict[str, Any]]  # as in ledger/edits.jsonl, one per edit ever made
+    verdicts: list[Verdict]  # what has become of them, and behind them of the edits that were refused
+    times: dict[int, str]  # by number: when an edit was made
 
     def as_list(self) -> list[dict[str, Any]]:
         """Return a row per edit with its verdict, for programs."""
@@ -84,11 +86,7 @@ class EditLog:
 
 
 def read_log(folder: Path) -> EditLog:
-    """Return what the folder of a run says of its edits, without opening a model or changing a file.
-
-    Raises:
-        RunError: If there is no such run or it has no journal.
-    """
+    """Return what the folder of a run says of its edits, without opening a model or changing a file."""
     records, folder = _records(folder), folder.expanduser()
     rows = current_rows(folder, EditHistory.of(records))
     return EditLog(rows, judge(rows, read_answers(folder), records), _times(records))
@@ -111,11 +109,7 @@ def _times(records: Sequence[Mapping[str, Any]]) -> dict[int, str]:
 
 
 def read_outcome(folder: Path) -> dict[str, Any]:
-    """Return what a program wants to know of a run: counts, the main numbers of its summary, and what does not hold.
-
-    Raises:
-        RunError: If there is no such run or it has no journal.
-    """
+    """Return what a program wants to know of a run: counts, main numbers of its summary, and what does not hold."""
     verdicts = read_log(folder).verdicts
     path = folder.expanduser() / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

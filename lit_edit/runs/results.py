@@ -15,14 +15,9 @@ Row = TypeVar("Row")
 
 
 def read_lines(path: Path, read: Callable[[Mapping[str, Any]], Row]) -> Iterator[Row]:
-    """Read results; a last line that was cut off is taken away.
+    """Read results, each made of a line's primitives; a last line that was cut off is taken away.
 
-    Args:
-        path: The file, if there is one.
-        read: Makes a result of a line's primitives.
-
-    Raises:
-        UserError: If another line is damaged; names file and line.
+    The :class:`UserError` for another damaged line names file and line.
     """
     if not path.exists():
         return
@@ -50,13 +45,9 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
 
 
 class ResultsFolder(Generic[Row]):
-    """A folder with ``settings.json``, and a file with a finished result per line.
+    """A folder with ``settings.json``, and a file ``name`` with a finished result per line, which ``read`` makes of it.
 
-    Args:
-        path: The folder, which exists.
-        read: Makes a result of a line's primitives.
-        what: The folder holds, for messages.
-        name: Of the file with the results.
+    ``what`` the folder holds is for messages.
     """
 
     def __init__(
@@ -66,14 +57,10 @@ class ResultsFolder(Generic[Row]):
         self.results = path / name
 
     def open(self, settings: Mapping[str, Any]) -> list[Row]:
-        """Begin here, or go on: return the results on record.
-
-        Args:
-            settings: All that decides about the numbers, as primitives.
+        """Begin here, or go on: return the results on record. ``settings`` are all that decides about the numbers.
 
         Raises:
-            ArgumentError: If the folder was begun with other settings.
-            UserError: If its files are damaged.
+            ArgumentError: If the folder was begun with other settings; :class:`UserError` if its files are damaged.
         """
         wanted = without_nan(json.loads(json.dumps(settings)))
         file = self.path / "settings.json"

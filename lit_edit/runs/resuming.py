@@ -15,7 +15,8 @@ from lit_edit.runs.files import journal_path
 
 log = logging.getLogger(__name__)
 
-_OF_ONE_RUN = ("config", "run_name", "runs_dir", "resume", "overwrite", "ckpt_path", "weights_only")
+OF_ONE_RUN = ("config", "run_name", "runs_dir", "resume", "overwrite", "ckpt_path", "weights_only")
+"""Settings that change nothing of what comes of a run."""
 _PLACES = ("save_dir", "name", "version", "dirpath", "default_root_dir")
 
 
@@ -34,12 +35,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def find_run(runs: Path, config: str) -> Path | None:
-    """Return the newest run folder with the same settings.
-
-    Args:
-        runs: Where run folders are.
-        config: The settings, as YAML.
-    """
+    """Return the newest run folder with the same settings, given as YAML."""
     wanted = _comparable(config)
     same = [
         path
@@ -96,7 +92,7 @@ def _comparable(text: str) -> Any:
         return None
     if not isinstance(config, dict):
         return None
-    own = {name: value for name, value in config.items() if name not in _OF_ONE_RUN}
+    own = {name: value for name, value in config.items() if name not in OF_ONE_RUN}
     return {**own, "trainer": _without_places(own.get("trainer"))}
 
 

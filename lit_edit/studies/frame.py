@@ -83,16 +83,9 @@ def run_rest(
             raise ArgumentError(f"nothing of this {what} is done yet in {folder}; leave --gather out")
         return 0
 
-    from lit_edit.sweeps.points import check_begun, list_points, parse_points, run_points
+    from lit_edit.sweeps.points import run_or_list
 
-    settings = parse_points(grid, grid.points)
-    check_begun(folder, grid.points, settings)
-    if options.dry_run:
-        sys.stdout.write(list_points(grid, grid.points, folder))
-        return None
-    if prepare is not None:
-        prepare(settings)
-    return run_points(grid, folder, grid.points, settings)
+    return run_or_list(grid, folder, options.dry_run, prepare=prepare)
 
 
 def as_cell(value: float | str | None, form: str = ".3f") -> str:

@@ -13,7 +13,7 @@ from lit_edit.files.metric_rows import read_rows
 from lit_edit.files.pictures import add_panel, looks_of, new_figure
 from lit_edit.sweeps import gathering
 from lit_edit.sweeps.gathering import COSTS, METRICS, failure_of, row_of, with_failures
-from lit_edit.sweeps.grids import Grid, Point
+from lit_edit.sweeps.grids import Grid
 from lit_edit.sweeps.outputs import as_markdown, write_outputs
 
 if TYPE_CHECKING:
@@ -37,21 +37,13 @@ Series = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Course:
-    """What happened to a model over the edits of one editor.
+    """What happened to a model over the edits of one editor."""
 
-    Attributes:
-        editor: Its label.
-        state: How far its run is, as :func:`lit_edit.sweeps.gathering.state_of` says.
-        edits: How many it has made.
-        base: By quantity (``efficacy/success``, ``perplexity``, ``mean |W|``): the value before the first edit.
-        series: By quantity: the values on the way.
-    """
-
-    editor: str
-    state: str
-    edits: int = 0
-    base: Mapping[str, float] = field(default_factory=dict)
-    series: Mapping[str, Series] = field(default_factory=dict)
+    editor: str  # its label
+    state: str  # how far its run is: sweeps.gathering.state_of
+    edits: int = 0  # how many it has made
+    base: Mapping[str, float] = field(default_factory=dict)  # by quantity: before the first edit
+    series: Mapping[str, Series] = field(default_factory=dict)  # by efficacy/success, perplexity, mean |W|: on the way
 
     @property
     def is_cut(self) -> bool:
@@ -98,20 +90,17 @@ def _at_stage(values: Mapping[str, float], stage: str) -> dict[str, float]:
 
 
 def write_comparison(grid: Grid, folder: Path, measure: str = "success") -> list[dict[str, Any]]:
-    """Write ``compare.md``, ``compare.csv``, ``compare.json`` and ``compare.png`` of a comparison.
+    """Write ``compare.md``, ``.csv``, ``.json`` and ``.png`` of a comparison; return the rows of the table.
 
-    Args:
-        grid: Its editors.
-        folder: The sweep's.
-        measure: What is drawn of efficacy and generalization: ``success`` or ``accuracy``.
-
-    Returns:
-        The rows of the table.
+    ``measure``, ``success`` or ``accuracy``, is what is drawn of efficacy and generalization.
     """
     rows, courses = [], []
     for point in grid.points:
-        row, course = _row_and_course(point, folder / point.name)
-        rows.append(row)
+        row = row_of(point, folder / point.name, COMPARED)
+        course = read_course(point.labels[AXIS], row["state"], folder / point.name)
+        if row["edits"] is None and course.edits:
+            row["edits"] = course.edits
+        rows.append(row | {"error": failure_of(row, folder / point.name)})
         courses.append(course)
     text = f"# {grid.name}\n\n{as_markdown(shown(rows))}"
     text = with_failures(text, [f"{row[AXIS]}: {row['error']}" for row in rows if row["error"]])
@@ -120,14 +109,6 @@ def write_comparison(grid: Grid, folder: Path, measure: str = "success") -> list
     content = {"comparison": grid.name, "settings": grid.settings, "editors": rows}
     write_outputs(folder, "compare", text, rows, figure, content)
     return rows
-
-
-def _row_and_course(point: Point, folder: Path) -> tuple[dict[str, Any], Course]:
-    row = row_of(point, folder, COMPARED)
-    course = read_course(point.labels[AXIS], row["state"], folder)
-    if row["edits"] is None and course.edits:
-        row["edits"] = course.edits
-    return row | {"error": failure_of(row, folder)}, course
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -148,12 +129,8 @@ def draw_comparison(courses: Sequence[Course], measure: str = "success", title: 
     """Draw what happens to a model over the edits, one line per editor in every panel.
 
     Lines that coincide stay visible: the first is the broadest, the last the thinnest and on top. A line that ends
-    before its stream does ends with a cross; a value that is not finite is a triangle at the upper edge.
-
-    Args:
-        courses: One per editor.
-        measure: Of efficacy and generalization, ``success`` or ``accuracy``; the other where it is not known.
-        title: Of the figure.
+    before its stream does ends with a cross; a value that is not finite is a triangle at the upper edge. Where the
+    ``measure`` of efficacy and generalization (``success`` or ``accuracy``) is not known, the other is drawn.
     """
     figure = new_figure(13.5, 7.4, title)
     names = [_quantity(courses, kind, measure) for kind in ("efficacy", "generalization", "locality")]

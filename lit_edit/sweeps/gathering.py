@@ -22,15 +22,11 @@ RECORD = "sweep.json"
 LOG = "sweep.log"
 """In a point's folder: what its processes have written."""
 
-METRICS = {  # by column: where summary.json has it, and digits
-    "efficacy success": ("final", "efficacy", "success"),
-    "efficacy accuracy": ("final", "efficacy", "accuracy"),
-    "generalization success": ("final", "generalization", "success"),
-    "generalization accuracy": ("final", "generalization", "accuracy"),
-    "locality success": ("final", "locality", "success"),
-    "locality accuracy": ("final", "locality", "accuracy"),
-    "agreement": ("final", "locality", "agreement"),
-}
+METRICS = {  # by column: where summary.json has it
+    f"{kind} {name}": ("final", kind, name)
+    for kind in ("efficacy", "generalization", "locality")
+    for name in ("success", "accuracy")
+} | {"agreement": ("final", "locality", "agreement")}
 COSTS = ("perplexity change", "largest growth of mean |W|", "seconds per edit")
 COLUMNS = ("edits", *METRICS, *COSTS)
 _AS_PERCENT = ("perplexity change", "largest growth of mean |W|")
@@ -60,15 +56,7 @@ def state_of(folder: Path) -> str:
 
 
 def gather(grid: Grid, folder: Path) -> str:
-    """Write ``table.md``, ``table.csv`` and ``table.json`` of a sweep.
-
-    Args:
-        grid: Its points.
-        folder: The sweep's.
-
-    Returns:
-        The table as Markdown.
-    """
+    """Write ``table.md``, ``.csv`` and ``.json`` of a sweep; return the table as Markdown."""
     rows = [row_of(point, folder / point.name) for point in grid.points]
     over = over_seeds(grid, rows)
     text = f"# {grid.name}\n\n{as_markdown(shown(rows, [name for name in rows[0] if name != 'point']))}"
@@ -83,13 +71,7 @@ def gather(grid: Grid, folder: Path) -> str:
 def row_of(
     point: Point, folder: Path, metrics: Mapping[str, tuple[str, str, str]] = MappingProxyType(METRICS)
 ) -> dict[str, Any]:
-    """Return a point's row; what is not there is ``None``.
-
-    Args:
-        point: Which.
-        folder: Its run's.
-        metrics: By column: where ``summary.json`` has it (stage, kind, name).
-    """
+    """Return a point's row, ``None`` for what is not there; ``metrics`` are places in ``summary.json`` by column."""
     row: dict[str, Any] = {"index": point.index, "point": point.name, "state": state_of(folder), **point.labels}
     row |= dict.fromkeys(("edits", *metrics, *COSTS))
     if row["state"] != "done":

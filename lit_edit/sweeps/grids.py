@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
+from lit_edit.console.configs import readable_yaml
 from lit_edit.data.files import read_text
-from lit_edit.data.request import DataError, shorten
+from lit_edit.data.request import shorten
 from lit_edit.errors import ArgumentError
 
 KEYS = ("name", "base", "settings", "grid")
@@ -26,36 +27,22 @@ LONGEST_NAME = 120
 
 @dataclass(frozen=True)
 class Choice:
-    """One value of one axis.
-
-    Attributes:
-        axis: Name of the axis.
-        label: The value, as tables and messages show it.
-        part: The value, as the names of points have it.
-        configs: Configs that it adds.
-        settings: Settings that it makes, by their names on the command line.
-    """
+    """One value of one axis."""
 
     axis: str
-    label: str
-    part: str
-    configs: tuple[str, ...]
-    settings: dict[str, Any]
+    label: str  # as tables and messages show it
+    part: str  # as the names of points have it
+    configs: tuple[str, ...]  # that it adds
+    settings: dict[str, Any]  # that it makes, by their names on the command line
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep.
+    """One run of a sweep."""
 
-    Attributes:
-        index: Its place in the grid, from 0.
-        name: Name of its run folder.
-        choices: One per axis.
-    """
-
-    index: int
-    name: str
-    choices: tuple[Choice, ...]
+    index: int  # its place in the grid, from 0
+    name: str  # of its run folder
+    choices: tuple[Choice, ...]  # one per axis
 
     @property
     def labels(self) -> dict[str, str]:
@@ -68,23 +55,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Grid:
-    """A sweep: what all of its runs share, and the axes whose product they are.
+    """A sweep: what all of its runs share, and the axes whose product they are."""
 
-    Attributes:
-        path: The file.
-        name: Name of the sweep's folder.
-        base: Configs, in order.
-        settings: Settings of every run.
-        axes: Values by axis.
-        points: All combinations; the last axis changes fastest.
-    """
-
-    path: Path
-    name: str
-    base: tuple[str, ...]
-    settings: dict[str, Any]
-    axes: dict[str, list[Choice]]
-    points: list[Point]
+    path: Path  # the file
+    name: str  # of the sweep's folder
+    base: tuple[str, ...]  # configs, in order
+    settings: dict[str, Any]  # of every run
+    axes: dict[str, list[Choice]]  # values by axis
+    points: list[Point]  # all combinations; the last axis changes fastest
 
     def arguments(self, choices: Iterable[Choice]) -> list[str]:
         """Return what ``lit-edit fit`` is given for some values of the axes: configs first, then settings."""
@@ -98,25 +76,11 @@ class Grid:
 
 
 def read_grid(path: Path) -> Grid:
-    """Read a grid.
-
-    Raises:
-        ArgumentError: If the file is none; names the file and the entry.
-    """
-    try:
+    """Read a grid; the :class:`ArgumentError` names the file and the entry that cannot be."""
+    with readable_yaml(path):
         text = read_text(path)
         _check_twice(path, yaml.compose(text, yaml.SafeLoader))
         content = yaml.safe_load(text)
-    except DataError as error:
-        raise ArgumentError(str(error)) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = path if mark is None else f"{path}:{mark.line + 1}"
-        raise ArgumentError(f"{place}: bad YAML: {getattr(error, 'problem', None) or error}") from None
-    return _grid_of(path, content)
-
-
-def _grid_of(path: Path, content: Any) -> Grid:
     if not isinstance(content, dict):
         raise ArgumentError(f"{path}: a grid has the entries {', '.join(KEYS)}, got {shorten(repr(content))}")
     if unknown := [str(key) for key in content if key not in KEYS]:
@@ -139,16 +103,9 @@ def _grid_of(path: Path, content: Any) -> Grid:
 
 
 def with_changes(grid: Grid, where: str, name: str | None = None, settings: Mapping[str, Any] | None = None) -> Grid:
-    """Return a grid under another name, or with other settings of every run.
+    """Return a grid under another name, or with other settings of every run, which win over those of its file.
 
-    Args:
-        grid: The grid as its file has it.
-        where: Where the changes come from, for messages.
-        name: Of its folder; by default as it is.
-        settings: They win over those of the file.
-
-    Raises:
-        ArgumentError: If a name or a setting is none, or an axis makes the setting as well.
+    ``where`` says in messages where the changes come from.
     """
     made = grid.settings | _settings(Path(where), "settings", dict(settings or {}))
     _check_overlaps(grid.path, made, grid.axes)
@@ -277,10 +234,7 @@ def _check_twice(path: Path, node: yaml.Node | None) -> None:
 
 
 def as_text(value: Any) -> str:
-    """Return a value as it is written on the command line.
-
-    Raises:
-        TypeError: If it has no such form (a date, for example).
+    """Return a value as it is written on the command line; a date, say, has no such form (:class:`TypeError`).
 
     Example:
         >>> as_text([6, 7]), as_text(None), as_text("d4s")

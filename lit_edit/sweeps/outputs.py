@@ -23,19 +23,7 @@ def write_outputs(
     figure: Figure | None = None,
     content: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write ``<name>.md`` and, of what is given, ``.csv``, ``.json`` and ``.png``.
-
-    Args:
-        folder: Where.
-        name: Of the files.
-        text: Markdown.
-        rows: Of the table.
-        figure: The picture.
-        content: For programs, as primitives.
-
-    Returns:
-        The text.
-    """
+    """Write Markdown to ``<name>.md`` and, of what is given, table, numbers and picture beside it; return the text."""
     write_text(folder / f"{name}.md", text)
     if rows:
         write_text(folder / f"{name}.csv", as_csv(rows))
@@ -60,8 +48,8 @@ def as_markdown(rows: Sequence[Mapping[str, str]]) -> str:
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows as a CSV file, every digit kept; without rows an empty one."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
     if rows:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-    writer.writerows(rows)
+        writer.writerows(rows)
     return file.getvalue()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,36 +15,24 @@ from lit_edit.console.children import ProcessLine
 from lit_edit.console.fit_parser import FitParser, changes
 from lit_edit.data.request import shorten
 from lit_edit.errors import ArgumentError
-from lit_edit.files.paths import write_json
+from lit_edit.files.paths import without_nan, write_json
 from lit_edit.runs.files import RunLockedError, journal_path, run_lock
 from lit_edit.sweeps.gathering import LOG, RECORD, is_done, last_line, read_record, state_of
 from lit_edit.sweeps.grids import Grid, Point
 
 
 def parse_points(grid: Grid, points: Sequence[Point]) -> dict[str, Any]:
-    """Return the settings of points by name, from the parser that ``lit-edit fit`` uses.
-
-    Raises:
-        ArgumentError: If one would be refused; names the axis and the value.
-    """
+    """Return the settings of points by name; the :class:`ArgumentError` of one that ``fit`` would refuse names it."""
     parser = FitParser()
     found = {}
     for point in points:
         try:
-            found[point.name] = _in_json(parser.parse(grid.arguments(point.choices)))
+            # Numbers that are not finite (a clamp that never clamps) stand in JSON by name.
+            found[point.name] = without_nan(parser.parse(grid.arguments(point.choices)), str)
             parser.make()
         except ArgumentError as error:
             raise ArgumentError(f"{grid.path}: {_culprit(grid, point, parser)}: {error}") from None
     return found
-
-
-def _in_json(value: Any) -> Any:
-    """Return settings as JSON can hold them: numbers that are not finite (a clamp that never clamps) by name."""
-    if isinstance(value, Mapping):
-        return {name: _in_json(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_in_json(part) for part in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _culprit(grid: Grid, point: Point, parser: FitParser) -> str:
@@ -60,16 +47,7 @@ def _culprit(grid: Grid, point: Point, parser: FitParser) -> str:
 
 
 def check_begun(folder: Path, points: Sequence[Point], settings: Mapping[str, Any]) -> None:
-    """Check that points which are done or begun were begun with the settings that the grid gives them now.
-
-    Args:
-        folder: The sweep's.
-        points: Which.
-        settings: Those that the grid gives them, by name.
-
-    Raises:
-        ArgumentError: If not; names the point and the setting.
-    """
+    """Refuse points that are done or begun with other settings than the grid gives them now; name the setting."""
     for point in points:
         run = folder / point.name
         before = read_record(run).get("settings")
@@ -97,17 +75,36 @@ def list_points(grid: Grid, points: Sequence[Point], folder: Path) -> str:
     return text
 
 
+def run_or_list(
+    grid: Grid,
+    folder: Path,
+    dry_run: bool,
+    points: Sequence[Point] | None = None,
+    *,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+    prepare: Callable[[Mapping[str, Any]], None] | None = None,
+) -> int | None:
+    """Run what is left of a grid, or of some of its points; or list it (``dry_run``), which returns ``None``.
+
+    ``check`` looks at the settings of all by name, ``prepare`` at the same before the first run.
+    """
+    points = grid.points if points is None else points
+    settings = parse_points(grid, points)
+    if check is not None:
+        check(settings)
+    check_begun(folder, points, settings)
+    if dry_run:
+        sys.stdout.write(list_points(grid, points, folder))
+        return None
+    if prepare is not None:
+        prepare(settings)
+    return run_points(grid, folder, points, settings)
+
+
 def run_points(grid: Grid, folder: Path, points: Sequence[Point], settings: Mapping[str, Any]) -> int:
     """Run points that are not done, one after another; one that fails does not stop the others.
 
-    Args:
-        grid: The sweep.
-        folder: Its folder.
-        points: Which.
-        settings: Theirs, by name.
-
-    Returns:
-        The exit status: 0 all well, 1 a point has failed, 128 and a signal's number if one has stopped the sweep.
+    Returns the exit status: 0 all well, 1 a point has failed, 128 and a signal's number if one has stopped the sweep.
     """
     failed = elsewhere = 0
     with ProcessLine() as line:

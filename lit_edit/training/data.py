@@ -15,11 +15,7 @@ from lit_edit.errors import check_least
 
 
 class RecordBatch:
-    """Records of one step. No collection or dataclass: Lightning would take it apart to move what is in it.
-
-    Args:
-        requests: The records.
-    """
+    """Records of one step. No collection or dataclass: Lightning would take it apart to move what is in it."""
 
     __slots__ = ("requests",)
 
@@ -78,11 +74,7 @@ class RecordsDataModule(LightningDataModule):
         return module
 
     def setup(self, stage: str) -> None:
-        """Read the records, once.
-
-        Raises:
-            DataError: If the file cannot be read, or holds too few records.
-        """
+        """Read the records, once; :class:`DataError` if they cannot be read or are too few."""
         if not self.training:
             self._part(load_requests(self.source, self.path, self.limit, self.skip, self.on_error, self.split)[0])
 

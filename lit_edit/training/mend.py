@@ -44,28 +44,17 @@ from lit_edit.training.data import RecordBatch
 
 @dataclass(frozen=True)
 class PreparedRecord:
-    """What of a record does not depend on the network.
+    """What of a record does not depend on the network."""
 
-    Attributes:
-        inputs: By layer, ``(tokens, d_in)``.
-        gradients: By layer, ``(tokens, d_out)``.
-        exam: What the edited model is asked.
-    """
-
-    inputs: dict[int, Tensor]
-    gradients: dict[int, Tensor]
-    exam: Exam
+    inputs: dict[int, Tensor]  # by layer, (tokens, d_in)
+    gradients: dict[int, Tensor]  # by layer, (tokens, d_out)
+    exam: Exam  # what the edited model is asked
 
 
 class Exam(LessonLoss):
-    """What a model is asked after an edit: the edit itself, in some wordings, and what is to stay.
+    """What a model is asked after an edit: rows of the edit itself (``taught``), and of what is to stay (``kept``).
 
-    Args:
-        adapter: The original model.
-        taught: Rows of the edit.
-        kept: Rows of other facts.
-        first: The lowest layer that is edited; what lies below is run here, once.
-        pad: Any token id.
+    What lies below ``first``, the lowest layer that is edited, is run here, once; ``pad`` is any token id.
     """
 
     def __init__(

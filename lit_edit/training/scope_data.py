@@ -15,19 +15,12 @@ from lit_edit.errors import check_least
 
 
 class ScopePair(NamedTuple):
-    """An edit, and a prompt that somebody asks.
+    """An edit, and a prompt that somebody asks."""
 
-    Attributes:
-        edit: The edit's prompt, filled.
-        target: Its new object.
-        asked: The prompt.
-        inside: Whether the edit is to change the answer.
-    """
-
-    edit: str
-    target: str
-    asked: str
-    inside: bool
+    edit: str  # its prompt, filled
+    target: str  # its new object
+    asked: str  # the prompt
+    inside: bool  # whether the edit is to change the answer
 
 
 def pairs_of(requests: Sequence[EditRequest], others: int, seed: int) -> list[ScopePair]:
@@ -103,11 +96,7 @@ class ScopeData(LightningDataModule):
         self.held: list[EditRequest] = []
 
     def setup(self, stage: str) -> None:
-        """Read the records, once; called by Lightning.
-
-        Raises:
-            DataError: If a record is broken or too few are left.
-        """
+        """Read the records, once; :class:`DataError` if one is broken or too few are left."""
         if self.requests:
             return
         found, _ = load_requests(self.source, self.path, self.limit, self.offset, self.on_error, self.split)

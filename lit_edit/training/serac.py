@@ -86,15 +86,19 @@ class SeracTraining(LightningModule):
         width = self._models[1](["a"]).shape[1]
         self.network = SeracNetwork(width, self.hidden, {i: adapter.shape(i) for i in layers}, self.rank)
 
+    @property
+    def _network(self) -> SeracNetwork:
+        assert self.network is not None  # noqa: S101 - for the type checker
+        return self.network
+
     def on_fit_start(self) -> None:
         """Put the small model beside what is trained."""
         self._models[0].model.to(self.device)  # type: ignore[arg-type]
 
     def losses(self, pairs: Sequence[ScopePair]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the classifier's loss, that of the counterfactual model, and the logits ``(pairs,)``."""
-        assert self.network is not None  # noqa: S101 - for the type checker
         encode = self._models[1]
-        logits = self.network.classifier(
+        logits = self._network.classifier(
             encode([pair.asked for pair in pairs]).to(self.device),
             encode([pair.edit for pair in pairs]).to(self.device),
         )
@@ -102,15 +106,14 @@ class SeracTraining(LightningModule):
         return scope, self._counterfactual([pair for pair in pairs if pair.inside][: self.rows]), logits
 
     def _counterfactual(self, pairs: Sequence[ScopePair]) -> Tensor:
-        assert self.network is not None  # noqa: S101 - for the type checker
         if not pairs:
             return torch.zeros((), device=self.device)
         adapter, lessons = self._models[0], []
         for pair in pairs:
             text = stated(pair.edit, pair.target) + pair.asked
             lessons.append([target_lesson(*continuation(self.tokenizer, text, pair.target))])
-        loss_of = LessonLoss(adapter, lessons, self.network.layers[0], pad_token(self.tokenizer))
-        return loss_of(self.network.weights(adapter)).mean()
+        loss_of = LessonLoss(adapter, lessons, self._network.layers[0], pad_token(self.tokenizer))
+        return loss_of(self._network.weights(adapter)).mean()
 
     def _inside(self, pairs: Sequence[ScopePair]) -> Tensor:
         return torch.tensor([pair.inside for pair in pairs], device=self.device)
@@ -137,8 +140,7 @@ class SeracTraining(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over both networks."""
-        assert self.network is not None  # noqa: S101 - for the type checker
-        return torch.optim.AdamW(self.network.parameters(), self.lr, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(self._network.parameters(), self.lr, weight_decay=self.weight_decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the numbers of the edits that have been seen."""
@@ -150,11 +152,10 @@ class SeracTraining(LightningModule):
 
     def save_network(self, path: Path) -> None:
         """Write what the editor takes."""
-        assert self.network is not None  # noqa: S101 - for the type checker
         adapter = self._models[0]
         settings = {
             "language_model": self.language_model.name,
             "encoder": self.encoder,
-            "checksum": fingerprint(adapter.own_weight(self.network.layers[-1]).detach()),
+            "checksum": fingerprint(adapter.own_weight(self._network.layers[-1]).detach()),
         }
-        self.network.save(path, settings, self.seen)
+        self._network.save(path, settings, self.seen)

@@ -101,7 +101,7 @@ def test_without_lm_eval_it_is_said_how_to_get_it(run: Path, monkeypatch: pytest
 
 def test_errors_are_said_in_a_sentence(run: Path, harness: Any, capsys: Any) -> None:
     for args, message in (
-        (["--run", str(run / "gone"), "--tasks", "sst2"], "there is no such folder"),
+        (["--run", str(run / "gone"), "--tasks", "sst2"], "there is no run folder"),
         (["--run", str(run), "--tasks", "glue"], "lm-eval knows no task 'glue'; lm-eval ls tasks lists"),
         (["--run", str(run), "--tasks", "sst2", "--include_path", str(run / "gone")], "there is no such folder"),
     ):

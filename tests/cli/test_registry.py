@@ -14,6 +14,7 @@ import pytest
 from lit_edit.cli.completion import PARTS
 from lit_edit.cli.main import main
 from lit_edit.cli.registry import COMMANDS, GROUPS, HELP, Command
+from lit_edit.ledger.journal import Journal
 from tests.conftest import ROOT
 
 LIGHTNING = ("fit", "validate", "test")
@@ -97,6 +98,23 @@ print(json.dumps(found))
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_what_is_refused_names_what_was_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    for call in (["fit", "--method", "rme"], ["sweep", "--config", "sweep/editors", "--method", "rme"]):
+        assert main(call) == 2
+        said = capsys.readouterr().err
+        assert "--method rme: no such file, and no method of that name ships" in said
+        assert "Did you mean rome" in said
+
+
+def test_a_subject_without_edits_is_said_to_have_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ledger").mkdir()
+    Journal(tmp_path / "ledger" / "journal").append({"kind": "begin"})
+    assert main(["log", "--run", str(tmp_path), "--subject", "Nobody"]) == 2
+    assert "--subject Nobody: no edit of" in capsys.readouterr().err
+    assert main(["log", "--run", str(tmp_path), "--subject", "Nobody", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
 def test_what_only_reads_does_without_torch(tmp_path: Path) -> None:
     helps = [[c.name, part, "--help"] if part else [c.name, "--help"]
              for c in COMMANDS if c.name not in LIGHTNING for part in ("", *PARTS.get(c.name, ()))]  # fmt: skip
@@ -104,7 +122,19 @@ def test_what_only_reads_does_without_torch(tmp_path: Path) -> None:
     bad = [["frobnicate"], ["log", "--run", "nowhere"], ["report", "--run", "nowhere"], ["ask", "--rnu", "x"],
            ["trace", "--limit", "0"], ["study", "mdq"], ["sweep", "--config", "nowhere"],
            ["fit", "--limt", "3"], ["fit", "--config", "quikstart"], ["validate", "--nonsense=3"],
-           ["compare", "--config", "compare", "--data", "nowhere"]]  # fmt: skip
+           ["compare", "--config", "compare", "--data", "nowhere"], ["undo", "--run", "x"], ["redo", "--run", "x"],
+           ["undo", "--run", "x", "--edit", "abc"], ["undo", "--run", "nowhere", "--last", "1"],
+           ["ask", "--run", "nowhere", "Hi"], ["ask", "--run", "x", "Hi"], ["export", "--run", "nowhere"],
+           ["ability", "--run", "nowhere"], ["eval-harness", "--run", "nowhere", "--tasks", "sst2"],
+           ["plan", "--config", "nowhere"], ["plan", "--limt", "3"], ["stats", "--model", "nowhere"],
+           ["trace", "--data", "nowhere"],
+           ["apply", "--delta", "nowhere", "--model", "smollm2-135m"], ["fit", "--data", "nowhere.csv"],
+           ["fit", "--method", "rme"], ["plan", "--method", "rme"], ["mine-hard", "--method", "rme"],
+           ["sweep", "--config", "sweep/editors", "--method", "rme"],
+           ["log", "--run", "x", "--subject", "Nobody"]]  # fmt: skip
+    (tmp_path / "x" / "ledger").mkdir(parents=True)
+    Journal(tmp_path / "x" / "ledger" / "journal").append({"kind": "begin"})
+    (tmp_path / "x" / "config.yaml").touch()
     found = imported_by(good + bad, tmp_path)
     assert {call: heavy for call, (_, heavy) in found.items() if heavy} == {}
     assert {status for call, (status, _) in found.items() if call.split() in good} == {0}

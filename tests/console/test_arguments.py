@@ -21,9 +21,10 @@ def value_of(action: argparse.Action) -> str:
     if action.choices:
         return str(next(iter(action.choices)))
     kind: Any = action.type or str
-    for word in ("3", "80GB", "0.5", "x"):
+    check: Any = getattr(action, "check", str)
+    for word in ("3", "80GB", "0.5", "rome", "smollm2-135m", ".", "x"):
         try:
-            kind(word)
+            check(kind(word))
         except (ValueError, argparse.ArgumentTypeError):
             continue
         return word
@@ -185,4 +186,5 @@ def test_fit_reads_short_forms_as_the_settings_that_they_stand_for(
 def test_methods_have_the_names_that_people_use() -> None:
     assert method_config("MEMITSeq") == "method/memit_seq"
     assert method_config("method/rome") == "method/rome"
-    assert method_config("mine.yaml") == "mine.yaml"
+    with pytest.raises(ArgumentError, match=r"--method mine\.yaml: no such file"):
+        method_config("mine.yaml")

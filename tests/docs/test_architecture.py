@@ -119,9 +119,11 @@ RECIPES = {
     )
 }
 MORE = {  # what the text beside a recipe says
-    "A closed-form editor": """
+    "A closed-form editor": f"""
+import runpy
+runpy.run_path({str(ROOT / "docs" / "make_editors.py")!r}, run_name="__main__")
 from lit_edit.cli.main import main
-main(["editors", "CautiousD4S"])
+assert main(["editors", "CautiousD4S"]) == 0
 try:
     main(["fit", "--config", "quickstart", "--config", "method/cautious", "--print_config"])
 except SystemExit as stop:

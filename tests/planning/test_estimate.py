@@ -288,6 +288,11 @@ def test_devices_and_strategy_come_from_the_trainer_or_the_options(
     assert json.loads(file.read_text())["setup"]["strategy"] == "ddp"
 
 
+def test_a_plan_for_programs(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert llama("--json") == 0
+    assert json.loads(capsys.readouterr().out)["setup"]["devices"] == 1
+
+
 def test_precision_of_the_trainer_counts(own_cache: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     assert llama("--config", "trainer/bf16", f"--json={file}") == 0
