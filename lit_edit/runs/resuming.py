@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lit_edit.files.paths import sync_folder
+from lit_edit.files.paths import expand, sync_folder
 from lit_edit.files.trees import load_tree
 from lit_edit.ledger.journal import Journal
 from lit_edit.runs.files import journal_path
@@ -48,7 +48,7 @@ def find_run(runs: Path, config: str) -> Path | None:
 def run_of_config(configs: list[Any]) -> Path | None:
     """Return the run folder that one of the given config files lies in, if one does."""
     for config in configs:
-        path = Path(str(config)).expanduser().resolve()
+        path = expand(str(config)).resolve()
         if path.name == "config.yaml" and journal_path(path.parent).is_file():
             return path.parent
     return None
