@@ -7,6 +7,7 @@ from typing import Literal
 
 from lit_edit.data.request import EditRequest
 from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import expand
 from lit_edit.metrics.evaluation import Summary, summarise
 from lit_edit.models.generation import continue_greedily
 from lit_edit.session.answers import Answer, EditList
@@ -87,7 +88,7 @@ class Session(Changing):
                 f"kind must be model, delta or lora, and rank belongs to lora; got {kind!r}, rank {rank}"
             )
         self.ledger.verify(thorough=True)
-        path = Path(path).expanduser()
+        path = expand(path)
         if kind == "model":
             return export_model(self.model, self.tokenizer, self.ledger, path, self.language_model.name)
         if kind == "delta":
@@ -111,7 +112,7 @@ class Session(Changing):
         from lit_edit.session.saved import save, write_files
 
         self.ledger.verify(thorough=True)
-        place = save(self, None if folder is None else Path(folder).expanduser())
+        place = save(self, None if folder is None else expand(folder))
         if self.ledger.entries:
             self.measure()
         write_files(self, place)

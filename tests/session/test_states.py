@@ -11,7 +11,7 @@ import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,9 @@ from lit_edit.testing import tiny_model, tiny_requests, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
 
-LAYER = 1
+LAYER = 0  # another one is above it: a state in the last layer is read at its own token alone
 EDITED = f"model.layers.{LAYER}.mlp.down_proj.weight"
-OTHER = "model.layers.0.self_attn.q_proj.weight"
+OTHER = "model.layers.1.self_attn.q_proj.weight"
 
 
 def identity(statistics: KeyStatistics, adapter: ModelAdapter, *args: Any) -> dict[int, Tensor]:
@@ -51,7 +51,7 @@ def identity(statistics: KeyStatistics, adapter: ModelAdapter, *args: Any) -> di
 
 def quick() -> D4S:
     """An editor of a few milliseconds whose undo is exact, whose edits do not depend on each other's order."""
-    target = TargetSettings(steps=2, kl_factor=0.0)
+    target = TargetSettings(steps=4, kl_factor=0.0)
     return D4S(layers=[LAYER], covariance_weight=1e-2, contexts="plain", keys="base", target=target)
 
 
@@ -257,6 +257,30 @@ class Edits(RuleBasedStateMachine):
         stream = EditStream(LanguageModel.of(known.model, tiny_tokenizer()), quick(), KeyStatistics())
         with pytest.raises(WeightsChangedError, match="another stream or call"):
             stream.configure_model()
+
+    @rule(which=which, fact=st.integers(0, len(FACTS) - 1), restore=st.booleans())
+    def fit(self, which: int, fact: int, restore: bool) -> None:
+        """Let a stream edit the model: a session from before must not go on in it, nor a new one take it for W0."""
+        known = self.models[which]
+        if known.foreign or (known.session is not None and known.session.ledger.held):
+            return
+        stream = EditStream(LanguageModel.of(known.model, tiny_tokenizer()), quick(), KeyStatistics())
+        engine = stream.open()
+        proposal = engine.propose([replace(tiny_requests()[fact], id="of the stream")])
+        assert proposal is not None
+        engine.apply(proposal)
+        before = known.weights()
+        assert not torch.equal(before[EDITED], known.base[EDITED])
+        if known.session is not None:
+            with pytest.raises(WeightsChangedError, match="another ledger"):
+                known.session.edit(FACTS[fact])
+        with pytest.raises(WeightsChangedError, match="another stream or call"):
+            known.opened()
+        assert all(torch.equal(before[name], value) for name, value in known.weights().items())
+        known.opened(changed="restore" if restore else "adopt")
+        with pytest.raises(WeightsChangedError, match="another ledger"):
+            engine.propose([tiny_requests()[fact]])
+        known.base, known.holds, known.out = known.base if restore else before, {}, {}
 
     @rule(which=which)
     def a_copy_of_an_edited_model_is_refused(self, which: int) -> None:
