@@ -134,8 +134,9 @@ class EveryCallback(Callback):
                 "%s: its settings or data have changed since the checkpoint: what was measured is dropped", name
             )
             return
-        for name in self.kept.keys() & state_dict.keys():
-            setattr(self, self.kept[name], copy(state_dict[name]))
+        for name, attribute in self.kept.items():
+            if name in state_dict:  # of earlier versions some are missing
+                setattr(self, attribute, copy(state_dict[name]))
 
 
 class StagedCallback(EveryCallback):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,9 +157,14 @@ class HarmGuard(EveryCallback):
         recent = [entry.number for entry in stream.ledger.entries if entry.number > self._good]
         if not recent or self._bad_without(stream, recent):
             return None
-        # With all of them it is bad; the first `n` of them are enough for that if it is bad without the rest.
-        enough = range(1, len(recent))
-        return recent[bisect_left(enough, True, key=lambda n: self._bad_without(stream, recent[n:]))]
+        low, high = 0, len(recent)  # good with the first `low` of them, bad with the first `high`
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._bad_without(stream, recent[middle:]):
+                high = middle
+            else:
+                low = middle
+        return recent[high - 1]
 
     def _bad_without(self, stream: EditStream, numbers: Sequence[int]) -> bool:
         proposal = stream.editor.retract(stream.ledger.facts_of(numbers))

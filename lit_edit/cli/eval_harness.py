@@ -149,14 +149,16 @@ def result_rows(measured: Mapping[str, Results]) -> list[dict[str, Any]]:
 
 
 def _is_metric(name: str, value: Any) -> bool:
-    return (
-        type(value) in (int, float) and "," in name and "_stderr" not in name
-    )  # sample_len and the like have no comma
+    return _is_number(value) and "," in name and "_stderr" not in name  # sample_len and the like have no comma
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)  # numpy's float64 is a float
 
 
 def _number(value: Any) -> float | None:
     """Return a number; lm-eval writes ``N/A`` where it has none."""
-    return float(value) if type(value) in (int, float) and math.isfinite(value) else None
+    return float(value) if _is_number(value) and math.isfinite(value) else None
 
 
 def result_table(rows: Sequence[Mapping[str, Any]], edits: int) -> Any:

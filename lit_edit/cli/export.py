@@ -66,7 +66,7 @@ def run_apply(args: list[str]) -> None:
     parser.add_model(None, required=True, help="the base model: packaged model, folder or hub id")
     parser.add_out("a new folder; by default that of the file, without its suffix")
     options = parser.parse_args(args)
-    if not expand(options.delta).is_file():
+    if not expand(options.delta).exists():
         raise ArgumentError(f"--delta {options.delta} cannot be read: there is no such file")
 
     from lit_edit.export.delta import edit_with, read_delta

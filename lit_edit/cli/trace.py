@@ -67,7 +67,7 @@ def _parser() -> ArgumentParser:
 def run_trace(args: list[str]) -> None:
     """Run ``lit-edit trace``."""
     options = _parser().parse_args(args)
-    if options.data not in ("builtin", "known_facts") and not expand(options.data).is_file():
+    if options.data not in ("builtin", "known_facts") and not expand(options.data).exists():
         raise ArgumentError(f"--data {options.data}: no such file")
 
     from lit_edit.models import LanguageModel, ModelAdapter

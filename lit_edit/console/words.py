@@ -49,7 +49,7 @@ def check_data(args: Sequence[str]) -> None:
     """Refuse a file of edits (``--data FILE``) that is not there, before anything heavy is imported."""
     words = full_settings(args)
     paths = [word.partition("=")[2] for word in words if word.startswith("--data.path=")]
-    if "--data.source=file" in words and paths and not expand(paths[-1]).is_file():
+    if "--data.source=file" in words and paths and not expand(paths[-1]).exists():
         raise ArgumentError(f"{paths[-1]}: no such file")
 
 

@@ -121,9 +121,10 @@ def _check_header(path: Path, names: list[str]) -> None:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of its members; JSON itself would silently keep the last of two with one name."""
-    if twice := repeated(name for name, _ in pairs):
-        raise ValueError(f"{shorten(twice[0])!r} occurs twice in an object")
-    return dict(pairs)
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError(f"{shorten(repeated(name for name, _ in pairs)[0])!r} occurs twice in an object")
+    return made
 
 
 def repeated(names: Iterable[str]) -> list[str]:

@@ -31,10 +31,18 @@ def load_requests(
     on_error: OnError = "raise",
     split: str = "train",
 ) -> tuple[list[EditRequest], list[str]]:
-    """Read the requests of a stream; returns them, and a line for each record that was left out.
+    """Read the requests of a stream.
 
-    ``source`` is ``builtin``, ``file`` (the format is seen from its fields), the name of a format, or ``hub``; ``path``
-    the file, or the id of the data set. ``offset`` counts valid records. A broken record is raised, or skipped.
+    Args:
+        source: ``builtin``; ``file`` (format seen from its fields) or the name of a format; ``hub``.
+        path: The file, or the id of the hub data set.
+        limit: Take at most this many.
+        offset: Leave out this many valid records first.
+        on_error: ``raise`` on the first broken record, or ``skip`` it and go on.
+        split: Split of the hub data set.
+
+    Returns:
+        The requests, and a line for each record that was left out.
 
     Raises:
         DataError: On a broken record (names file and line), or if nothing is left to edit.

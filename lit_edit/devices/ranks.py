@@ -37,11 +37,16 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """One rank's view of all of them, with the host name and process id of each, and where tensors are exchanged.
+    """One rank's view of all of them.
 
-    In ``lockstep`` all ranks must run the same layers at the same time, because each holds a part of them: what is
-    dealt out is then filled up so that all run equally many passes. ``alike`` they must run everything, because how
-    often a layer is run goes with what is run.
+    Args:
+        rank: This one, from 0.
+        size: How many there are.
+        device: Where tensors are when they are exchanged.
+        lockstep: Whether all ranks must run the same layers at the same time, because each holds a part of them: what
+            is dealt out is then filled up so that all run equally many passes.
+        alike: Whether all ranks must run everything, because how often a layer is run goes with what is run.
+        places: Host name and process id of every rank.
 
     Example:
         >>> Ranks().deal(["a", "b", "c"])

@@ -131,7 +131,11 @@ class EditorInfo:
 
 
 def commit_proposal(ledger: EditLedger, editor: Editor, proposal: Proposal) -> tuple[LedgerEntry, ...]:
-    """Write a proposal and take it into the editor's state: both or neither, if it must not be written."""
+    """Write a proposal and take it into the editor's state: both or neither.
+
+    Raises:
+        EditRefusedError: If it must not be written; nothing has changed then.
+    """
     with deferred_interrupts():  # a Ctrl-C in between would leave weights and editor apart
         entries = ledger.commit(proposal.updates, proposal.entries, proposal.change)
         editor.accept(replace(proposal, entries=entries))

@@ -48,10 +48,22 @@ class DeltaFile:
 
 
 def export_delta(ledger: EditLedger, path: Path, base_hash: str, base: LanguageModel) -> Path:
-    """Write the updates of a ledger as one new safetensors file that :func:`apply_delta` reads.
+    """Write the updates of a ledger as one safetensors file that :func:`apply_delta` reads.
 
     In float64, so that the edited weights come back bit for bit; from float32, one weight in seven of a real run came
-    back with another last bit. ``base`` is how the model was loaded, ``base_hash`` that of its unedited weights.
+    back with another last bit.
+
+    Args:
+        ledger: What was edited.
+        path: A new file.
+        base_hash: Hash of the unedited weights.
+        base: How the model was loaded.
+
+    Returns:
+        The file.
+
+    Raises:
+        ExportError: If the file exists or cannot be made, or nothing was edited.
     """
     check_written(ledger)
     path = expand(path)

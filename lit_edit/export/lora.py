@@ -95,9 +95,20 @@ def _cut(delta: Tensor, whole: tuple[Tensor, Tensor, Tensor], size: int) -> LowR
 
 
 def export_lora(ledger: EditLedger, folder: Path, base: LanguageModel, rank: int | None = None) -> dict[str, LowRank]:
-    """Write the updates of a ledger as an adapter folder for ``peft``, completely or not at all; returns its factors.
+    """Write the updates of a ledger as an adapter folder for ``peft``, completely or not at all.
 
-    They are of rank ``rank`` at most.
+    Args:
+        ledger: What was edited.
+        folder: Where to; must be empty or not exist.
+        base: How the model was loaded, for the adapter's settings and its card.
+        rank: The largest rank allowed; by default as large as it takes.
+
+    Returns:
+        What was written, by parameter name.
+
+    Raises:
+        ExportError: If the folder holds files or is one, or nothing was edited.
+        ArgumentError: If ``rank`` is below 1.
     """
     check_written(ledger)
     check_edited(ledger)

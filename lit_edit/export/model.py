@@ -38,9 +38,18 @@ def export_model(
     base_name: str,
     state: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write model, tokenizer and card into a new or empty folder, completely or not at all.
+    """Write model, tokenizer and card into ``folder``, completely or not at all.
 
-    ``state`` holds the model's weights, where it does not hold them whole itself; the card names the base model.
+    Args:
+        model: The edited model.
+        tokenizer: Its tokenizer.
+        ledger: What was edited.
+        folder: Where to; must be empty or not exist.
+        base_name: Name of the model that was edited, for the card.
+        state: The model's weights, where it does not hold them whole itself.
+
+    Raises:
+        ExportError: If the folder holds files, or is one.
     """
     check_written(ledger)
 

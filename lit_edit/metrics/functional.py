@@ -18,7 +18,9 @@ from torch import Tensor
 def success(preferred: Tensor, other: Tensor) -> Tensor:
     """Share of prompts on which ``preferred`` is the likelier object (ES, PS, NS of CounterFact, arXiv 2202.05262).
 
-    Of each prompt, the nll of the object that should win and of the other one: ``(prompts,)``. A tie is no success.
+    Args:
+        preferred: ``(prompts,)`` nll of the object that should win.
+        other: ``(prompts,)`` nll of the other one; a tie is no success.
 
     Example:
         >>> success(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0]))
@@ -29,7 +31,11 @@ def success(preferred: Tensor, other: Tensor) -> Tensor:
 
 
 def magnitude(preferred: Tensor, other: Tensor) -> Tensor:
-    """Mean difference of the objects' probabilities (EM, PM, NM of CounterFact, arXiv 2202.05262); as in success.
+    """Mean difference of the objects' probabilities (EM, PM, NM of CounterFact, arXiv 2202.05262).
+
+    Args:
+        preferred: ``(prompts,)`` nll of the object that should win.
+        other: ``(prompts,)`` nll of the other one.
 
     Example:
         >>> magnitude(torch.tensor([0.0]), torch.tensor([float("inf")]))
@@ -42,7 +48,8 @@ def magnitude(preferred: Tensor, other: Tensor) -> Tensor:
 def accuracy(hits: Sequence[Tensor]) -> Tensor:
     """Share of prompts on which *every* token of the object is the model's first choice (teacher forcing).
 
-    Of each prompt, a boolean per object token.
+    Args:
+        hits: Per prompt, a boolean per object token.
 
     Example:
         >>> accuracy([torch.tensor([True, False]), torch.tensor([True])])
@@ -55,6 +62,9 @@ def accuracy(hits: Sequence[Tensor]) -> Tensor:
 def token_accuracy(hits: Sequence[Tensor]) -> Tensor:
     """Share of object tokens that are the model's first choice, averaged over prompts (zsRE; EasyEdit's ``*_acc``).
 
+    Args:
+        hits: Per prompt, a boolean per object token.
+
     Example:
         >>> token_accuracy([torch.tensor([True, False]), torch.tensor([True])])
         tensor(0.7500)
@@ -66,7 +76,9 @@ def token_accuracy(hits: Sequence[Tensor]) -> Tensor:
 def agreement(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     """Share of first-choice tokens over an answer that are as before editing, averaged over prompts.
 
-    Of each prompt, the token ids that the unedited and the edited model choose.
+    Args:
+        before: Per prompt, the first-choice token ids of the unedited model.
+        after: The same of the edited model.
 
     Example:
         >>> agreement([torch.tensor([5, 6])], [torch.tensor([5, 7])])
@@ -83,8 +95,13 @@ def agreement(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
 def perplexity(nlls: Iterable[Tensor]) -> dict[str, float]:
     """Perplexity of texts: mean and median over texts of ``exp(mean token nll)``, and of the corpus as a whole.
 
-    The mean over texts is ME-PPL's (arXiv 2402.09656); it has a heavy tail, so the others stand beside it. Of each text
-    the nll of each scored token; texts without any are left out.
+    The mean over texts is ME-PPL's (arXiv 2402.09656); it has a heavy tail, so the others stand beside it.
+
+    Args:
+        nlls: Per text, the nll of each scored token; texts without any are left out.
+
+    Returns:
+        ``{"mean", "median", "corpus"}``.
 
     Raises:
         ValueError: If no text has a scored token.
@@ -112,7 +129,7 @@ def harmonic_score(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None and not math.isnan(value)]
     if not known or len(known) < len(values):
         return None
-    return statistics.harmonic_mean(known) if min(known) > 0 else 0.0
+    return len(known) / sum(1 / value for value in known) if min(known) > 0 else 0.0
 
 
 def _check_pairs(preferred: Tensor, other: Tensor) -> None:

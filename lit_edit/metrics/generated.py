@@ -80,14 +80,27 @@ def evaluate_generation(
     batch_rows: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[GenerationResult]:
-    """Let a model (or a view of it) write, and measure what it writes; one result per request, in order.
+    """Let a model write, and measure what it writes.
 
-    Each generation prompt (the first ``max_prompts`` of an edit) is continued by drawing from the ``top_k`` likeliest
-    tokens until the text has ``length`` tokens, the prompt's included, as CounterFact was published. What is drawn
-    depends on the seed, the edit's id and the number of the prompt alone: the same edits can be measured before and
-    after with the same luck. Prompt and paraphrases are also answered greedily. Consistency is measured of edits with
-    references, by the term weights of a vectorizer. Some ``batch_rows`` texts are written together, and ``progress``
-    receives how many are written, of how many.
+    Each generation prompt is continued by drawing from the ``top_k`` most probable tokens until the text has
+    ``length`` tokens, the prompt's included, as CounterFact was published. What is drawn depends on the seed, the
+    edit's id and the number of the prompt alone: the same edits can be measured before and after with the same luck.
+    Prompt and paraphrases are also answered greedily.
+
+    Args:
+        adapter: The model (or a view of it).
+        tokenizer: Its tokenizer.
+        requests: The edits.
+        seed: Seeds the drawing.
+        top_k: Draw from this many.
+        length: Tokens of a text, at most.
+        max_prompts: Generation prompts per edit, the first ones; by default all.
+        vectorizer: Term weights for consistency, of edits with references.
+        batch_rows: Texts that are written together.
+        progress: Receives how many texts are written, of how many.
+
+    Returns:
+        One result per request, in order.
     """
     prompts = [request.generation[:max_prompts] for request in requests]
     flat = [prompt for group in prompts for prompt in group]
@@ -133,7 +146,17 @@ def answer_greedily(
     pairs: Sequence[tuple[str, str]],
     batch_rows: int = 64,
 ) -> list[Answer]:
-    """Let a model answer ``(prompt, object)`` pairs greedily, in exactly as many tokens as the object has."""
+    """Let a model answer prompts greedily, in exactly as many tokens as the wanted object has.
+
+    Args:
+        adapter: The model.
+        tokenizer: Its tokenizer.
+        pairs: ``(prompt, object)``.
+        batch_rows: Answers that are written together.
+
+    Returns:
+        The answers, in order.
+    """
     unique = list(dict.fromkeys(pairs))
     answers = {}
     for model, context_of in adapter.by_route(list(dict.fromkeys(prompt for prompt, _ in unique))):
@@ -149,7 +172,16 @@ def answer_greedily(
 def evaluate_portability(
     adapter: ModelAdapter, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
 ) -> list[ByKindResult]:
-    """Measure what follows from the edits and must now be answered otherwise, and further locality, by kind."""
+    """Measure what follows from the edits and must now be answered otherwise, and further locality, by kind.
+
+    Args:
+        adapter: The model (or a view of it).
+        tokenizer: Its tokenizer.
+        requests: The edits.
+
+    Returns:
+        One result per request, in order.
+    """
     groups = [probes for r in requests for kinds in (r.portability, r.locality) for probes in kinds.values()]
     pairs = [(probe.prompt, probe.answer) for probes in groups for probe in probes]
     scores = dict(zip(pairs, score_continuations(adapter, tokenizer, pairs), strict=True))
@@ -198,7 +230,11 @@ def summarise_generation(results: Iterable[GenerationResult]) -> dict[str, Any]:
 def summarise_portability(
     results: Iterable[ByKindResult], before: Mapping[str, ByKindResult] | None = None
 ) -> dict[str, Any]:
-    """Return the means over edits, by kind; ``before`` has the results on the unedited model, by id, for agreement.
+    """Return the means over edits, by kind.
+
+    Args:
+        results: The edits' results on some model.
+        before: Their results on the unedited model, by id, for agreement.
 
     Returns:
         ``{"portability": {kind: accuracy of tokens}, "locality_by_kind": {kind: {"token_accuracy", "agreement"}}}``,

@@ -35,14 +35,28 @@ def continue_rows(
     progress: Callable[[int, int], None] | None = None,
     look: Callable[[int, Tensor], None] | None = None,
 ) -> list[tuple[int, ...]]:
-    """Continue rows of token ids, of any lengths above 0, by ``new`` tokens each; no token ends a row.
+    """Continue many rows of tokens, greedily or by drawing, with the weights of this view.
 
-    Rows run together without padding: a batch, of ``batch_rows`` at most, begins with the tokens that its shortest row
-    has, and the longer ones are told theirs until they end, so that a row is continued as it would be alone, up to
-    round-off. With ``top_k`` above 1 each draws from its most probable tokens, by random numbers of its own, which its
-    seed (anything printable) decides: neither the other rows nor their order change a text. ``progress`` receives how
-    many rows are done, of how many; ``look``, on one rank, the number of a row and the logits ``(vocab,)`` of its first
-    new token.
+    Rows run together without padding: a batch begins with the tokens that its shortest row has, and the longer ones are
+    told theirs until they end, so that a row is continued as it would be alone, up to round-off. Each draws from random
+    numbers of its own, which its seed decides: neither the other rows nor their order change a text.
+
+    Args:
+        adapter: The model.
+        rows: Token ids, of any lengths above 0.
+        new: Tokens to add to each row; none ends a row.
+        top_k: Draw from this many of the most probable tokens; 1 takes the first choice.
+        seeds: Of each row, anything printable; needed to draw.
+        batch_rows: Rows that run together, at most.
+        progress: Receives how many rows are done, of how many.
+        look: Receives the number of a row and the logits ``(vocab,)`` of its first new token; each row is looked at by
+            one rank.
+
+    Returns:
+        The new tokens of each row.
+
+    Raises:
+        ValueError: If there are not as many numbers, or seeds, as rows.
     """
     check_least(1, top_k=top_k)
     if len(new) != len(rows) or (top_k > 1 and (seeds is None or len(seeds) != len(rows))):

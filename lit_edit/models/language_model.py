@@ -69,7 +69,8 @@ class LanguageModel:
     def load(self, cut: Cut | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load model and tokenizer, the model in evaluation mode and frozen.
 
-        With ``cut``, its decoder layers are cut over these devices; the other is this process's own.
+        Args:
+            cut: The devices that the decoder layers are to be cut over, and this process's own.
 
         Raises:
             ModelUnavailableError: If there is no such model, or it cannot be fetched or read.

@@ -26,7 +26,11 @@ class UnknownArchitectureError(UserError):
 
 
 def find_spec(model: nn.Module) -> ArchSpec:
-    """Return the description of a model's family, or raise an error that lists its modules and says what to write."""
+    """Return the description of a model's family.
+
+    Raises:
+        UnknownArchitectureError: If no family fits; the message lists the model's modules and says what to write.
+    """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     for spec in SPECS:
         if model_type in spec.model_types:
@@ -51,16 +55,26 @@ def _describe(model: nn.Module) -> str:
 
 
 class Structure:
-    """The parts of one decoder-only model, found by the names of its family's description.
+    """The parts of one decoder-only model.
+
+    Args:
+        model: A Hugging Face model.
+        spec: Its family's description; found by ``config.model_type`` when not given.
 
     Attributes:
+        layers: The decoder layers.
+        norm: The final norm, if there is one.
         post_norm: What stands between final norm and head, if anything does.
+        head: The language-model head.
         backbone: All of the model below the head.
         packs: Whether attention goes through transformers' interface, where a line of tokens can be told apart into
             rows.
         attention: The kind of attention in passes of our own.
         layer_configs: The configurations that the layers look at.
         sharded: Whether several processes hold a part of each layer each.
+
+    Raises:
+        UnknownArchitectureError: If the family is unknown or ``spec`` names modules that the model does not have.
     """
 
     def __init__(self, model: PreTrainedModel, spec: ArchSpec | None = None) -> None:
@@ -111,7 +125,12 @@ class Structure:
             )
 
     def down_proj(self, layer: int) -> nn.Linear | Conv1D:
-        """Return the MLP down projection of a layer, which must exist and have one that can be edited."""
+        """Return the MLP down projection of a layer.
+
+        Raises:
+            ValueError: If the model has no such layer.
+            UnknownArchitectureError: If the layer has no such module, or the module is neither Linear nor Conv1D.
+        """
         self.check_layer(layer)
         try:
             module = self.layers[layer].get_submodule(self.spec.down_proj)
@@ -128,7 +147,11 @@ class Structure:
         return module
 
     def attention_module(self, layer: int) -> nn.Module:
-        """Return the attention of a layer: its one module whose class is called so."""
+        """Return the attention of a layer: its one module whose class is called so.
+
+        Raises:
+            UnknownArchitectureError: If there is none, or more than one.
+        """
         self.check_layer(layer)
         found = [m for m in self.layers[layer].modules() if type(m).__name__.endswith("Attention")]
         if len(found) != 1:

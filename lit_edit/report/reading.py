@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lit_edit.stream.edit_stream import EditStream
 
 KINDS = ("efficacy", "generalization", "locality")
-_OF_AN_EDIT = {"number", "id", "status", "subject", "prompt", "target_new"}
+_OF_AN_EDIT = {"number", "id", "subject", "prompt", "target_new"}
 Values = dict[str, float]
 
 
@@ -155,7 +155,8 @@ def _read_edits(record: RunRecord) -> None:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        return [row for row in rows if row.keys() >= _OF_AN_EDIT and row["number"] and row["id"]]
+        whole = [row for row in rows if row.keys() >= _OF_AN_EDIT and row["number"] and row["id"]]
+        return [{"status": "holds", **row} for row in whole]
     except (OSError, ValueError, AttributeError):
         return []
 

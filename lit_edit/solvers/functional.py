@@ -29,7 +29,11 @@ def check_finite(**values: Tensor) -> None:
 
 
 def check_facts(keys: Tensor, residuals: Tensor, d_in: int, d_out: int) -> None:
-    """Refuse keys ``(d_in, n)`` and residuals ``(d_out, n)`` of other shapes, or that are not finite."""
+    """Check keys ``(d_in, n)`` and residuals ``(d_out, n)`` before they reach any state.
+
+    Raises:
+        ValueError: If the shapes do not fit or a value is not finite.
+    """
     if keys.dim() != 2 or keys.shape[0] != d_in:
         raise ValueError(f"keys must be (d_in, n) = ({d_in}, n), got {tuple(keys.shape)}")
     if residuals.dim() != 2 or residuals.shape[0] != d_out:
@@ -48,7 +52,7 @@ def _fitting(keys: Tensor, residuals: Tensor, prior: Tensor) -> tuple[Tensor, Te
 
 @outside_autocast
 def ridge_update(keys: Tensor, residuals: Tensor, prior: Tensor) -> Tensor:
-    r"""Return the joint least-squares delta ``(d_out, d_in)`` of a set of facts, in the type of ``prior``.
+    r"""Return the joint least-squares delta of a set of facts.
 
     Solves :math:`\Delta\,(\Lambda + K K^\top) = R K^\top` with :math:`\Lambda = \lambda C`. This is one batch of MEMIT
     (arXiv 2210.07229, eq. 14) and, over all edits of a stream relative to the original weights, D4S (arXiv 2410.23843,
@@ -58,6 +62,9 @@ def ridge_update(keys: Tensor, residuals: Tensor, prior: Tensor) -> Tensor:
         keys: ``(d_in, n)``.
         residuals: ``(d_out, n)``, what the edited layer's output lacks.
         prior: ``(d_in, d_in)``, symmetric positive definite.
+
+    Returns:
+        ``(d_out, d_in)`` in the dtype of ``prior``.
 
     Raises:
         ValueError: If the shapes do not fit, a value is not finite, or ``prior`` is not positive definite.
@@ -74,7 +81,7 @@ def ridge_update(keys: Tensor, residuals: Tensor, prior: Tensor) -> Tensor:
 
 @outside_autocast
 def ridge_gain(projected: Tensor, keys: Tensor, slack: float = 1.0) -> tuple[Tensor, Tensor]:
-    r"""Return what a block of facts does to a solution :math:`D` and to :math:`P`: gain and factor, each ``(d_in, b)``.
+    r"""Return what a block of facts does to a solution :math:`D` and to :math:`P`.
 
     With :math:`S = s I + K^\top P K = L L^\top` (Woodbury): the gain :math:`G = P K S^{-1}`, so that
     :math:`D \leftarrow D + (R - D K) G^\top`, and the factor :math:`V = P K L^{-\top}`, so that
@@ -84,6 +91,9 @@ def ridge_gain(projected: Tensor, keys: Tensor, slack: float = 1.0) -> tuple[Ten
         projected: :math:`P K`, ``(d_in, b)``.
         keys: ``(d_in, b)``.
         slack: :math:`s`, 1 in least squares; with 0 the facts hold exactly (ROME), in between nearly (EMMET).
+
+    Returns:
+        Gain and factor, each ``(d_in, b)``.
 
     Raises:
         ValueError: If ``P`` is not positive definite.
@@ -102,15 +112,25 @@ def ridge_gain(projected: Tensor, keys: Tensor, slack: float = 1.0) -> tuple[Ten
 
 @outside_autocast
 def constrained_update(keys: Tensor, residuals: Tensor, prior: Tensor, slack: float = 0.0) -> Tensor:
-    r"""Return the delta that makes facts hold and changes as little as it can; arguments as of :func:`ridge_update`.
+    r"""Return the delta that makes facts hold and else changes as little as it can.
 
     :math:`\Delta = R\,(K^\top \Lambda^{-1} K + s I)^{-1} K^\top \Lambda^{-1}` (EMMET, arXiv 2403.14236, eq. 14): of
     all :math:`\Delta` with :math:`\Delta K = R` the one with the least
-    :math:`\operatorname{tr} \Delta \Lambda \Delta^\top` where :math:`s`, the ``slack``, is 0. One fact: ROME (arXiv
-    2202.05262, eq. 2). With :math:`s = 1` it is :func:`ridge_update`.
+    :math:`\operatorname{tr} \Delta \Lambda \Delta^\top` where :math:`s = 0`. One fact: ROME (arXiv 2202.05262, eq. 2).
+    With :math:`s = 1` it is :func:`ridge_update`.
+
+    Args:
+        keys: ``(d_in, n)``.
+        residuals: ``(d_out, n)``.
+        prior: ``(d_in, d_in)``, symmetric positive definite.
+        slack: :math:`s`.
+
+    Returns:
+        ``(d_out, d_in)`` in the dtype of ``prior``.
 
     Raises:
-        ValueError: As :func:`ridge_update`, or if the keys are not independent where there is no slack.
+        ValueError: If the shapes do not fit, a value is not finite, ``prior`` is not positive definite, or the keys are
+            not independent where there is no slack.
 
     Example:
         >>> key, residual = torch.tensor([[2.0], [0.0]]), torch.tensor([[2.0]])
@@ -126,9 +146,16 @@ def constrained_update(keys: Tensor, residuals: Tensor, prior: Tensor, slack: fl
 def selected_gain(keys: Tensor, system: Tensor, share: float) -> Tensor:
     r"""Return :math:`G` with :math:`\Delta = R G^\top`, in the rows that keys excite most (NSE, arXiv 2410.04045).
 
-    :math:`G_S = (M_{SS})^{-1} K_S` and zero elsewhere, ``(d_in, n)`` for keys of that shape, where :math:`S` is the
-    smallest set of rows that holds a share, in (0, 1], of :math:`\sum_i |k_i|`. The system :math:`M`,
-    ``(d_in, d_in)``, is symmetric positive definite.
+    :math:`G_S = (M_{SS})^{-1} K_S` and zero elsewhere, where :math:`S` is the smallest set of rows that holds a share
+    of :math:`\sum_i |k_i|`.
+
+    Args:
+        keys: ``(d_in, n)``.
+        system: :math:`M`, ``(d_in, d_in)``, symmetric positive definite.
+        share: Of the keys' mass, in (0, 1].
+
+    Returns:
+        ``(d_in, n)``.
 
     Raises:
         ValueError: If a key is not finite, or the system is not positive definite.
@@ -150,12 +177,19 @@ def selected_gain(keys: Tensor, system: Tensor, share: float) -> Tensor:
 
 @outside_autocast
 def removal_gain(projected: Tensor, keys: Tensor, least: float) -> tuple[Tensor, Tensor] | None:
-    r"""Return what taking facts out does to a solution :math:`D` and to :math:`P`: :func:`ridge_gain` back.
+    r"""Return what taking a block of facts out does to a solution :math:`D` and to :math:`P`: :func:`ridge_gain` back.
 
     With :math:`S = I - K^\top P K = L L^\top`: the gain :math:`G = P K S^{-1}`, so that
     :math:`D \leftarrow D - (R - D K) G^\top`, and the factor :math:`V = P K L^{-\top}`, so that
-    :math:`P \leftarrow P + V V^\top`. Below a pivot of :math:`S` of ``least`` the difference has lost its digits:
-    ``None``, :math:`P` must be factorised anew.
+    :math:`P \leftarrow P + V V^\top`.
+
+    Args:
+        projected: :math:`P K`, ``(d_in, b)``.
+        keys: ``(d_in, b)``, facts that :math:`P` knows.
+        least: Below this pivot of :math:`S` the difference has lost its digits.
+
+    Returns:
+        Gain and factor, each ``(d_in, b)``, or ``None`` if :math:`P` must be factorised anew.
     """
     inner = -(keys.T @ projected)
     inner.diagonal().add_(1.0)
@@ -171,12 +205,20 @@ def _gain_and_factor(lower: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def solve_spd(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve ``matrix @ x = right`` by Cholesky; if it is not positive definite the error says what to do."""
+    """Solve ``matrix @ x = right`` by Cholesky.
+
+    Raises:
+        ValueError: If ``matrix`` is not positive definite; the message says what to do about it.
+    """
     return torch.cholesky_solve(right, _cholesky(matrix))
 
 
 def inverse_spd(matrix: Tensor) -> Tensor:
-    """Return the inverse of a symmetric positive definite matrix, by Cholesky; errors as of :func:`solve_spd`."""
+    """Return the inverse of a symmetric positive definite matrix, by Cholesky.
+
+    Raises:
+        ValueError: If ``matrix`` is not positive definite.
+    """
     # In rows whatever LAPACK returns: the order of a sum goes with the layout, and a saved matrix comes back in rows.
     return torch.cholesky_inverse(_cholesky(matrix)).contiguous()
 

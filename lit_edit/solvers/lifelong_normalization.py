@@ -45,14 +45,19 @@ class RunningMoments:
 
 
 def merge_moments(moments: RunningMoments, rows: Tensor) -> RunningMoments:
-    r"""Return the moments with some more rows ``(m, d)``, at least one (Welford's update for a block).
+    r"""Return the moments with some more rows (Welford's update for a block).
 
     With :math:`m` rows of mean :math:`\bar x` and :math:`\delta = \bar x - \mu`: :math:`\mu \leftarrow \mu + \delta
     m/(n+m)` and :math:`M_2 \leftarrow M_2 + \sum (x - \bar x)^2 + \delta^2\, nm/(n+m)`. The released code adds
     :math:`m` times the unbiased variance in place of the sum, which is NaN for a block of one row.
 
+    Args:
+        moments: Of the rows so far.
+        rows: ``(m, d)``, at least one.
+
     Raises:
-        ValueError: If the shapes do not fit, there are no rows, or (``FactsError``) a value is not finite.
+        ValueError: If the shapes do not fit or there are no rows.
+        FactsError: If a value is not finite.
 
     Example:
         >>> rows = torch.tensor([[1.0], [3.0], [8.0]], dtype=torch.float64)
@@ -71,12 +76,21 @@ def merge_moments(moments: RunningMoments, rows: Tensor) -> RunningMoments:
 
 
 def normalise(rows: Tensor, moments: RunningMoments, warm_up: float = 0.0) -> Tensor:
-    r"""Centre and scale rows ``(m, d)`` by the moments, :math:`(x - w\mu) / \sqrt{s^2 + (1-w)^2\mu^2}`.
+    r"""Centre and scale rows by the moments, :math:`(x - w\mu) / \sqrt{s^2 + (1-w)^2\mu^2}`.
 
     With :math:`w = n/(n + warm\_up)`: as if so many rows of mean zero had been seen before. Zero is the published
     :math:`(x - \mu)/s`. That makes nothing of a first row (it is its own mean) and points two first rows in opposite
-    directions; with a warm-up early rows keep most of their own direction, and an infinite one never centres. Entries
-    that have never varied become zero: what is left of them is rounding. The moments count these rows already.
+    directions; with a warm-up early rows keep most of their own direction.
+
+    Entries that have never varied become zero: what is left of them is rounding.
+
+    Args:
+        rows: ``(m, d)``.
+        moments: Of all rows so far, these included.
+        warm_up: Not negative; infinite never centres.
+
+    Returns:
+        ``(m, d)``.
 
     Raises:
         ValueError: If the shapes do not fit or ``warm_up`` is negative.
@@ -100,7 +114,16 @@ def normalise(rows: Tensor, moments: RunningMoments, warm_up: float = 0.0) -> Te
 def pseudo_values(inputs: Tensor, gradients: Tensor, eta: float) -> Tensor:
     r"""Return what a layer is to add to its output at each token, :math:`v = -\eta\,\|\hat h\|^2\,\hat g`.
 
-    Both :math:`\hat h`, ``(tokens, d_in)``, and :math:`\hat g`, ``(tokens, d_out)`` as the result, are normalised.
+    Args:
+        inputs: :math:`\hat h`, ``(tokens, d_in)``, normalised.
+        gradients: :math:`\hat g`, ``(tokens, d_out)``, normalised.
+        eta: The step; 1e-6 as published.
+
+    Returns:
+        ``(tokens, d_out)``.
+
+    Raises:
+        ValueError: If the shapes do not fit.
 
     Example:
         >>> pseudo_values(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]]), eta=0.1)

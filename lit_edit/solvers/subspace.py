@@ -117,7 +117,9 @@ class SubspaceSolver:
         lost = self.basis.T - (self.basis.T @ basis) @ basis.T
         if not float(lost.norm()) < 1e-3 * self.basis.shape[1] ** 0.5:
             raise ValueError("the checkpoint's subspace is another one: its key statistics were others")
-        self.inner.load_state_dict({n[6:]: value for n, value in state.items() if n.startswith("inner.")})
+        self.inner.load_state_dict(
+            {n.removeprefix("inner."): value for n, value in state.items() if n.startswith("inner.")}
+        )
         self.basis, self.delta = basis, loaded["delta"]
 
     def _project(self, keys: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class SingleEdits:
             try:
                 commit_proposal(self.ledger, self.editor, self.editor.propose([request], [request]))
             except HARMFUL as error:
-                refused = str(error)
+                refused = str(error) or type(error).__name__
             yield refused
         finally:
             self.ledger.restore_base()

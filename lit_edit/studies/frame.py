@@ -48,7 +48,7 @@ def check_files(**files: Path | None) -> None:
     """Raise :class:`ArgumentError` for the first of some options that names a file which is not there."""
     for name, path in files.items():
         if path is not None and not path.is_file():
-            raise ArgumentError(f"--{name} {path}: no such file")
+            raise ArgumentError(f"--{name} {path}: " + ("expected a file" if path.exists() else "no such file"))
 
 
 def check_data(options: argparse.Namespace) -> None:

@@ -129,3 +129,15 @@ def test_groups_are_among_the_results() -> None:
     found = {"results": {"mmlu_law": {"acc,none": 0.5}}, "groups": {"mmlu": {"acc,none": 0.25, "tasks": ["mmlu_law"]}}}
     assert plain_results(found) == {"mmlu_law": {"acc,none": 0.5}, "mmlu": {"acc,none": 0.25}}
     assert plain_results(None) == {}
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """lm-eval answers F1 and Matthews' coefficient as ``numpy.float64``; truth values and words are no numbers."""
+    import numpy as np
+
+    from lit_edit.cli.eval_harness import _is_metric, _number
+
+    assert _is_metric("f1,none", np.float64(0.5))
+    assert _number(np.float64(0.5)) == 0.5
+    for value in (True, "N/A", None, float("nan")):
+        assert _number(value) is None

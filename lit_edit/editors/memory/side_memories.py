@@ -11,7 +11,14 @@ from lit_edit.models.memory import Memory, Patch
 
 
 def activations(delta: Tensor, keys: Tensor) -> Tensor:
-    """Return ``(..., n)``, how far side memories, ``(..., d_out, d_in)`` from the weight, move keys ``(n, d_in)``.
+    """Return how far side memories move keys.
+
+    Args:
+        delta: ``(..., d_out, d_in)``, how each differs from the weight.
+        keys: ``(n, d_in)``.
+
+    Returns:
+        ``(..., n)``.
 
     Example:
         >>> activations(torch.tensor([[3.0, 0.0], [4.0, 0.0]]), torch.tensor([[1.0, 9.0], [2.0, 9.0]]))
@@ -21,9 +28,17 @@ def activations(delta: Tensor, keys: Tensor) -> Tensor:
 
 
 def margin_loss(edit: Tensor, other: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
-    """Return what activations lack of being told apart (WISE, eq. 3, of tokens): the sum of the means.
+    """Return what activations lack of being told apart (WISE, eq. 3, of tokens).
 
-    Those of an edit's tokens are to be at least ``beta``, and ``gamma`` above all others; others at most ``alpha``.
+    Args:
+        edit: ``(n,)``, of the tokens of an edit: at least ``beta``, and ``gamma`` above all others.
+        other: ``(m,)``, of other tokens: at most ``alpha``.
+        alpha: See there.
+        beta: See there.
+        gamma: See there.
+
+    Returns:
+        The sum of the means of what is missing.
 
     Example:
         >>> float(margin_loss(torch.tensor([8.0]), torch.tensor([1.0, 3.0]), alpha=2, beta=10, gamma=6))
@@ -35,7 +50,16 @@ def margin_loss(edit: Tensor, other: Tensor, alpha: float, beta: float, gamma: f
 
 
 def mask_indices(size: int, ratio: float, seed: int, shard: int) -> Tensor:
-    """Return which entries of a flat weight, ascending, the edits of a shard move: a share of them, at least one.
+    """Return which entries of a weight the edits of a shard move.
+
+    Args:
+        size: Number of entries.
+        ratio: Share of them, at least one.
+        seed: Seeds the drawing, together with
+        shard: Number of the shard.
+
+    Returns:
+        Places in the flat weight, ascending; the same for the same arguments.
 
     Example:
         >>> mask_indices(10, 1.0, seed=0, shard=0).tolist()
@@ -48,9 +72,14 @@ def mask_indices(size: int, ratio: float, seed: int, shard: int) -> Tensor:
 
 
 def masked_step(delta: Tensor, gradient: Tensor, indices: Tensor, lr: float, bound: float) -> Tensor:
-    """Return a change of a weight after a step of gradient descent on some entries, places in the flat change.
+    """Return a change of a weight after a step of gradient descent on some of its entries.
 
-    What moves stays between ``bound`` and its negative.
+    Args:
+        delta: The change.
+        gradient: Of the same shape.
+        indices: Of the flat change: what moves.
+        lr: Length of the step.
+        bound: What moves stays between this and its negative.
 
     Example:
         >>> masked_step(torch.zeros(1, 3), torch.tensor([[1.0, 2.0, -9.0]]), torch.tensor([1, 2]), lr=0.5, bound=2.0)
@@ -64,8 +93,12 @@ def masked_step(delta: Tensor, gradient: Tensor, indices: Tensor, lr: float, bou
 def ties_merge(deltas: Sequence[Tensor], density: float) -> Tensor:
     """Return what several changes of one weight have in common (TIES, 2306.01708).
 
-    Of each only the largest entries stay, a share ``density``; of those at a place, only those of the sign that their
-    sum has; what is left is their mean.
+    Of each only the largest entries stay; of those at a place, only those of the sign that their sum has; what is
+    left is their mean.
+
+    Args:
+        deltas: Of the same shape.
+        density: Share of the entries of each that stay.
 
     Example:
         >>> ties_merge([torch.tensor([4.0, 1.0, -3.0]), torch.tensor([2.0, 0.5, 5.0])], density=2 / 3)

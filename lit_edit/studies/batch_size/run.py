@@ -34,9 +34,9 @@ def run_batch_size(args: list[str]) -> int:
     status = run_rest(replace(whole, points=chosen), folder, options)
     if status is None:
         return 0
-    wanted = [] if options.gather else chosen
-    # Of --only: beside what other calls have done.
-    there = [point for point in points if point in wanted or (folder / point.name).is_dir()]
+    # What other calls have done stands beside it; gathered is what was chosen.
+    there = [p for p in points if (folder / p.name).is_dir() or p in chosen]
+    there = [p for p in chosen if (folder / p.name).is_dir()] if options.gather else there
     report = write_report(replace(whole, points=there), folder)
     return end_study("batch-size", args, status, report, folder, "batch_size")
 
