@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.errors import UserError
-from lit_edit.ledger.history import EditHistory
+from lit_edit.ledger.history import EditHistory, has_end
 from lit_edit.ledger.journal import Journal
 from lit_edit.runs.answers import answers_of, read_answers
 from lit_edit.runs.files import current_rows, deltas_path, edit_rows, journal_path
@@ -28,7 +28,7 @@ class RunError(UserError):
 def has_ended(folder: Path) -> bool:
     """Tell whether a run has come to its end and everything it leaves behind is written."""
     path = journal_path(folder)
-    return path.is_file() and any(record["kind"] == "end" for record in Journal(path, writable=False).records)
+    return path.is_file() and has_end(Journal(path, writable=False).records)
 
 
 def find_folder(folder: Path) -> Path:

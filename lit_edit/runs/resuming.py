@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lit_edit.data.request import EditRequest
+from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import sync_folder
 from lit_edit.files.trees import load_tree
+from lit_edit.ledger.history import EditHistory
 from lit_edit.ledger.journal import Journal
 from lit_edit.runs.files import journal_path
+from lit_edit.stream.replay import dealt_with
 
 log = logging.getLogger(__name__)
 
 OF_ONE_RUN = ("config", "run_name", "runs_dir", "resume", "overwrite", "ckpt_path", "weights_only")
 """Settings that change nothing of what comes of a run."""
+_OF_NO_ACCOUNT = (
+    *("model.measure_each", "model.journal", "model.changed", "model.on_refused", "model.on_conflict"),
+    *("model.statistics.cache", "model.statistics.force"),
+)
+"""Settings of a stream that an ended run may have otherwise: what was made stays what it is."""
 _PLACES = ("save_dir", "name", "version", "dirpath", "default_root_dir")
 
 
@@ -52,6 +62,63 @@ def run_of_config(configs: list[Any]) -> Path | None:
         if path.name == "config.yaml" and journal_path(path.parent).is_file():
             return path.parent
     return None
+
+
+def check_same(folder: Path, config: str, requests: Sequence[EditRequest]) -> bool:
+    """Tell whether a run that has come to its end has dealt with a whole stream; what differs is refused by name.
+
+    Args:
+        folder: The run's.
+        config: All settings that are asked for now, as YAML.
+        requests: The stream that is asked for now: more of it behind the same beginning is left to do.
+
+    Raises:
+        ArgumentError: For another seed, another model or other settings; for other data as on a run that was cut.
+    """
+    check_settings(folder, config)
+    history = EditHistory.of(Journal(journal_path(folder), writable=False).records)
+    step = (yaml.safe_load(config).get("data") or {}).get("batch_size") or 1
+    return dealt_with(history, requests, step) >= len(requests)
+
+
+def check_settings(folder: Path, config: str, only: Sequence[str] = ("seed_everything", "model")) -> None:
+    """Refuse settings that decide about numbers and differ from those that a run was made with, by name.
+
+    ``only`` are looked at; those of a model that was not loaded yet are the journal's to compare.
+    """
+    try:
+        then = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return  # cut before it was written, or damaged: the journal knows
+    now = yaml.safe_load(config)
+    told = [
+        f"{name.removeprefix('model.editor.init_args.')} {old!r}, now {new!r}"
+        for part in only
+        for name, (old, new) in changes(then.get(part), now.get(part), part).items()
+        if name not in _OF_NO_ACCOUNT
+    ]
+    if told:
+        raise ArgumentError(
+            f"the edits were made with other settings ({'; '.join(told)}): use the config that they were made with, or "
+            "start a run of another name"
+        )
+
+
+def changes(before: Any, after: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ, by name.
+
+    Example:
+        >>> changes({"data": {"limit": 1, "offset": 0}}, {"data": {"limit": 2, "offset": 0}})
+        {'data.limit': (1, 2)}
+    """
+    if before == after:
+        return {}
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return {name: (before, after)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*before, *after]):
+        found |= changes(before.get(key), after.get(key), f"{name}.{key}" if name else str(key))
+    return found
 
 
 def adopt_journal(checkpoint: Path, folder: Path) -> None:

@@ -391,6 +391,68 @@ def test_a_run_that_has_ended_is_left_alone(finished: Path, fit: Any, named: boo
     assert [path.name for path in finished.parent.iterdir()] == ["x"]
 
 
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--data.offset=1"], "resume with the data it was made with"),
+        (["--data.limit=2"], "resume with the data it was made with"),
+        (["--data.shuffle_seed=3"], "resume with the data it was made with"),
+        (["--seed_everything=7"], "made with other settings (seed_everything 0, now 7)"),
+        (["--model.editor.init_args.covariance_weight=6"], "made with other settings (covariance_weight 5.0, now 6.0)"),
+        (["--model.editor.init_args.target.steps=4"], "made with other settings (target.steps 3, now 4)"),
+        (["--model.statistics.tokens=9"], "made with other settings (model.statistics.tokens 0, now 9)"),
+        (["--model.language_model.name=gone"], "now 'gone')"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_run_that_has_ended_refuses_what_a_cut_one_refuses(
+    args: list[str], told: str, finished: Path, fit: Any, capsys: Any
+) -> None:
+    before = contents(finished)
+    assert fit("--run_name=x", "--resume=auto", *args) == 2
+    assert told in capsys.readouterr().err
+    assert contents(finished) == before
+
+
+def test_another_seed_is_refused_on_a_cut_run_too(killed: Path, fit: Any, capsys: Any) -> None:
+    before = contents(killed)
+    assert fit("--run_name=x", "--resume=auto", "--seed_everything=7") == 2
+    assert "made with other settings (seed_everything 0, now 7)" in capsys.readouterr().err
+    assert contents(killed)["ledger/journal"] == before["ledger/journal"]
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_more_data_behind_the_same_beginning_is_gone_on_with(
+    checkpoints: bool,
+    finished: Path,
+    shared: Path,
+    processes: Processes,
+    fit: Any,
+    runs: Path,
+    tmp_path: Path,
+    capsys: Any,
+) -> None:
+    """Whole windows: as one run of all of them, but for the measurements at the first end."""
+    assert fit("--run_name=long", "--data.limit=6") == 0
+    if not checkpoints:
+        shutil.rmtree(finished / "checkpoints")
+    args = [*words(shared / "fast.yaml"), "--runs_dir", str(runs), "--run_name=x", "--resume=auto", "--data.limit=6"]
+    assert processes.run(args, tmp_path, ("commit", 1 if checkpoints else 5)) == -signal.SIGKILL
+    assert len(read_history(finished).made) == 5
+    assert fit("--run_name=x", "--resume=auto", "--data.limit=6") == 0
+    assert "has come to its end already" not in capsys.readouterr().out
+    assert len(read_history(finished).made) == 6
+    one, other = load_file(deltas_path(finished)), load_file(deltas_path(runs / "long"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (finished, runs / "long")]
+    assert summaries[0]["final"] == summaries[1]["final"]
+    assert summaries[0]["edits"] == 6
+    before = contents(finished)
+    assert fit("--run_name=x", "--resume=auto", "--data.limit=6") == 0
+    assert "has come to its end already" in capsys.readouterr().out
+    assert contents(finished) == before
+
+
 def test_an_ended_run_is_not_run_again_unasked(finished: Path, fit: Any, capsys: Any) -> None:
     before = contents(finished)
     assert fit("--run_name=x") == 2
@@ -587,7 +649,7 @@ def test_damaged_key_statistics_are_computed_anew(
     monkeypatch.setenv("LIT_EDIT_CACHE", str(cache))
     files = sorted(cache.rglob("layer*.safetensors"))
     assert len(files) == 2
-    good = load_file(files[0])["moment"]
+    good = load_file(files[0])["moment"].clone()  # not the file itself, which is damaged now
     if damage in ("half", "bit"):
         {"half": cut_in_half, "bit": flip_last_bit}[damage](files[0])
     else:
