@@ -299,10 +299,7 @@ class EditCLI(RunCLI):
         config = self.config["fit"]
         if config["continue"]:
             check_source(Path(config["continue"]), folder)
-        try:
-            return check_same(folder, settings, EditDataModule(**config.data.as_dict()).read().requests)
-        except MisconfigurationException as error:
-            raise ArgumentError(str(error)) from error
+        return check_same(folder, settings)
 
     def _tidy(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Take a new run's folder away if the run has failed before its first edit: nothing is in it to go on with."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_edit.data.request import EditRequest
+from lit_edit.data.datamodule import EditDataModule
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import sync_folder
-from lit_edit.files.trees import load_tree
+from lit_edit.files.trees import CheckpointError, check_tree, load_tree
 from lit_edit.ledger.history import EditHistory
 from lit_edit.ledger.journal import Journal
 from lit_edit.runs.files import journal_path
@@ -64,21 +65,31 @@ def run_of_config(configs: list[Any]) -> Path | None:
     return None
 
 
-def check_same(folder: Path, config: str, requests: Sequence[EditRequest]) -> bool:
-    """Tell whether a run that has come to its end has dealt with a whole stream; what differs is refused by name.
+def check_same(folder: Path, config: str) -> bool:
+    """Tell whether a run that has come to its end has dealt with all data; what differs is refused by name.
 
     Args:
         folder: The run's.
         config: All settings that are asked for now, as YAML.
-        requests: The stream that is asked for now: more of it behind the same beginning is left to do.
 
     Raises:
-        ArgumentError: For another seed, another model or other settings; for other data as on a run that was cut.
+        ArgumentError: For another seed, another model or other settings, and for other data as on a run that was cut.
     """
     check_settings(folder, config)
+    return has_all(folder, yaml.safe_load(config)["data"])
+
+
+def has_all(folder: Path, data: Mapping[str, Any]) -> bool:
+    """Tell whether a run's journal deals with all edits of a stream, given as settings; refuse if it is another's.
+
+    What stands behind the same beginning is left to do: the run goes on with it in place.
+    """
+    requests = EditDataModule(**data).read().requests
     history = EditHistory.of(Journal(journal_path(folder), writable=False).records)
-    step = (yaml.safe_load(config).get("data") or {}).get("batch_size") or 1
-    return dealt_with(history, requests, step) >= len(requests)
+    try:
+        return dealt_with(history, requests, data["batch_size"]) >= len(requests)
+    except MisconfigurationException as error:
+        raise ArgumentError(str(error)) from error
 
 
 def check_settings(folder: Path, config: str, only: Sequence[str] = ("seed_everything", "model")) -> None:
@@ -119,6 +130,19 @@ def changes(before: Any, after: Any, name: str = "") -> dict[str, tuple[Any, Any
     for key in dict.fromkeys([*before, *after]):
         found |= changes(before.get(key), after.get(key), f"{name}.{key}" if name else str(key))
     return found
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """Return the newest checkpoint in a folder that is whole, to the last bit; those that are not are named."""
+    files = {path.resolve() for path in folder.glob("*.ckpt") if path.is_file()}
+    for path in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        try:
+            check_tree(path)
+        except CheckpointError as error:
+            log.warning("%s is damaged and not used: %s", path, error)
+            continue
+        return path
+    return None
 
 
 def adopt_journal(checkpoint: Path, folder: Path) -> None:
