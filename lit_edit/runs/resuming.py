@@ -110,7 +110,7 @@ def check_settings(folder: Path, config: str, only: Sequence[str] = ("seed_every
     ]
     if told:
         raise ArgumentError(
-            f"the edits were made with other settings ({'; '.join(told)}): use the config that they were made with, or "
+            f"the run was made with other settings ({'; '.join(told)}): use the config that they were made with, or "
             "start a run of another name"
         )
 

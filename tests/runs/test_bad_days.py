@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from lit_edit.callbacks import LayerNorms, RunFolder
+from lit_edit.callbacks import EditProgressBar, LayerNorms, RunFolder
 from safetensors.torch import load_file, safe_open, save_file
 
 from lit_edit.cli.main import main
@@ -367,6 +367,26 @@ def test_resume_with_other_settings_begins_another_run(killed: Path, fit: Any) -
     assert fit("--resume=auto", "--model.editor.init_args.covariance_weight=6") == 0
     assert len(list(killed.parent.iterdir())) == 2
     assert journal_path(killed).read_bytes() == recorded
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_the_bar_of_a_resumed_run_knows_its_total_and_its_rate(
+    checkpoints: bool, killed: Path, fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not checkpoints:
+        shutil.rmtree(killed / "checkpoints")
+    seen: list[tuple[int, int, int | None]] = []
+    end = EditProgressBar.on_train_batch_end
+
+    def look(bar: EditProgressBar, *args: Any) -> None:
+        end(bar, *args)
+        seen.append((bar.train_progress_bar.n, bar.train_progress_bar.initial, bar.train_progress_bar.total))
+
+    monkeypatch.setattr(EditProgressBar, "on_train_batch_end", look)
+    assert fit("--run_name=x", "--resume=auto", "--trainer.enable_progress_bar=true") == 0
+    last, first, total = seen[-1]
+    assert (last, total) == (EDITS, EDITS)
+    assert 2 <= first < EDITS  # the rate is of the edits that this process has made
 
 
 def test_resume_where_there_is_nothing_begins(runs: Path, fit: Any, whole: Path) -> None:
@@ -1064,6 +1084,36 @@ def test_an_unfinished_run_goes_on_behind_an_undo(killed: Path, fit: Any, whole:
     shutil.rmtree(killed / "checkpoints")
     with open_for_change(killed) as run:
         assert all(torch.equal(value, expected[name]) for name, value in run.stream.ledger.deltas.items())
+
+
+def test_a_cut_run_is_a_run(
+    killed: Path, fit: Any, whole: Path, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it has made is asked, taken away, gone on from and undone; each says that it was not finished."""
+    made = len(read_history(killed).made)
+    assert 0 < made < EDITS
+    assert not deltas_path(killed).is_file()
+    told = f"was not finished: it has made {made} edits"
+    out = tmp_path / "delta.safetensors"
+    for args in (
+        ["ask", f"--run={killed}", "Hello there", "--tokens=1", "--json"],
+        ["log", f"--run={killed}"],
+        ["export", f"--run={killed}", "--as=delta", f"--out={out}"],
+        ["report", f"--run={killed}"],
+    ):
+        caplog.clear()
+        assert main(args) == 0, args
+        assert told in caplog.text or "not finished" in (killed / "report.html").read_text()
+        assert (args[0] == "report") or told in caplog.text
+    with safe_open(out, "pt") as file:
+        assert len(json.loads(file.metadata()["edits"])) == made
+    assert fit("--run_name=y", f"--continue={killed}", "--data.offset=4", "--data.limit=1") == 0
+    assert len(read_history(killed.parent / "y").made) == made + 1
+    assert fit("--run_name=x", "--resume=auto") == 0  # and none of this is in its way
+    assert same_as(killed, whole) == []
+    caplog.clear()
+    assert main(["log", f"--run={killed}"]) == 0
+    assert "not finished" not in caplog.text
 
 
 def test_log_lists_the_ledger(finished: Path, capsys: Any) -> None:
