@@ -13,10 +13,9 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_edit.data.files import expand
 from lit_edit.data.request import EditRequest
 from lit_edit.errors import check_known
-from lit_edit.files.paths import write_text
+from lit_edit.files.paths import expand, write_text
 from lit_edit.metrics.ages import aged
 from lit_edit.metrics.evaluation import flatten
 from lit_edit.metrics.generated import (

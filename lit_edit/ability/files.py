@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_edit.ability.tasks import RESERVED, Item, Task
-from lit_edit.data.files import SUFFIXES, expand, read_file
+from lit_edit.data.files import SUFFIXES, read_file
 from lit_edit.data.request import DataError
+from lit_edit.files.paths import expand
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lit_edit.console.arguments import make_parser
 from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import expand
 from lit_edit.runs.ability import Asked, Point, measure_run
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def run_ability(args: list[str]) -> None:
     made = len(read_history(options.run).made)
     say_if_cut(options.run)
     numbers = sorted({0, made} if options.at is None else set(options.at))
-    out = options.out or options.run.expanduser() / "ability"
+    out = options.out or expand(options.run) / "ability"
     history = measure_run(options.run, numbers, asked, out)
     print_whole(ability_table(history))
     log.info("written to %s", out / "ability.json")

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from lit_edit.console.arguments import make_parser
 from lit_edit.console.parts import choose_part
+from lit_edit.files.paths import expand
 from lit_edit.studies.mqd.making import add_mqd_arguments, write_mqd
 
 DATA_SETS = MappingProxyType(
@@ -44,7 +45,7 @@ def build_mqd_files(args: list[str]) -> None:
     from lit_edit.data.mqd import build_mqd
 
     made = build_mqd(read_events(options.events, options.split), options.limit, options.seed)
-    paths = write_mqd(options.out.expanduser(), made)
+    paths = write_mqd(expand(options.out), made)
     for kind, requests in made.items():
         first = requests[0]
         sys.stdout.write(f"{paths[kind]}: {len(requests)} requests, the first:\n")

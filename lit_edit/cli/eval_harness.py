@@ -10,6 +10,7 @@ from typing import Any
 
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import expand
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def run_eval_harness(args: list[str]) -> None:
             measured["edited"] = measure("edited")
     rows = result_rows(measured)
     settings = {"tasks": options.tasks, "limit": options.limit, "shots": options.shots, "edits": len(run.entries)}
-    path = options.run.expanduser() / "eval_harness.json"
+    path = expand(options.run) / "eval_harness.json"
     version = str(getattr(lm_eval, "__version__", "unknown"))
     write_json(path, without_nan({"lm_eval": version, **settings, "results": measured, "rows": rows}))
     print_whole(result_table(rows, len(run.entries)))

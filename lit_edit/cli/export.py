@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import expand
 from lit_edit.runs.reading import check_finished
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def run_export(args: list[str]) -> None:
     from lit_edit.export.model import check_export_file, check_export_folder
     from lit_edit.runs.folder import open_run
 
-    target = (options.out or options.run / _NAMES[options.kind]).expanduser()
+    target = expand(options.out or options.run / _NAMES[options.kind])
     (check_export_file if options.kind == "delta" else check_export_folder)(target)  # before a model is loaded
     run = open_run(options.run)
     run.apply()
@@ -65,14 +66,14 @@ def run_apply(args: list[str]) -> None:
     parser.add_model(None, required=True, help="the base model: packaged model, folder or hub id")
     parser.add_out("a new folder; by default that of the file, without its suffix")
     options = parser.parse_args(args)
-    if not options.delta.expanduser().is_file():
+    if not expand(options.delta).is_file():
         raise ArgumentError(f"--delta {options.delta} cannot be read: there is no such file")
 
     from lit_edit.export.delta import edit_with, read_delta
     from lit_edit.export.model import check_export_folder, export_model
 
-    file = read_delta(options.delta.expanduser())
-    target = (options.out or file.path.with_suffix("")).expanduser()
+    file = read_delta(expand(options.delta))
+    target = expand(options.out or file.path.with_suffix(""))
     check_export_folder(target)
     model, tokenizer = file.base_at(options.model).load()
     ledger = edit_with(model, file)

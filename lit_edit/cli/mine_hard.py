@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import expand
 from lit_edit.studies.frame import check_files, results_folder
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _essence(settings: dict[str, Any], texts: Sequence[str], bos: bool) -> dict[
     source = {name: data[name] for name in ("source", "split")}
     path = data["path"]
     local = path is not None and data["source"] != "hub"
-    source["content"] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest() if local else path
+    source["content"] = hashlib.sha256(expand(path).read_bytes()).hexdigest() if local else path
     return {
         "model": model["language_model"],
         "editor": model["editor"],

@@ -12,6 +12,7 @@ from lit_edit.console.arguments import make_parser, positive
 from lit_edit.console.terminal import write_json
 from lit_edit.console.words import check_names, expand_arguments, with_config
 from lit_edit.errors import ArgumentError, UserError
+from lit_edit.files.paths import expand
 from lit_edit.files.paths import write_json as write_json_file
 
 if TYPE_CHECKING:
@@ -259,7 +260,7 @@ def _tokenizer(language_model: Any, source: str | None) -> PreTrainedTokenizerBa
     from lit_edit.models.packaged import PACKAGED
 
     name = source or language_model.name
-    folder = PACKAGED[name].folder if name in PACKAGED else Path(name).expanduser()
+    folder = PACKAGED[name].folder if name in PACKAGED else expand(name)
     if not (folder / "tokenizer.json").is_file():
         return None
     try:

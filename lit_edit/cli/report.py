@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from lit_edit.console.arguments import make_parser
+from lit_edit.files.paths import expand
 
 
 def run_report(args: list[str]) -> None:
@@ -23,8 +24,8 @@ def run_report(args: list[str]) -> None:
     from lit_edit.errors import ArgumentError
     from lit_edit.report import write_comparison, write_report
 
-    runs = list(dict.fromkeys(folder.expanduser() for folder in options.runs))
-    out = None if options.out is None else options.out.expanduser()
+    runs = list(dict.fromkeys(expand(folder) for folder in options.runs))
+    out = None if options.out is None else expand(options.out)
     if out is not None and out.is_dir():
         raise ArgumentError(f"--out {out} is a folder; give the name of a file, for example {out / 'report.html'}")
     written = write_report(runs[0], out) if len(runs) == 1 else write_comparison(runs, out or Path("compared.html"))

@@ -16,7 +16,7 @@ from lit_edit.console.arguments import make_parser
 from lit_edit.console.configs import find_config
 from lit_edit.console.words import read_settings
 from lit_edit.errors import ArgumentError
-from lit_edit.files.paths import write_text
+from lit_edit.files.paths import expand, write_text
 from lit_edit.sweeps.grids import Grid, Point, read_grid, with_changes
 
 
@@ -54,7 +54,7 @@ def run_sweep(args: list[str]) -> int:
 
 def folder_of(grid: Grid, runs_dir: str) -> Path:
     """Return where a sweep keeps its runs and tables."""
-    return Path(runs_dir).expanduser().resolve() / "sweeps" / grid.name
+    return expand(runs_dir).resolve() / "sweeps" / grid.name
 
 
 def _options(args: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -111,7 +111,7 @@ def write_script(grid: Grid, folder: Path, command: str) -> Path:
 def command_again(command: str, name: str, runs_dir: str, *words: str) -> str:
     """Return the command of a sweep, for use in any folder."""
     config = str(Path(name).resolve()) if os.path.isfile(name) else name
-    runs = str(Path(runs_dir).expanduser().resolve())
+    runs = str(expand(runs_dir).resolve())
     return shlex.join(["lit-edit", command, "--config", config, "--runs_dir", runs, *words])
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import expand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,7 @@ def _parser() -> ArgumentParser:
 def run_trace(args: list[str]) -> None:
     """Run ``lit-edit trace``."""
     options = _parser().parse_args(args)
-    if options.data not in ("builtin", "known_facts") and not Path(options.data).expanduser().is_file():
+    if options.data not in ("builtin", "known_facts") and not expand(options.data).is_file():
         raise ArgumentError(f"--data {options.data}: no such file")
 
     from lit_edit.models import LanguageModel, ModelAdapter

@@ -11,7 +11,6 @@ The module says what that file holds: it has a method ``save_network(path: Path)
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
@@ -19,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lit_edit.console.run_cli import RunCLI, time_stamp
 from lit_edit.console.words import expand_arguments
 from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import expand
 from lit_edit.files.trees import load_tree
 from lit_edit.runs.names import check_run_name, shown
 from lit_edit.runs.resuming import check_settings, newest_whole
@@ -55,7 +55,7 @@ class NetworkCLI(RunCLI):
         config = self.config["fit"]
         name = config.run_name or time_stamp()
         check_run_name(name)
-        self.run_folder = Path(config.runs_dir).expanduser().resolve() / name
+        self.run_folder = expand(config.runs_dir).resolve() / name
         if config.resume == "auto" and not config.get("ckpt_path"):
             if (self.run_folder / "config.yaml").is_file():
                 check_settings(self.run_folder, self._parser("fit").dump(config, skip_none=False), _DECIDING)

@@ -39,6 +39,7 @@ from lit_edit.console.terminal import write_json
 from lit_edit.data.datamodule import EditDataModule
 from lit_edit.devices.ranks import RankError
 from lit_edit.errors import ArgumentError, RunStoppedError, UserError
+from lit_edit.files.paths import expand
 from lit_edit.files.trees import CheckpointError, load_tree
 from lit_edit.runs.continuing import carry_over, check_source
 from lit_edit.runs.files import journal_path
@@ -256,7 +257,7 @@ class EditCLI(RunCLI):
             folder = Path(checkpoint).resolve().parent.parent
             if name in (None, folder.name):
                 return folder  # resumed where it was, from whatever folder
-        runs = Path(config.runs_dir).expanduser().resolve()
+        runs = expand(config.runs_dir).resolve()
         if self.subcommand == "fit" and config.resume == "auto":
             own = run_of_config(config.get("config") or [])
             if own is not None and (name is None or (name == own.name and not journal_path(runs / name).is_file())):
@@ -334,4 +335,4 @@ def _make_absolute(editor: Any) -> None:
     for name in ("network", "demonstration_path"):
         value = None if editor is None else editor.get(name)
         if isinstance(value, str) and os.path.exists(os.path.expanduser(value)):
-            editor[name] = str(Path(value).expanduser().resolve())
+            editor[name] = str(expand(value).resolve())

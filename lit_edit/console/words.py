@@ -15,6 +15,7 @@ from lit_edit.console.arguments import LAYERS, SHORT, CommandParser, no_such_opt
 from lit_edit.console.configs import check_config, config_root, find_config, method_config, shipped_configs
 from lit_edit.data.request import shorten
 from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import expand
 
 _SAME = MappingProxyType({"--seed": "seed_everything", "--name": "run_name", "--limit": "data.limit"})
 
@@ -48,7 +49,7 @@ def check_data(args: Sequence[str]) -> None:
     """Refuse a file of edits (``--data FILE``) that is not there, before anything heavy is imported."""
     words = full_settings(args)
     paths = [word.partition("=")[2] for word in words if word.startswith("--data.path=")]
-    if "--data.source=file" in words and paths and not Path(paths[-1]).expanduser().is_file():
+    if "--data.source=file" in words and paths and not expand(paths[-1]).is_file():
         raise ArgumentError(f"{paths[-1]}: no such file")
 
 

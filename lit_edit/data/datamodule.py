@@ -9,11 +9,12 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lit_edit.data.files import expand, repeated
+from lit_edit.data.files import repeated
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.data.sources import OnError, Source, builtin_text, load_requests
 from lit_edit.data.texts import read_documents
 from lit_edit.errors import check_least
+from lit_edit.files.paths import expand
 
 
 class EditBatch:

@@ -11,9 +11,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from lit_edit.data.files import expand, read_text
+from lit_edit.data.files import read_text
 from lit_edit.data.request import DataError, find_fault, shorten
 from lit_edit.data.sources import builtin_text, hub_rows
+from lit_edit.files.paths import expand
 
 log = logging.getLogger(__name__)
 

@@ -16,14 +16,6 @@ from lit_edit.data.request import DataError, shorten
 SUFFIXES = (".json", ".jsonl", ".csv")
 
 
-def expand(name: str | Path) -> Path:
-    """Return a path with ``~`` replaced by the home folder; nobody's is a :class:`DataError`."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:
-        raise DataError(f"{name}: there is no such home folder") from None
-
-
 def read_text(path: Path) -> str:
     """Return the text of a file in UTF-8; a :class:`DataError` names it and, where the text is at fault, the line."""
     if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe might never end

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal
 
-from lit_edit.data.files import expand, read_file
+from lit_edit.data.files import read_file
 from lit_edit.data.formats import FORMATS, read_record
 from lit_edit.data.request import DataError, EditRequest
+from lit_edit.files.paths import expand
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_edit.export.model import ExportError, check_export_file, check_written, read_tensors
-from lit_edit.files.paths import write_atomically
+from lit_edit.files.paths import expand, write_atomically
 from lit_edit.files.tensor_files import save_tensors, with_digests
 from lit_edit.ledger.edit_ledger import EditLedger, EditRefusedError, LayerUpdate, LedgerEntry
 from lit_edit.models.adapter import ModelAdapter
@@ -54,7 +54,7 @@ def export_delta(ledger: EditLedger, path: Path, base_hash: str, base: LanguageM
     back with another last bit. ``base`` is how the model was loaded, ``base_hash`` that of its unedited weights.
     """
     check_written(ledger)
-    path = path.expanduser()
+    path = expand(path)
     check_export_file(path)
     check_edited(ledger)
     arch = None if base.arch is None else asdict(base.arch)
@@ -125,7 +125,7 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     Raises:
         ExportError: If the file is damaged, or belongs to other weights; the model is as it was then.
     """
-    edit_with(model, read_delta(Path(path).expanduser()))
+    edit_with(model, read_delta(expand(path)))
     return model
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_edit.errors import UserError
-from lit_edit.files.paths import write_atomically
+from lit_edit.files.paths import expand, write_atomically
 from lit_edit.files.tensor_files import check_digests, save_tensors, system_errors, with_digests
 from lit_edit.ledger.edit_ledger import EditLedger, LayerUpdate, LedgerEntry, weights_state
 from lit_edit.ledger.ownership import MARK
@@ -76,7 +76,7 @@ def write_folder(folder: Path, fill: Callable[[Path], object]) -> Path:
 
     On any exception nothing stays; :class:`ExportError` says that ``folder`` holds files, or is one.
     """
-    folder = folder.expanduser()
+    folder = expand(folder)
     check_export_folder(folder)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         ready = Path(scratch) / "ready"

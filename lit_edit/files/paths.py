@@ -11,6 +11,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lit_edit.errors import UserError
+
+
+def expand(name: str | Path) -> Path:
+    """Return a path with ``~`` replaced by the home folder; nobody's is a :class:`UserError`."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(f"{name}: there is no such home folder") from None
+
 
 def cache_dir() -> Path:
     """Return the cache folder: ``$LIT_EDIT_CACHE``, else ``$XDG_CACHE_HOME/lit-edit``, else ``~/.cache/lit-edit``."""

@@ -15,7 +15,7 @@ import yaml
 
 from lit_edit.errors import UserError
 from lit_edit.files.metric_rows import read_rows
-from lit_edit.files.paths import without_nan, write_json
+from lit_edit.files.paths import expand, without_nan, write_json
 from lit_edit.ledger.history import EditHistory, has_end
 from lit_edit.ledger.journal import Journal
 from lit_edit.runs.answers import read_answers, write_answers
@@ -96,7 +96,7 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         ReportError: If there is no run.
     """
-    folder = folder.expanduser()
+    folder = expand(folder)
     if not folder.is_dir():
         raise ReportError(f"there is no run folder {folder}: give one that lit-edit fit has made, for example runs/x")
     if not any(path.is_file() for path in (folder / "summary.json", folder / "metrics.csv", journal_path(folder))):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import expand
 
 Point = dict[str, Any]
 """``edits``, and ``tasks``: their records by name."""
@@ -52,7 +53,7 @@ def measure_run(run: Path, numbers: Sequence[int], asked: Asked, out: Path) -> l
     from lit_edit.runs.results import ResultsFolder
 
     history = read_history(run)
-    journal = Journal(journal_path(run.expanduser()), writable=False)
+    journal = Journal(journal_path(expand(run)), writable=False)
     if wrong := [number for number in numbers if not 0 <= number <= len(history.made)]:
         raise ArgumentError(f"--at {wrong[0]}: {run} has made {len(history.made)} edits")
     data = [load_task(task, asked.folder) for task in find_tasks(asked.tasks)]  # before a model is loaded

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.errors import UserError
+from lit_edit.files.paths import expand
 from lit_edit.ledger.history import EditHistory, has_end
 from lit_edit.ledger.journal import Journal
 from lit_edit.runs.answers import answers_of, read_answers
@@ -37,7 +38,7 @@ def has_ended(folder: Path) -> bool:
 
 def find_folder(folder: Path) -> Path:
     """Return the folder of a run, with ``~`` put in full; :class:`RunError` if there is none."""
-    folder = folder.expanduser()
+    folder = expand(folder)
     if not folder.is_dir():
         raise RunError(f"there is no run folder {folder}")
     return folder
@@ -66,7 +67,7 @@ def check_finished(folder: Path) -> Path:
 
 def say_if_cut(folder: Path) -> None:
     """Warn that a run has not come to its end: what it has made until then is what there is."""
-    folder = folder.expanduser()
+    folder = expand(folder)
     if not (folder / "config.yaml").is_file() or not journal_path(folder).is_file() or has_ended(folder):
         return
     made = len(read_history(folder).made)
@@ -102,7 +103,7 @@ class EditLog:
 
 def read_log(folder: Path) -> EditLog:
     """Return what the folder of a run says of its edits, without opening a model or changing a file."""
-    records, folder = _records(folder), folder.expanduser()
+    records, folder = _records(folder), expand(folder)
     rows = current_rows(folder, EditHistory.of(records))
     return EditLog(rows, judge(rows, read_answers(folder), records), _times(records))
 
@@ -126,11 +127,11 @@ def _times(records: Sequence[Mapping[str, Any]]) -> dict[int, str]:
 def read_outcome(folder: Path) -> dict[str, Any]:
     """Return what a program wants to know of a run: counts, main numbers of its summary, and what does not hold."""
     verdicts = read_log(folder).verdicts
-    path = folder.expanduser() / "summary.json"
+    path = expand(folder) / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {
         "run": str(folder),
-        "ended": has_ended(folder.expanduser()),
+        "ended": has_ended(expand(folder)),
         "edits": counts(verdicts),
         **{stage: summary.get(stage) for stage in ("base", "immediate", "final", "seconds")},
         "failures": [verdict.as_dict() for verdict in failures(verdicts)],

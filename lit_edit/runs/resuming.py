@@ -12,12 +12,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_edit.data.datamodule import EditDataModule
 from lit_edit.errors import ArgumentError
-from lit_edit.files.paths import sync_folder
+from lit_edit.files.paths import expand, sync_folder
 from lit_edit.files.trees import CheckpointError, check_tree, load_tree
 from lit_edit.ledger.history import EditHistory
 from lit_edit.ledger.journal import Journal
 from lit_edit.runs.files import journal_path
-from lit_edit.stream.replay import dealt_with
+from lit_edit.stream.position import dealt_with
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def find_run(runs: Path, config: str) -> Path | None:
 def run_of_config(configs: list[Any]) -> Path | None:
     """Return the run folder that one of the given config files lies in, if one does."""
     for config in configs:
-        path = Path(str(config)).expanduser().resolve()
+        path = expand(str(config)).resolve()
         if path.name == "config.yaml" and journal_path(path.parent).is_file():
             return path.parent
     return None

@@ -6,7 +6,6 @@ import os
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from lit_edit.devices.algebra import algebra_device, algebra_dtype
 from lit_edit.errors import check_known
-from lit_edit.files.paths import cache_dir
+from lit_edit.files.paths import cache_dir, expand
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class SolverStorage:
         """Return the matrix, on disk if it is to be there; writing to it later writes to the file."""
         if self.offload != "disk":
             return matrix
-        folder = Path(self.folder).expanduser() if self.folder else cache_dir() / "scratch"
+        folder = expand(self.folder) if self.folder else cache_dir() / "scratch"
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder, prefix="matrix-", suffix=".part")
         os.close(handle)

@@ -9,11 +9,11 @@ from itertools import groupby, islice
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lit_edit.data.files import expand
 from lit_edit.data.request import DataError
 from lit_edit.data.texts import read_documents
 from lit_edit.errors import ArgumentError
 from lit_edit.files.checksum import hash_seed
+from lit_edit.files.paths import expand
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.text.tokens import encode
 

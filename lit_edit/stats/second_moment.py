@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_edit.data.request import DataError
 from lit_edit.devices.algebra import algebra_dtype, for_algebra, without_autocast
-from lit_edit.files.paths import cache_dir, write_atomically
+from lit_edit.files.paths import cache_dir, expand, write_atomically
 from lit_edit.files.tensor_files import check_digests, save_tensors, with_digests
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.shards import whole
@@ -97,7 +97,7 @@ class KeyStatistics:
         """Return the text, how many tokens of it are read, and where the results are kept."""
         corpus = open_corpus(self.corpus, self.seed)
         budget = max(self.tokens, *(10 * adapter.shape(layer)[1] for layer in layers))
-        base = Path(self.cache).expanduser() if self.cache else cache_dir() / "stats"
+        base = expand(self.cache) if self.cache else cache_dir() / "stats"
         name = f"{corpus.fingerprint()}-{budget}" + ("-skipfirst" if self.skip_first else "")
         return corpus, budget, base / weights_hash(adapter.model, adapter.weights) / name
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -16,6 +15,7 @@ from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import Editor, EditorInfo, Proposal
 from lit_edit.editors.closed_form.d4s import D4S
 from lit_edit.files.interrupts import deferred_interrupts
+from lit_edit.files.paths import expand
 from lit_edit.ledger.journal import Journal
 from lit_edit.ledger.ownership import Changed
 from lit_edit.ledger.shared_journal import SharedJournal
@@ -24,7 +24,7 @@ from lit_edit.models.language_model import LanguageModel
 from lit_edit.stats.second_moment import KeyStatistics
 from lit_edit.stream.checkpoints import SavedStream
 from lit_edit.stream.conflicts import ConflictPolicy
-from lit_edit.stream.replay import dealt_with
+from lit_edit.stream.position import dealt_with
 from lit_edit.stream.session import EditSession, RefusalPolicy
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class EditStream(SavedStream):
 
     def _attach_journal(self) -> None:
         if self.journal is not None and self.ledger.journal.path is None:
-            path = Path(self.journal).expanduser()
+            path = expand(self.journal)
             together = self.ranks.together
             self.ledger.take_up(SharedJournal(self.ranks, path, True) if together else Journal(path, repair=True))
 

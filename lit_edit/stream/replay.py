@@ -6,17 +6,14 @@ So a run that died goes on as if it had not.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
-
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_edit.data.request import ADDED_FIELDS, EditRequest
 from lit_edit.editors.base import Editor, Proposal, Status, commit_proposal, silent
 from lit_edit.errors import ArgumentError
 from lit_edit.ledger.edit_ledger import Change, EditLedger, LedgerEntry
-from lit_edit.ledger.history import EditHistory
 from lit_edit.ledger.journal import JournalError, Record
 from lit_edit.ledger.ownership import other_base
 
@@ -165,31 +162,6 @@ def check_request(request: EditRequest, recorded: Mapping[str, Any]) -> None:
         raise JournalError(
             f"edit {request.id!r} was made with other data ({told}): resume with the data the run was made with"
         )
-
-
-def dealt_with(history: EditHistory, requests: Sequence[EditRequest], step: int = 1) -> int:
-    """Return how many edits of a stream are on record, made or refused, and check that they are its first.
-
-    Args:
-        history: What is on record.
-        requests: The stream.
-        step: Edits that are made together.
-
-    Raises:
-        MisconfigurationException: If they are not; :class:`JournalError` if one says something else now.
-    """
-    handled, by_id = list(dict.fromkeys(history.handled)), {request.id: request for request in requests}
-    for number, name in enumerate(handled):
-        first = number - number % step  # of a step some may have been refused before others were made
-        if name not in {request.id for request in requests[first : first + step]}:
-            ahead = repr(requests[number].id) if number < len(requests) else "missing"
-            raise MisconfigurationException(
-                f"the checkpoint's edit {number + 1} is {name!r}, the stream's is {ahead}: resume with the data "
-                "it was made with"
-            )
-    for entry in history.made[history.carried :]:
-        check_request(by_id[entry.id], entry.request)
-    return len(history.handled)
 
 
 def _short(value: object) -> str:

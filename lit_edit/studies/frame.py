@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import expand
 from lit_edit.runs.files import run_lock
 from lit_edit.sweeps.grids import Grid
 
@@ -24,7 +25,7 @@ def begin_study() -> None:
 
 def folder_of(runs_dir: str, name: str) -> Path:
     """Return where a study keeps its runs and tables."""
-    return Path(runs_dir).expanduser().resolve() / "studies" / name
+    return expand(runs_dir).resolve() / "studies" / name
 
 
 @contextmanager

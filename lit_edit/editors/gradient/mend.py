@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +31,7 @@ from lit_edit.editors.lessons import LessonLoss, probabilities, target_lesson
 from lit_edit.editors.token_gradients import collect_gradients
 from lit_edit.editors.transforms.base import UpdateTransform
 from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import expand
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.text.tokens import continuation, pad_token
 
@@ -72,7 +72,7 @@ class MEND(FactoredEditor):
                 "MEND needs a trained network (model.editor.init_args.network, a run folder). "
                 f"Train one for the model with: {HOW_TO_TRAIN}"
             )
-        self.path, self.same_weights = Path(network).expanduser(), same_weights
+        self.path, self.same_weights = expand(network), same_weights
 
     # ---- before the stream -------------------------------------------------------------------------------------------
 

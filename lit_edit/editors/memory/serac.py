@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +42,7 @@ from lit_edit.editors.memory.serac_network import (
 )
 from lit_edit.errors import ArgumentError
 from lit_edit.files.checksum import checksum
+from lit_edit.files.paths import expand
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.encoder import Encoder, load_encoder
 from lit_edit.models.language_model import LanguageModel
@@ -123,7 +123,7 @@ class SERAC(MemoryEditor):
 
     def set_up(self, status: Status) -> None:
         """Load the networks."""
-        self._trained, known, self._seen = SeracNetwork.load(Path(self.network).expanduser())
+        self._trained, known, self._seen = SeracNetwork.load(expand(self.network))
         status(f"loading the sentence encoder {known['encoder']}")
         self._encode = self.load_encoder(known["encoder"])
         small = self._small_model(known, status)

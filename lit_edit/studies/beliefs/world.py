@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
 
-from lit_edit.data.files import expand, read_text
+from lit_edit.data.files import read_text
 from lit_edit.data.request import DataError, find_fault, shorten
 from lit_edit.errors import ArgumentError
+from lit_edit.files.paths import expand
 
 log = logging.getLogger(__name__)
 

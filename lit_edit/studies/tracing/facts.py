@@ -8,9 +8,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lit_edit.data.files import expand, read_file
+from lit_edit.data.files import read_file
 from lit_edit.data.formats import parse_record
 from lit_edit.data.request import DataError, find_fault, find_subject, shorten
+from lit_edit.files.paths import expand
 
 BUILTIN = "builtin"
 """Names the facts that come with lit-edit."""
