@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -42,6 +43,26 @@ class EditProgressBar(TQDMProgressBar):
         stream = as_stream(pl_module, self)
         if self.is_enabled and trainer.is_global_zero:
             stream.status, stream.progress = self._show, self._count_tokens
+
+    def on_train_start(self, *args: Any) -> None:
+        """Begin at the steps that are behind a run that goes on: Lightning begins no epoch then, nor tells a total."""
+        super().on_train_start(*args)
+        self.train_progress_bar.reset(self.trainer.num_training_batches)
+        self._count_from(self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Count the step; those that are only taken up from the journal say nothing of how fast edits are made."""
+        super().on_train_batch_end(trainer, pl_module, *args)
+        if as_stream(pl_module, self).ledger.ahead:
+            self._count_from(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+    def _count_from(self, steps: int) -> None:
+        """Let elapsed and remaining time be of the steps behind the first so many."""
+        bar = self.train_progress_bar
+        bar.initial = bar.n = steps
+        bar.start_t = bar.last_print_t = time.time()
+        if not bar.disable:
+            bar.refresh()
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
         """Start the bar at the edits already made."""

@@ -50,9 +50,10 @@ def run_ability(args: list[str]) -> None:
     asked = Asked(tuple(options.tasks), options.task_files, options.shots, options.limit, not options.likelihood)
 
     from lit_edit.console.tables import print_whole
-    from lit_edit.runs.reading import read_history
+    from lit_edit.runs.reading import read_history, say_if_cut
 
     made = len(read_history(options.run).made)
+    say_if_cut(options.run)
     numbers = sorted({0, made} if options.at is None else set(options.at))
     out = options.out or expand(options.run) / "ability"
     history = measure_run(options.run, numbers, asked, out)

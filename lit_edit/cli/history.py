@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lit_edit.console.arguments import CommandParser, make_parser, positive
 from lit_edit.console.terminal import write_json
 from lit_edit.errors import ArgumentError
-from lit_edit.runs.reading import EditLog, read_history, read_log
+from lit_edit.runs.reading import EditLog, read_history, read_log, say_if_cut
 
 if TYPE_CHECKING:
     from lit_edit.ledger.history import EditHistory
@@ -32,6 +32,7 @@ def run_undo(args: list[str]) -> None:
         "exact by themselves (undo says so)",
     )
     options = parser.parse_args(args)
+    say_if_cut(options.run)
     numbers = _chosen(options, read_history(options.run), hold=True)
 
     from lit_edit.runs.folder import open_for_change
@@ -63,6 +64,7 @@ def run_redo(args: list[str]) -> None:
     parser = make_parser("redo", "Put edits of a run that were taken out back into its model.")
     _choose(parser, "were taken out")
     options = parser.parse_args(args)
+    say_if_cut(options.run)
     numbers = _chosen(options, read_history(options.run), hold=False)
 
     from lit_edit.runs.folder import open_for_change
@@ -94,6 +96,7 @@ def run_log(args: list[str]) -> None:
     from lit_edit.runs.holding import explain, failures, headline, next_commands
     from lit_edit.runs.names import shown as shown_folder
 
+    say_if_cut(options.run)
     log = read_log(options.run)
     subject = None if options.subject is None else options.subject.casefold()
     wanted = [row["number"] for row in log.rows if subject in (None, row["subject"].casefold())]

@@ -21,11 +21,13 @@ from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import expand
 from lit_edit.files.trees import load_tree
 from lit_edit.runs.names import check_run_name, shown
+from lit_edit.runs.resuming import check_settings, newest_whole
 from lit_edit.runs.saved_config import SaveRunConfig
 from lit_edit.stream.checkpoint_io import AtomicCheckpointIO
 
 NETWORK = "network.safetensors"
 """The file of a run folder that holds what was trained."""
+_DECIDING = ("seed_everything", "model", "data")
 
 
 def run_network_training(args: list[str]) -> None:
@@ -55,12 +57,13 @@ class NetworkCLI(RunCLI):
         check_run_name(name)
         self.run_folder = expand(config.runs_dir).resolve() / name
         if config.resume == "auto" and not config.get("ckpt_path"):
+            if (self.run_folder / "config.yaml").is_file():
+                check_settings(self.run_folder, self._parser("fit").dump(config, skip_none=False), _DECIDING)
             if (self.run_folder / NETWORK).is_file():
                 sys.stdout.write(f"{self.run_folder} has come to its end already: see {NETWORK} there\n")
                 raise SystemExit(0)
-            last = self.run_folder / "checkpoints" / "last.ckpt"
-            if last.is_file():
-                config.ckpt_path = str(last)
+            if (found := newest_whole(self.run_folder / "checkpoints")) is not None:
+                config.ckpt_path = str(found)
         self.point_writers(self.run_folder)
 
     def instantiate_classes(self) -> None:

@@ -48,12 +48,14 @@ from lit_edit.runs.names import check_run_name, shown
 from lit_edit.runs.reading import has_ended, read_outcome
 from lit_edit.runs.resuming import (
     adopt_journal,
+    check_same,
     find_run,
     mend_journal,
     remove_parts,
     run_of_config,
     warn_if_behind,
 )
+from lit_edit.runs.resuming import check_settings as check_settings_of_run
 from lit_edit.stream.edit_stream import EditStream
 
 log = logging.getLogger(__name__)
@@ -278,7 +280,9 @@ class EditCLI(RunCLI):
         remove_parts(folder)
         if config.resume == "auto" and not config.get("ckpt_path"):
             mend_journal(folder)
-            if has_ended(folder):
+            settings = self._parser("fit").dump(config, skip_none=False)
+            check_settings_of_run(folder, settings, ["seed_everything"])
+            if has_ended(folder) and self._nothing_left(folder, settings):
                 where = shown(folder)
                 if self.quiet:
                     self._write_outcome()
@@ -290,6 +294,13 @@ class EditCLI(RunCLI):
                 return  # the other processes are waiting to be told
             if (found := find_checkpoint(folder)) is not None:
                 config.ckpt_path = str(found)
+
+    def _nothing_left(self, folder: Path, settings: str) -> bool:
+        """Tell whether a run that has ended has all data that are asked for; refuse whatever else differs."""
+        config = self.config["fit"]
+        if config["continue"]:
+            check_source(Path(config["continue"]), folder)
+        return check_same(folder, settings)
 
     def _tidy(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Take a new run's folder away if the run has failed before its first edit: nothing is in it to go on with."""

@@ -13,8 +13,11 @@ from lit_edit.console.run_cli import argv_of
 from lit_edit.console.words import expand_arguments
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.runs.resuming import OF_ONE_RUN
+from lit_edit.runs.resuming import changes as every_change
 
-_UNCOMPARED = (*OF_ONE_RUN, "trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir")
+_UNCOMPARED = tuple(
+    f"{name}." for name in (*OF_ONE_RUN, "trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir")
+)
 
 
 class FitParser(EditCLI):
@@ -59,16 +62,5 @@ def changes(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
         >>> changes({"data": {"limit": 1}, "run_name": "a"}, {"data": {"limit": 2}, "run_name": "b"})
         {'data.limit': (1, 2)}
     """
-    found: dict[str, tuple[Any, Any]] = {}
-    _collect(before, after, "", found)
-    return found
-
-
-def _collect(before: Any, after: Any, name: str, found: dict[str, tuple[Any, Any]]) -> None:
-    if name in _UNCOMPARED or before == after:
-        return
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in dict.fromkeys([*before, *after]):
-            _collect(before.get(key), after.get(key), f"{name}.{key}" if name else str(key), found)
-    else:
-        found[name] = before, after
+    found = every_change(before, after)
+    return {name: pair for name, pair in found.items() if not f"{name}.".startswith(_UNCOMPARED)}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_edit.export.model import ExportError, check_export_file, check_written, read_tensors
 from lit_edit.files.paths import expand, write_atomically
-from lit_edit.files.tensor_files import save_tensors
+from lit_edit.files.tensor_files import save_tensors, with_digests
 from lit_edit.ledger.edit_ledger import EditLedger, EditRefusedError, LayerUpdate, LedgerEntry
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.language_model import DType, LanguageModel
@@ -85,7 +85,7 @@ def export_delta(ledger: EditLedger, path: Path, base_hash: str, base: LanguageM
         "edits": json.dumps([{key: getattr(e, key) for key in _TEXTS} for e in ledger.entries], ensure_ascii=False),
     }
     tensors = {name: delta.to("cpu", torch.float64).contiguous() for name, delta in ledger.deltas.items()}
-    write_atomically(path, lambda target: save_tensors(tensors, target, metadata=meta))
+    write_atomically(path, lambda target: save_tensors(tensors, target, with_digests(meta, tensors)))
     return path
 
 

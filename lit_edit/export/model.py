@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lit_edit.errors import UserError
 from lit_edit.files.paths import expand, write_atomically
-from lit_edit.files.tensor_files import save_tensors, system_errors
+from lit_edit.files.tensor_files import check_digests, save_tensors, system_errors, with_digests
 from lit_edit.ledger.edit_ledger import EditLedger, LayerUpdate, LedgerEntry, weights_state
 from lit_edit.ledger.ownership import MARK
 
@@ -181,15 +181,17 @@ def save_deltas(ledger: EditLedger, path: Path, base_hash: str) -> None:
         "edits": str(len(ledger)),
         "state": weights_state(ledger.journal),
     }
-    write_atomically(path, lambda target: save_tensors(tensors, target, metadata=meta))
+    write_atomically(path, lambda target: save_tensors(tensors, target, with_digests(meta, tensors)))
 
 
 def read_tensors(path: Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
     """Return metadata and tensors of a safetensors file; :class:`ExportError` if there is none or it is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+            meta, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        check_digests(meta, tensors)
+        return meta, tensors
+    except (SafetensorError, OSError, ValueError) as error:
         raise ExportError(f"{path} cannot be read: {error}") from error
 
 

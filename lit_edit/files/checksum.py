@@ -29,6 +29,19 @@ def checksum(weight: Tensor) -> str:
     return "".join(f"{value & (1 << 64) - 1:016x}" for value in digest.tolist())
 
 
+def digest_of(value: Tensor) -> str:
+    """Return digits that change with any bit of a tensor in host memory, with its type and with its shape.
+
+    Example:
+        >>> digest_of(torch.zeros(2)) == digest_of(-torch.zeros(2))
+        False
+    """
+    whole = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode())
+    if value.numel():
+        whole.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()[:16]
+
+
 def hash_seed(*parts: object) -> int:
     """Derive a 63-bit seed from anything printable, the same on every machine."""
     digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()

@@ -12,11 +12,27 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_edit.files.checksum import digest_of
+
+_DIGEST = "digest of "
+
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write contiguous tensors that share no memory into one file; what the disk refuses is an :class:`OSError`."""
     with system_errors(path):
         save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+
+
+def with_digests(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return metadata that say what the bits of tensors are, for :func:`check_digests`."""
+    return {**metadata, **{_DIGEST + name: digest_of(value) for name, value in tensors.items()}}
+
+
+def check_digests(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Raise :class:`ValueError` for a tensor that is not what was written; files of earlier versions do not say."""
+    for name, value in tensors.items():
+        if metadata.get(_DIGEST + name) not in (None, digest_of(value)):
+            raise ValueError(f"{name} is not what was written: bits have changed")
 
 
 @contextmanager

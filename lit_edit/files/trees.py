@@ -12,13 +12,18 @@ numbers, ``true``, ``false`` and ``null`` stand for themselves, and an object wi
     {"float": "7ff8000000000000"}       NaN and the infinities
     {"int": "-8000000000000000"}        beyond 64 bits
     {"text": "7aCA"}                    not UTF-8: names of files can be so
+
+The name of a tensor ends in a digest of its bits, and the metadata holds one of the tree: what a disk has changed is
+found where it is read. Files of version 1 have no digests.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
+import re
 import struct
 from bisect import bisect
 from collections.abc import Callable, Sequence
@@ -30,10 +35,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_edit.errors import UserError
+from lit_edit.files.checksum import digest_of
 from lit_edit.files.paths import write_atomically
 from lit_edit.files.tensor_files import save_tensors
 
-_FORMAT = {"format": "lit-edit-checkpoint", "version": "1"}
+_FORMAT = {"format": "lit-edit-checkpoint", "version": "2"}
+_VERSIONS = ("1", "2")
+_NAME = re.compile(r"\d+:(.*)#([0-9a-f]{16})", re.DOTALL)  # of a tensor: its place, and its digest
 _MAX_DEPTH = 100
 _MAX_TEXT = 1 << 24  # characters; safetensors refuses a header of 100 MB, which a long stream would reach
 _INT64 = 1 << 63
@@ -79,7 +87,7 @@ def save_tree(tree: Any, path: str | Path) -> None:
     """
     writer = _Writer()
     text = json.dumps(writer.node(tree), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    tensors, metadata = writer.tensors, dict(_FORMAT)
+    tensors, metadata = writer.tensors, {**_FORMAT, "digest": _digest(text.encode())}
     if len(text) <= _MAX_TEXT:
         metadata["tree"] = text
     else:
@@ -111,6 +119,21 @@ def load_tree(path: str | Path, device: str | torch.device = "cpu") -> Any:
             ) from None
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of lit-edit ({reason})") from error
+
+
+def check_tree(path: str | Path) -> None:
+    """Read a tree and keep nothing: raises :class:`CheckpointError` if :func:`load_tree` would, at any tensor."""
+    load_tree(path, "meta")
+    with safe_open(path, "pt") as file:
+        try:
+            for name in file.keys():  # noqa: SIM118 - no dictionary
+                _checked(file, name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: damaged ({error})") from error
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------
@@ -171,9 +194,10 @@ class _Writer:
         memory = (value.device, value.data_ptr(), value.shape, value.stride())
         key = (*memory, value.dtype, value.is_conj(), value.is_neg())
         if value.numel() == 0 or key not in self._known:
-            name = f"{len(self.tensors)}:{_title(place)}"
+            held = self._apart(value.cpu().resolve_conj().resolve_neg().contiguous())
+            name = f"{len(self.tensors)}:{_title(place)}#{digest_of(held)}"
             self._known[key] = name, value
-            self.tensors[name] = self._apart(value.cpu().resolve_conj().resolve_neg().contiguous())
+            self.tensors[name] = held
         return self._known[key][0]
 
     def _apart(self, value: Tensor) -> Tensor:
@@ -305,7 +329,8 @@ class _Reader:
         name, order = _pair(content) if isinstance(content, list) else (content, [])
         if _of(str, name) not in self._loaded:
             # Into memory of its own: the file may go, and products of unaligned matrices may round otherwise.
-            self._loaded[name] = _get(self._file, name).to(self._device, copy=True)
+            read = _get if self._device.type == "meta" else _checked
+            self._loaded[name] = read(self._file, name).to(self._device, copy=True)
         value = self._loaded[name]
         if not isinstance(content, list):
             return value
@@ -319,9 +344,11 @@ def _description(file: Any) -> Any:
     metadata = file.metadata() or {}
     if metadata.get("format") != _FORMAT["format"]:
         raise ValueError("a safetensors file of another kind")
-    if metadata.get("version") != _FORMAT["version"]:
-        raise ValueError(f"of version {metadata.get('version')!r}, this lit-edit reads {_FORMAT['version']}")
+    if metadata.get("version") not in _VERSIONS:
+        raise ValueError(f"of version {metadata.get('version')!r}, this lit-edit reads {' and '.join(_VERSIONS)}")
     text = metadata["tree"] if "tree" in metadata else _bytes(file, "tree").decode()
+    if metadata["version"] != "1" and metadata.get("digest") != _digest(text.encode()):
+        raise ValueError("the description of its contents is not what was written: bits have changed")
     return json.loads(text, parse_constant=_no_constant)
 
 
@@ -332,8 +359,17 @@ def _get(file: Any, name: Any) -> Tensor:
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
-def _bytes(file: Any, name: Any) -> bytes:
+def _checked(file: Any, name: Any) -> Tensor:
+    """Return a tensor whose bits are those that were written; names in files of version 1 have no digest."""
     value = _get(file, name)
+    named = _NAME.fullmatch(name)
+    if named and named[2] != digest_of(value):
+        raise ValueError(f"{named[1]} is not what was written: bits have changed")
+    return value
+
+
+def _bytes(file: Any, name: Any) -> bytes:
+    value = _checked(file, name)
     if value.dtype is not torch.uint8:
         raise ValueError(f"{name} holds {value.dtype} where bytes should be")
     return value.numpy().tobytes()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -209,3 +209,19 @@ def fact_name(subject: str, prompt: str) -> tuple[str, str]:
         True
     """
     return " ".join(subject.casefold().split()), " ".join(prompt.casefold().split())
+
+
+def has_end(records: Iterable[Record]) -> bool:
+    """Tell whether a run has come to its end, and has not been gone on with since (with more data).
+
+    Example:
+        >>> has_end([{"kind": "end"}, {"kind": "undo"}]), has_end([{"kind": "end"}, {"kind": "edit"}])
+        (True, False)
+    """
+    ended = False
+    for record in records:
+        if record["kind"] == "end":
+            ended = True
+        elif record["kind"] in ("begin", "edit", "refused") and record.get("origin") not in ("user", "guard"):
+            ended = False
+    return ended

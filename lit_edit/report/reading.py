@@ -16,7 +16,7 @@ import yaml
 from lit_edit.errors import UserError
 from lit_edit.files.metric_rows import read_rows
 from lit_edit.files.paths import expand, without_nan, write_json
-from lit_edit.ledger.history import EditHistory
+from lit_edit.ledger.history import EditHistory, has_end
 from lit_edit.ledger.journal import Journal
 from lit_edit.runs.answers import read_answers, write_answers
 from lit_edit.runs.files import edit_rows, journal_path
@@ -140,7 +140,7 @@ def _read_edits(record: RunRecord) -> None:
         record.records = Journal(journal_path(folder), writable=False).records
         record.history = EditHistory.of(record.records)
         asked, handled = record.notes.get("asked"), len(record.history.handled)
-        record.ended = any(entry["kind"] == "end" for entry in record.records)
+        record.ended = has_end(record.records)
         record.ended = record.ended or (isinstance(asked, int) and handled >= asked)
         record.times = {e["number"]: r["time"] for r in record.records if "time" in r for e in r.get("entries", ())}
         known = {(row["number"], row["id"]): row for row in listed}

@@ -8,7 +8,7 @@ from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import expand, sync_folder
 from lit_edit.ledger.journal import Journal
 from lit_edit.runs.files import journal_path
-from lit_edit.runs.reading import read_history
+from lit_edit.runs.reading import read_history, say_if_cut
 
 
 def check_source(source: Path, target: Path, overwrite: bool = False) -> None:
@@ -28,6 +28,7 @@ def check_source(source: Path, target: Path, overwrite: bool = False) -> None:
 
 def carry_over(source: Path, target: Path) -> int:
     """Begin a run's journal with the edits of another, whose ids are marked with its name; return how many hold."""
+    say_if_cut(source)
     history, name = read_history(source), expand(source).resolve().name
     if journal_path(target).is_file() and len(Journal(journal_path(target))):
         raise ArgumentError(f"{target} has edits already; continue {source} in a new run")

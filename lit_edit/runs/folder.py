@@ -20,9 +20,9 @@ from lit_edit.data.datamodule import perplexity_texts
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.editors.memory.engine import MemoryEditor
 from lit_edit.errors import UserError
-from lit_edit.export.model import apply_deltas
+from lit_edit.export.model import ExportError, apply_deltas, read_tensors
 from lit_edit.files.paths import read_json_lines
-from lit_edit.files.trees import CheckpointError, load_tree
+from lit_edit.files.trees import CheckpointError, check_tree, load_tree
 from lit_edit.ledger.edit_ledger import EditLedger, weights_state
 from lit_edit.ledger.history import EditHistory, LedgerEntry
 from lit_edit.ledger.journal import Journal
@@ -147,9 +147,8 @@ def _catch_up(folder: Path) -> None:
     if not path.is_file():
         return
     try:
-        with safe_open(deltas_path(folder), "pt") as file:
-            state = (file.metadata() or {}).get("state")
-    except (SafetensorError, OSError):
+        state = read_tensors(deltas_path(folder))[0].get("state")
+    except ExportError:
         state = None
     if state != weights_state(Journal(path, writable=False)):
         log.warning("%s: the files are behind the journal, or damaged; they are written anew", folder)
@@ -255,7 +254,7 @@ def stream_of(folder: Path) -> EditStream:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint of a run that is whole and fits its journal."""
+    """Return the newest checkpoint of a run that is whole, to the last bit, and fits its journal."""
     path = journal_path(folder)
     if not path.is_file():
         return None
@@ -270,4 +269,11 @@ def find_checkpoint(folder: Path) -> Path | None:
             continue
         if position <= len(journal) and journal.digest(position) == digest:
             found.append((position, checkpoint))
-    return max(found)[1] if found else None
+    for _, checkpoint in sorted(found, reverse=True):  # the values only of those that would be used
+        try:
+            check_tree(checkpoint)
+        except CheckpointError as error:
+            log.warning("%s is damaged and not used, but the one before it or the journal: %s", checkpoint, error)
+            continue
+        return checkpoint
+    return None

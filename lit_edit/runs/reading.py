@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_edit.errors import UserError
 from lit_edit.files.paths import expand
-from lit_edit.ledger.history import EditHistory
+from lit_edit.ledger.history import EditHistory, has_end
 from lit_edit.ledger.journal import Journal
 from lit_edit.runs.answers import answers_of, read_answers
 from lit_edit.runs.files import current_rows, deltas_path, edit_rows, journal_path
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from lit_edit.runs.files import Results
 
 
+log = logging.getLogger(__name__)
+
+
 class RunError(UserError):
     """A run folder that cannot be opened; the message says why."""
 
@@ -29,7 +33,7 @@ class RunError(UserError):
 def has_ended(folder: Path) -> bool:
     """Tell whether a run has come to its end and everything it leaves behind is written."""
     path = journal_path(folder)
-    return path.is_file() and any(record["kind"] == "end" for record in Journal(path, writable=False).records)
+    return path.is_file() and has_end(Journal(path, writable=False).records)
 
 
 def find_folder(folder: Path) -> Path:
@@ -49,15 +53,26 @@ def check_folder(folder: Path) -> Path:
 
 
 def check_finished(folder: Path) -> Path:
-    """Return the folder of a run whose edited model can be opened; :class:`RunError` if it is none."""
+    """Return the folder of a run whose edited model can be opened, cut or not; :class:`RunError` if it is none."""
     folder = check_folder(folder)
-    deltas = deltas_path(folder)
-    if not deltas.is_file() and not has_ended(folder):
+    cut = journal_path(folder).is_file() and bool(read_history(folder).made)
+    if not deltas_path(folder).is_file() and not has_ended(folder) and not cut:
         raise RunError(
-            f"{folder} is no finished run (no {deltas.name}); if the run was interrupted, finish it: "
+            f"{folder} is no finished run (no {deltas_path(folder).name}); if the run was interrupted, finish it: "
             f"lit-edit fit --config {folder}/config.yaml --resume auto"
         )
+    say_if_cut(folder)
     return folder
+
+
+def say_if_cut(folder: Path) -> None:
+    """Warn that a run has not come to its end: what it has made until then is what there is."""
+    folder = expand(folder)
+    if not (folder / "config.yaml").is_file() or not journal_path(folder).is_file() or has_ended(folder):
+        return
+    made = len(read_history(folder).made)
+    again = f"lit-edit fit --config {folder}/config.yaml --resume auto"
+    log.warning("%s was not finished: it has made %d edit%s; go on with %s", folder, made, "s" * (made != 1), again)
 
 
 def read_history(folder: Path) -> EditHistory:

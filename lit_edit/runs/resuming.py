@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lit_edit.data.datamodule import EditDataModule
+from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import expand, sync_folder
-from lit_edit.files.trees import load_tree
+from lit_edit.files.trees import CheckpointError, check_tree, load_tree
+from lit_edit.ledger.history import EditHistory
 from lit_edit.ledger.journal import Journal
 from lit_edit.runs.files import journal_path
+from lit_edit.stream.position import dealt_with
 
 log = logging.getLogger(__name__)
 
 OF_ONE_RUN = ("config", "run_name", "runs_dir", "resume", "overwrite", "ckpt_path", "weights_only")
 """Settings that change nothing of what comes of a run."""
+_OF_NO_ACCOUNT = (
+    *("model.measure_each", "model.journal", "model.changed", "model.on_refused", "model.on_conflict"),
+    *("model.statistics.cache", "model.statistics.force"),
+)
+"""Settings of a stream that an ended run may have otherwise: what was made stays what it is."""
 _PLACES = ("save_dir", "name", "version", "dirpath", "default_root_dir")
 
 
@@ -51,6 +62,86 @@ def run_of_config(configs: list[Any]) -> Path | None:
         path = expand(str(config)).resolve()
         if path.name == "config.yaml" and journal_path(path.parent).is_file():
             return path.parent
+    return None
+
+
+def check_same(folder: Path, config: str) -> bool:
+    """Tell whether a run that has come to its end has dealt with all data; what differs is refused by name.
+
+    Args:
+        folder: The run's.
+        config: All settings that are asked for now, as YAML.
+
+    Raises:
+        ArgumentError: For another seed, another model or other settings, and for other data as on a run that was cut.
+    """
+    check_settings(folder, config)
+    return has_all(folder, yaml.safe_load(config)["data"])
+
+
+def has_all(folder: Path, data: Mapping[str, Any]) -> bool:
+    """Tell whether a run's journal deals with all edits of a stream, given as settings; refuse if it is another's.
+
+    What stands behind the same beginning is left to do: the run goes on with it in place.
+    """
+    requests = EditDataModule(**data).read().requests
+    history = EditHistory.of(Journal(journal_path(folder), writable=False).records)
+    try:
+        return dealt_with(history, requests, data["batch_size"]) >= len(requests)
+    except MisconfigurationException as error:
+        raise ArgumentError(str(error)) from error
+
+
+def check_settings(folder: Path, config: str, only: Sequence[str] = ("seed_everything", "model")) -> None:
+    """Refuse settings that decide about numbers and differ from those that a run was made with, by name.
+
+    ``only`` are looked at; those of a model that was not loaded yet are the journal's to compare.
+    """
+    try:
+        then = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return  # cut before it was written, or damaged: the journal knows
+    now = yaml.safe_load(config)
+    told = [
+        f"{name.removeprefix('model.editor.init_args.')} {old!r}, now {new!r}"
+        for part in only
+        for name, (old, new) in changes(then.get(part), now.get(part), part).items()
+        if name not in _OF_NO_ACCOUNT
+    ]
+    if told:
+        raise ArgumentError(
+            f"the run was made with other settings ({'; '.join(told)}): use the config that they were made with, or "
+            "start a run of another name"
+        )
+
+
+def changes(before: Any, after: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ, by name.
+
+    Example:
+        >>> changes({"data": {"limit": 1, "offset": 0}}, {"data": {"limit": 2, "offset": 0}})
+        {'data.limit': (1, 2)}
+    """
+    if before == after:
+        return {}
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return {name: (before, after)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*before, *after]):
+        found |= changes(before.get(key), after.get(key), f"{name}.{key}" if name else str(key))
+    return found
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """Return the newest checkpoint in a folder that is whole, to the last bit; those that are not are named."""
+    files = {path.resolve() for path in folder.glob("*.ckpt") if path.is_file()}
+    for path in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        try:
+            check_tree(path)
+        except CheckpointError as error:
+            log.warning("%s is damaged and not used: %s", path, error)
+            continue
+        return path
     return None
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_edit.data.request import DataError
 from lit_edit.devices.algebra import algebra_dtype, for_algebra, without_autocast
 from lit_edit.files.paths import cache_dir, expand, write_atomically
-from lit_edit.files.tensor_files import save_tensors
+from lit_edit.files.tensor_files import check_digests, save_tensors, with_digests
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.shards import whole
 from lit_edit.stats.corpus import Corpus, open_corpus
@@ -229,7 +229,8 @@ def _load_moment(path: Path, d_in: int) -> Tensor | None:
     try:
         with safe_open(path, "pt") as file:
             moment = file.get_tensor("moment")
-    except (SafetensorError, OSError) as error:
+            check_digests(file.metadata() or {}, {"moment": moment})
+    except (SafetensorError, OSError, ValueError) as error:
         log.warning("kept key statistics are damaged and will be computed anew: %s (%s)", path, error)
         return None
     if moment.shape != (d_in, d_in) or not torch.isfinite(moment).all():
@@ -240,7 +241,7 @@ def _load_moment(path: Path, d_in: int) -> Tensor | None:
 
 def _save(path: Path, tensors: Mapping[str, Tensor], **numbers: int) -> None:
     meta = {name: str(number) for name, number in numbers.items()}
-    write_atomically(path, lambda target: save_tensors(tensors, target, metadata=meta))
+    write_atomically(path, lambda target: save_tensors(tensors, target, with_digests(meta, tensors)))
 
 
 def _load_partial(path: Path, sums: dict[int, Tensor]) -> tuple[int, int]:
@@ -251,6 +252,7 @@ def _load_partial(path: Path, sums: dict[int, Tensor]) -> tuple[int, int]:
         with safe_open(path, "pt") as file:
             meta = file.metadata()
             loaded = {layer: file.get_tensor(str(layer)) for layer in sums}
+            check_digests(meta, {str(layer): total for layer, total in loaded.items()})
             count, index = int(meta["count"]), int(meta["chunk"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         log.warning("an interrupted count of key statistics is damaged; it starts again: %s", path)

@@ -53,7 +53,8 @@ class SavedStream(MeasuredStream):
         self.restore(saved)
         stream = getattr(getattr(self.trainer, "datamodule", None), "requests", ())
         if len(self.ledger.history.handled) < len(stream) and "loops" in checkpoint:
-            # A run stopped by max_steps counts its epoch as done, but the stream goes on.
+            # A run stopped by max_steps, or one that has had all data of then, counts its epoch as done.
+            checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
             for progress in ("total", "current"):
                 checkpoint["loops"]["fit_loop"]["epoch_progress"][progress] |= {"processed": 0, "completed": 0}
         if self._reopened and "loops" in checkpoint:  # its step is done once more, but for the commit

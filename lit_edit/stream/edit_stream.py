@@ -24,7 +24,7 @@ from lit_edit.models.language_model import LanguageModel
 from lit_edit.stats.second_moment import KeyStatistics
 from lit_edit.stream.checkpoints import SavedStream
 from lit_edit.stream.conflicts import ConflictPolicy
-from lit_edit.stream.replay import check_request
+from lit_edit.stream.position import dealt_with
 from lit_edit.stream.session import EditSession, RefusalPolicy
 
 log = logging.getLogger(__name__)
@@ -110,9 +110,6 @@ class EditStream(SavedStream):
         loader = self._loader()
         behind = self._position(requests)
         loader.seek((behind - 1 if self._reopened else behind) // loader.batch_size)
-        by_id = {request.id: request for request in requests}
-        for entry in self.ledger.history.made[self.ledger.history.carried :]:
-            check_request(by_id[entry.id], entry.request)
         missing = [r for r in [*requests, *self.committed_requests()] if r.id not in self.results["base"]]
         if missing:
             self.status("measuring the unedited model")
@@ -282,19 +279,4 @@ class EditStream(SavedStream):
 
     def _position(self, requests: Sequence[EditRequest]) -> int:
         """Return how many edits of the stream are behind us, made or refused, and check that they are its first."""
-        handled, step = self.ledger.history.handled, self._loader().batch_size
-        # Of the last step some may have been refused and nothing said of the others yet: a process died in between.
-        first = {request.id for request in requests[: -(-len(handled) // step) * step]}
-        for number, name in enumerate(handled):
-            if name not in first:
-                ahead = repr(requests[number].id) if number < len(requests) else "missing"
-                raise MisconfigurationException(
-                    f"the checkpoint's edit {number + 1} is {name!r}, the stream's is {ahead}: resume with the data "
-                    "it was made with"
-                )
-        if len(set(handled)) > len(requests):
-            raise MisconfigurationException(
-                f"the checkpoint has dealt with {len(handled)} edits, the stream has {len(requests)}: resume with the "
-                "data it was made with"
-            )
-        return len(handled)
+        return dealt_with(self.ledger.history, requests, self._loader().batch_size)

@@ -14,9 +14,11 @@ from typing import Any
 from lit_edit.console.children import ProcessLine
 from lit_edit.console.fit_parser import FitParser, changes
 from lit_edit.data.request import shorten
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, UserError
 from lit_edit.files.paths import without_nan, write_json
 from lit_edit.runs.files import RunLockedError, journal_path, run_lock
+from lit_edit.runs.reading import has_ended
+from lit_edit.runs.resuming import has_all
 from lit_edit.sweeps.gathering import LOG, RECORD, is_done, last_line, read_record, state_of
 from lit_edit.sweeps.grids import Grid, Point
 
@@ -53,11 +55,23 @@ def check_begun(folder: Path, points: Sequence[Point], settings: Mapping[str, An
         before = read_record(run).get("settings")
         if before is None or not (journal_path(run).is_file() or is_done(run)):
             continue
-        for name, (old, new) in changes(before, settings[point.name]).items():
+        different = changes(before, settings[point.name])
+        if has_ended(run):  # one function decides about data, wherever a run is gone on with
+            different.pop("data.limit", None)
+        for name, (old, new) in different.items():
             raise ArgumentError(
                 f"the point {point.name} was made with {name}={shorten(str(old))}, the grid now gives it "
                 f"{shorten(str(new))}: give it another name ('name:' in the grid) or --runs_dir, or delete {run}"
             )
+        try:
+            _has_all(run, settings[point.name])
+        except UserError as error:
+            raise ArgumentError(f"the point {point.name} of {run}: {error}") from error
+
+
+def _has_all(run: Path, settings: Mapping[str, Any]) -> bool:
+    """Tell whether a point is done with all data that it is given now."""
+    return is_done(run) and (not has_ended(run) or has_all(run, settings["data"]))
 
 
 def command_of(grid: Grid, point: Point, folder: Path) -> list[str]:
@@ -127,7 +141,7 @@ def run_points(grid: Grid, folder: Path, points: Sequence[Point], settings: Mapp
 def _run_point(line: ProcessLine, grid: Grid, point: Point, folder: Path, settings: Any) -> str:
     """Run a point, if nobody has or does; return what came of it."""
     run = folder / point.name
-    if is_done(run):
+    if _has_all(run, settings):
         return "done already"
     run.mkdir(parents=True, exist_ok=True)
     record = {"index": point.index, "values": point.labels, "settings": settings, "status": None}

@@ -141,3 +141,6 @@ def test_a_training_that_was_cut_goes_on(tmp_path: Path, capsys: pytest.CaptureF
         fit(str(path), tmp_path, "--resume", "auto")
     assert stop.value.code == 0
     assert "has come to its end already" in capsys.readouterr().out
+    for name, *other in (["model.init_args.start 0.0", "--model.start", "0.5"], ["seed_", "--seed_everything", "7"]):
+        assert fit(str(path), tmp_path, "--resume", "auto", *other) == 2
+        assert f"made with other settings ({name}" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from lit_edit.callbacks import LayerNorms, RunFolder
+from lit_edit.callbacks import EditProgressBar, LayerNorms, RunFolder
 from safetensors.torch import load_file, safe_open, save_file
 
 from lit_edit.cli.main import main
@@ -369,6 +369,26 @@ def test_resume_with_other_settings_begins_another_run(killed: Path, fit: Any) -
     assert journal_path(killed).read_bytes() == recorded
 
 
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_the_bar_of_a_resumed_run_knows_its_total_and_its_rate(
+    checkpoints: bool, killed: Path, fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not checkpoints:
+        shutil.rmtree(killed / "checkpoints")
+    seen: list[tuple[int, int, int | None]] = []
+    end = EditProgressBar.on_train_batch_end
+
+    def look(bar: EditProgressBar, *args: Any) -> None:
+        end(bar, *args)
+        seen.append((bar.train_progress_bar.n, bar.train_progress_bar.initial, bar.train_progress_bar.total))
+
+    monkeypatch.setattr(EditProgressBar, "on_train_batch_end", look)
+    assert fit("--run_name=x", "--resume=auto", "--trainer.enable_progress_bar=true") == 0
+    last, first, total = seen[-1]
+    assert (last, total) == (EDITS, EDITS)
+    assert 2 <= first < EDITS  # the rate is of the edits that this process has made
+
+
 def test_resume_where_there_is_nothing_begins(runs: Path, fit: Any, whole: Path) -> None:
     assert fit("--resume=auto", "--run_name=x") == 0
     assert same_as(runs / "x", whole) == []
@@ -389,6 +409,68 @@ def test_a_run_that_has_ended_is_left_alone(finished: Path, fit: Any, named: boo
     assert contents(finished) == before
     assert "has come to its end already" in capsys.readouterr().out
     assert [path.name for path in finished.parent.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--data.offset=1"], "resume with the data it was made with"),
+        (["--data.limit=2"], "resume with the data it was made with"),
+        (["--data.shuffle_seed=3"], "resume with the data it was made with"),
+        (["--seed_everything=7"], "made with other settings (seed_everything 0, now 7)"),
+        (["--model.editor.init_args.covariance_weight=6"], "made with other settings (covariance_weight 5.0, now 6.0)"),
+        (["--model.editor.init_args.target.steps=4"], "made with other settings (target.steps 3, now 4)"),
+        (["--model.statistics.tokens=9"], "made with other settings (model.statistics.tokens 0, now 9)"),
+        (["--model.language_model.name=gone"], "now 'gone')"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_run_that_has_ended_refuses_what_a_cut_one_refuses(
+    args: list[str], told: str, finished: Path, fit: Any, capsys: Any
+) -> None:
+    before = contents(finished)
+    assert fit("--run_name=x", "--resume=auto", *args) == 2
+    assert told in capsys.readouterr().err
+    assert contents(finished) == before
+
+
+def test_another_seed_is_refused_on_a_cut_run_too(killed: Path, fit: Any, capsys: Any) -> None:
+    before = contents(killed)
+    assert fit("--run_name=x", "--resume=auto", "--seed_everything=7") == 2
+    assert "made with other settings (seed_everything 0, now 7)" in capsys.readouterr().err
+    assert contents(killed)["ledger/journal"] == before["ledger/journal"]
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_more_data_behind_the_same_beginning_is_gone_on_with(
+    checkpoints: bool,
+    finished: Path,
+    shared: Path,
+    processes: Processes,
+    fit: Any,
+    runs: Path,
+    tmp_path: Path,
+    capsys: Any,
+) -> None:
+    """Whole windows: as one run of all of them, but for the measurements at the first end."""
+    assert fit("--run_name=long", "--data.limit=6") == 0
+    if not checkpoints:
+        shutil.rmtree(finished / "checkpoints")
+    args = [*words(shared / "fast.yaml"), "--runs_dir", str(runs), "--run_name=x", "--resume=auto", "--data.limit=6"]
+    assert processes.run(args, tmp_path, ("commit", 1 if checkpoints else 5)) == -signal.SIGKILL
+    assert len(read_history(finished).made) == 5
+    assert fit("--run_name=x", "--resume=auto", "--data.limit=6") == 0
+    assert "has come to its end already" not in capsys.readouterr().out
+    assert len(read_history(finished).made) == 6
+    one, other = load_file(deltas_path(finished)), load_file(deltas_path(runs / "long"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (finished, runs / "long")]
+    assert summaries[0]["final"] == summaries[1]["final"]
+    assert summaries[0]["edits"] == 6
+    before = contents(finished)
+    assert fit("--run_name=x", "--resume=auto", "--data.limit=6") == 0
+    assert "has come to its end already" in capsys.readouterr().out
+    assert contents(finished) == before
 
 
 def test_an_ended_run_is_not_run_again_unasked(finished: Path, fit: Any, capsys: Any) -> None:
@@ -484,7 +566,16 @@ def cut_in_half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage", ["the newest", "all", "gone", "of another run"])
+def flip_last_bit(path: Path) -> None:
+    """Change one bit of a file's last tensor."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", ["the newest", "a bit of the newest", "all", "a bit of all", "gone", "of another run"]
+)
 def test_a_damaged_checkpoint_is_not_needed(
     damage: str, killed: Path, fit: Any, whole: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -496,8 +587,8 @@ def test_a_damaged_checkpoint_is_not_needed(
     elif damage == "of another run":
         shutil.copy(whole / "checkpoints" / "epoch=0-step=4.ckpt", folder / "epoch=0-step=9.ckpt")
     else:
-        for path in checkpoints[-1:] if damage == "the newest" else checkpoints:
-            cut_in_half(path)
+        for path in checkpoints[-1:] if damage.endswith("the newest") else checkpoints:
+            (flip_last_bit if "bit" in damage else cut_in_half)(path)
     used: list[int] = []
     restore = EditStream.restore
     monkeypatch.setattr(
@@ -507,8 +598,10 @@ def test_a_damaged_checkpoint_is_not_needed(
     )
     with caplog.at_level(logging.WARNING):
         assert fit("--run_name=x", "--resume=auto") == 0
-    assert used == {"the newest": [1], "all": [], "gone": [], "of another run": [2]}[damage]
-    assert ("is damaged and not used" in caplog.text) == (damage in ("the newest", "all"))
+    assert used == {"newest": [1], "all": [], "gone": [], "run": [2]}[damage.split()[-1]]
+    assert ("is damaged and not used" in caplog.text) == damage.endswith(("the newest", "all"))
+    assert (f"{checkpoints[-1]} is damaged" in caplog.text) == damage.endswith(("the newest", "all"))
+    assert ("is not what was written: bits have changed" in caplog.text) == ("bit" in damage)
     assert same_as(killed, whole) == []
 
 
@@ -568,7 +661,7 @@ def test_a_journal_that_is_none_is_refused(killed: Path, fit: Any, capsys: Any) 
     assert journal_path(killed).read_bytes() == b"my diary"
 
 
-@pytest.mark.parametrize("damage", ["half", "not finite"])
+@pytest.mark.parametrize("damage", ["half", "bit", "not finite"])
 def test_damaged_key_statistics_are_computed_anew(
     damage: str, killed: Path, fit: Any, whole: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -576,23 +669,20 @@ def test_damaged_key_statistics_are_computed_anew(
     monkeypatch.setenv("LIT_EDIT_CACHE", str(cache))
     files = sorted(cache.rglob("layer*.safetensors"))
     assert len(files) == 2
-    good = files[0].read_bytes()
-    if damage == "half":
-        cut_in_half(files[0])
+    good = load_file(files[0])["moment"].clone()  # not the file itself, which is damaged now
+    if damage in ("half", "bit"):
+        {"half": cut_in_half, "bit": flip_last_bit}[damage](files[0])
     else:
-        save_file({"moment": load_file(files[0])["moment"] * torch.nan}, files[0])
+        save_file({"moment": good * torch.nan}, files[0])
     assert fit("--run_name=x", "--resume=auto") == 0
     assert same_as(killed, whole) == []
-    assert files[0].read_bytes() == good
+    assert torch.equal(load_file(files[0])["moment"], good)
 
 
-@pytest.mark.parametrize("damage", ["half", "gone"])
+@pytest.mark.parametrize("damage", ["half", "bit", "gone"])
 def test_damaged_updates_are_written_anew_from_the_journal(damage: str, finished: Path, whole: Path) -> None:
     path = deltas_path(finished)
-    if damage == "half":
-        cut_in_half(path)
-    else:
-        path.unlink()
+    {"half": cut_in_half, "bit": flip_last_bit, "gone": Path.unlink}[damage](path)
     assert main(["ask", f"--run={finished}", "Hello there", "--tokens=1"]) == 0
     assert same_as(finished, whole) in ([], ["edits"])  # whose last marks are not measured again
     assert load_file(path).keys() == load_file(deltas_path(whole)).keys()
@@ -994,6 +1084,36 @@ def test_an_unfinished_run_goes_on_behind_an_undo(killed: Path, fit: Any, whole:
     shutil.rmtree(killed / "checkpoints")
     with open_for_change(killed) as run:
         assert all(torch.equal(value, expected[name]) for name, value in run.stream.ledger.deltas.items())
+
+
+def test_a_cut_run_is_a_run(
+    killed: Path, fit: Any, whole: Path, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it has made is asked, taken away, gone on from and undone; each says that it was not finished."""
+    made = len(read_history(killed).made)
+    assert 0 < made < EDITS
+    assert not deltas_path(killed).is_file()
+    told = f"was not finished: it has made {made} edits"
+    out = tmp_path / "delta.safetensors"
+    for args in (
+        ["ask", f"--run={killed}", "Hello there", "--tokens=1", "--json"],
+        ["log", f"--run={killed}"],
+        ["export", f"--run={killed}", "--as=delta", f"--out={out}"],
+        ["report", f"--run={killed}"],
+    ):
+        caplog.clear()
+        assert main(args) == 0, args
+        assert told in caplog.text or "not finished" in (killed / "report.html").read_text()
+        assert (args[0] == "report") or told in caplog.text
+    with safe_open(out, "pt") as file:
+        assert len(json.loads(file.metadata()["edits"])) == made
+    assert fit("--run_name=y", f"--continue={killed}", "--data.offset=4", "--data.limit=1") == 0
+    assert len(read_history(killed.parent / "y").made) == made + 1
+    assert fit("--run_name=x", "--resume=auto") == 0  # and none of this is in its way
+    assert same_as(killed, whole) == []
+    caplog.clear()
+    assert main(["log", f"--run={killed}"]) == 0
+    assert "not finished" not in caplog.text
 
 
 def test_log_lists_the_ledger(finished: Path, capsys: Any) -> None:

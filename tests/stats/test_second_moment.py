@@ -222,7 +222,7 @@ def test_a_count_under_way_is_not_recorded_all_the_time(tmp_path: Path, adapter:
     assert not (tmp_path / "cut").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "bit", "text", "empty"])
 def test_a_damaged_interrupted_count_starts_again(tmp_path: Path, adapter: ModelAdapter, damage: str) -> None:
     arguments = (adapter, tiny_tokenizer(), LAYERS, DocumentText(DOCUMENTS * 4, "docs", rows=7), 200, False)
     whole = accumulate(*arguments, tmp_path / "whole")
@@ -230,7 +230,8 @@ def test_a_damaged_interrupted_count_starts_again(tmp_path: Path, adapter: Model
         accumulate(*arguments, tmp_path / "cut", stop_after(2), save_every=0)
     (partial,) = (tmp_path / "cut").iterdir()
     raw = partial.read_bytes()
-    partial.write_bytes({"cut": raw[: len(raw) // 2], "text": b"not a tensor", "empty": b""}[damage])
+    flipped = raw[:-1] + bytes([raw[-1] ^ 1])
+    partial.write_bytes({"cut": raw[: len(raw) // 2], "bit": flipped, "text": b"not a tensor", "empty": b""}[damage])
     found = accumulate(*arguments, tmp_path / "cut")
     assert all(torch.equal(found[layer], whole[layer]) for layer in LAYERS)
 

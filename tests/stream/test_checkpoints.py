@@ -27,7 +27,7 @@ from torch import Tensor
 import lit_edit.files.tensor_files
 import lit_edit.files.trees
 from lit_edit.devices.host_memory import release_free_memory
-from lit_edit.files.trees import CheckpointError, load_tree, save_tree
+from lit_edit.files.trees import CheckpointError, check_tree, load_tree, save_tree
 from lit_edit.stream.checkpoint_io import AtomicCheckpointIO
 from tests.streams import make_data, make_stream, make_trainer, state_of
 
@@ -361,7 +361,8 @@ def test_forged_descriptions_are_refused(tmp_path: Path, tree: Any) -> None:
     ("change", "reason"),
     [
         ({"format": "pt"}, "a safetensors file of another kind"),
-        ({"version": "2"}, "of version '2', this lit-edit reads 1"),
+        ({"version": "3"}, "of version '3', this lit-edit reads 1 and 2"),
+        ({"version": "2"}, "the description of its contents is not what was written"),
     ],
 )
 def test_other_kinds_and_versions_are_refused(tmp_path: Path, change: dict[str, str], reason: str) -> None:
@@ -410,6 +411,40 @@ def test_changed_bytes_do_no_harm(tmp_path: Path, changes: list[tuple[int, int]]
     (tmp_path / "x.ckpt").write_bytes(content)
     with contextlib.suppress(CheckpointError):
         load_tree(tmp_path / "x.ckpt")
+
+
+TREE = {"a": torch.arange(6.0).reshape(2, 3).T, "p": torch.ones(4, 4, dtype=torch.float64), "b": [b"x", math.nan]}
+
+
+def flip(path: Path, bit: int) -> None:
+    """Change one bit of a file, counted from its end where negative."""
+    content = bytearray(path.read_bytes())
+    content[(bit // 8) % len(content)] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(bit=st.integers(0, 1 << 14))
+def test_one_flipped_bit_anywhere_is_found_or_of_no_consequence(tmp_path: Path, bit: int) -> None:
+    save_tree(TREE, tmp_path / "x.ckpt")
+    flip(tmp_path / "x.ckpt", bit)
+    try:
+        loaded = load_tree(tmp_path / "x.ckpt")
+    except CheckpointError:
+        return
+    assert_same(TREE, loaded)
+
+
+@pytest.mark.parametrize("bit", [-1, -8, -65, -128 * 8])
+def test_a_flipped_bit_of_a_tensor_is_found_and_named(tmp_path: Path, bit: int) -> None:
+    """Signs, exponents and last digits; where values are not asked for, they are not read."""
+    save_tree({"p": torch.ones(4, 4, dtype=torch.float64)}, tmp_path / "x.ckpt")
+    check_tree(tmp_path / "x.ckpt")
+    flip(tmp_path / "x.ckpt", bit)
+    load_tree(tmp_path / "x.ckpt", "meta")
+    for read in (load_tree, check_tree):
+        with pytest.raises(CheckpointError, match=r"x\.ckpt: damaged.*checkpoint\['p'\] is not what was written"):
+            read(tmp_path / "x.ckpt")
 
 
 def test_tensors_at_odd_places_are_refused_or_right(tmp_path: Path) -> None:
