@@ -24,7 +24,7 @@ MARK = "lit_edit"
 """What the config of an exported model, and the model itself, know the edits by."""
 
 _ATTRIBUTE = "_lit_edit"
-_WIDTH = 1024
+_WIDTH, _BLOCK = 1024, 16_384  # words in a row, rows at a time
 
 
 class WeightsChangedError(ArgumentError):
@@ -215,5 +215,12 @@ def print_of(weight: Tensor) -> str:
     whole = raw.numel() // 8 * 8
     words, rest = raw[:whole].view(torch.int64), raw[whole:]
     rows = words[: words.numel() // _WIDTH * _WIDTH].view(-1, _WIDTH)
-    sums = torch.cat((rows.sum(0), rows.sum(1), words[rows.numel() :], rest.long()))
+    columns = torch.zeros(_WIDTH, dtype=torch.int64, device=own.device)
+    parts = []
+    for block in rows.split(_BLOCK):
+        # Mixed first: in a plain sum the highest bits, which are signs, of two words cancel.
+        mixed = block ^ (block >> 29)
+        columns += mixed.sum(0)
+        parts.append(mixed.sum(1))
+    sums = torch.cat((columns, *parts, words[rows.numel() :], rest.long()))
     return f"{own.dtype}{tuple(own.shape)}{checksum(sums[None])}"

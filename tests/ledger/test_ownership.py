@@ -66,7 +66,7 @@ WRITERS: dict[str, Callable[[nn.Module, str], object]] = {
     "in place": lambda model, name: model.get_parameter(name).mul_(1.5),
     "one bit": lambda model, name: model.get_parameter(name).view(torch.int32).view(-1)[3:4].bitwise_xor_(1),
     "two numbers that change places": lambda model, name: (
-        model.get_parameter(name).view(-1)[40:42].copy_(model.get_parameter(name).view(-1)[40:42].flip(0).clone())
+        model.get_parameter(name).view(-1)[-2:].copy_(model.get_parameter(name).view(-1)[-2:].flip(0).clone())
     ),
     "through .data": lambda model, name: model.get_parameter(name).data.neg_(),
     "another type": cast,
@@ -145,6 +145,16 @@ def test_prints_tell_bits_apart(shape: tuple[int, ...], dtype: torch.dtype) -> N
         assert print_of(other) != print_of(weight)
     if weight.dim() == 2 and weight.numel():
         assert print_of(weight.T.contiguous().T) == print_of(weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_signs_are_seen_however_many_change(dtype: torch.dtype, step: int) -> None:
+    weight = torch.randn(2048, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    for part in (weight[:], weight[:2], weight[::2], weight[:, 1:3]):
+        before = print_of(weight)
+        part[:, ::step].neg_()
+        assert print_of(weight) != before
 
 
 # ---- one model, one ledger -------------------------------------------------------------------------------------------
