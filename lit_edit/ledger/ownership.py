@@ -129,8 +129,8 @@ def difference(names: Sequence[str], restorable: bool) -> str:
         else "restore: load the model again and take its edits up (of weights that are not edited no copy is kept)"
     )
     return (
-        f"the weights are not those that the ledger left: {', '.join(names[:3])}{more} were written by somebody else "
-        "(fine-tuning, another library, by hand); nothing was done. Three ways on: adopt them as the new original "
+        f"the weights are not those that the ledger left: somebody else (fine-tuning, another library, by hand) has "
+        f"written {', '.join(names[:3])}{more}; nothing was done. Three ways on: adopt them as the new original "
         "weights (changed='adopt': the edits that hold become part of them and cannot be taken out any more), "
         f"{restore}, or leave the model as it is"
     )

@@ -33,7 +33,7 @@ from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.spec import ArchSpec
 from lit_edit.runs.answers import write_answers
 from lit_edit.runs.files import deltas_path, journal_path, run_lock, update_summary, write_run_files
-from lit_edit.runs.reading import RunError, check_finished, check_folder, read_history
+from lit_edit.runs.reading import RunError, check_finished, check_folder, read_history, say_if_cut
 from lit_edit.stats.second_moment import weights_hash
 from lit_edit.stream.edit_stream import EditStream
 from lit_edit.stream.precision import cast_as
@@ -81,6 +81,7 @@ def open_run(folder: Path) -> OpenRun:
         WeightsChangedError: If the base model is not the one that the edits were made on.
     """
     folder = check_finished(folder)
+    say_if_cut(folder)
     deltas = deltas_path(folder)
     _catch_up(folder)
     try:

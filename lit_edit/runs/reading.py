@@ -61,7 +61,6 @@ def check_finished(folder: Path) -> Path:
             f"{folder} is no finished run (no {deltas_path(folder).name}); if the run was interrupted, finish it: "
             f"lit-edit fit --config {folder}/config.yaml --resume auto"
         )
-    say_if_cut(folder)
     return folder
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from typing_extensions import Self
-
 from lit_edit.data.formats import read_record
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.editors.base import Editor
 from lit_edit.errors import ArgumentError
 from lit_edit.ledger.edit_ledger import EditLedger
+from lit_edit.ledger.history import has_end
 from lit_edit.ledger.journal import Journal, JournalError
 from lit_edit.ledger.ownership import WeightsChangedError, owner_of
 from lit_edit.metrics.evaluation import EditResult, Summary, evaluate_edits, summarise
@@ -29,6 +28,7 @@ from lit_edit.stream.session import EditSession, RefusalPolicy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Self
 
 log = logging.getLogger(__name__)
 
@@ -139,10 +139,16 @@ class Changing:
     def close(self) -> None:
         """Let go of the folder that the session was saved in; the model keeps its edits, and the session can go on."""
         if self.folder is not None:
+            self._end()
             journal = Journal()
             self.ledger.journal.copy_to(journal)
             self.ledger.journal, self.folder = journal, None
         self.held.close()
+
+    def _end(self) -> None:
+        """Put on record that what was asked for has been done: a folder without that is of work that was cut."""
+        if not has_end(self.ledger.journal.records):
+            self.ledger.note({"kind": "end"})
 
     # ---- editing ----------------------------------------------------------------------------------------------------
 

@@ -160,7 +160,7 @@ def editor_of(method: Method) -> Editor:
 
 
 def _is_editor(kind: Any) -> TypeGuard[type[Editor]]:
-    return inspect.isclass(kind) and issubclass(kind, Editor) and not inspect.isabstract(kind)
+    return inspect.isclass(kind) and issubclass(kind, Editor) and hasattr(kind, "about")
 
 
 def _loaded(

@@ -113,6 +113,7 @@ class Session(Changing):
 
         self.ledger.verify(thorough=True)
         place = save(self, None if folder is None else expand(folder))
+        self._end()
         if self.ledger.entries:
             self.measure()
         write_files(self, place)

@@ -386,7 +386,7 @@ def run(sequences: int) -> None:
 
 
 def test_no_sequence_leaves_other_weights_without_an_error() -> None:
-    run(40)
+    run(25)
 
 
 @pytest.mark.slow

@@ -543,7 +543,7 @@ def test_two_editors_know_nothing_of_each_other() -> None:
     one = make(start(), REQUESTS[:2])
     other = start()
     assert not editor_of(other).moments
-    ledger = EditLedger(one.ledger.adapter, (1, 2), Journal())
+    ledger = EditLedger(one.ledger.adapter, (1, 2), Journal(), adopt=True)
     one.editor.prepare(ledger, tiny_tokenizer(), FixedStatistics())
     assert not editor_of(one).moments
 
