@@ -19,14 +19,14 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("code", blocks("python"), ids=["one call", "lightning"])
+@pytest.mark.parametrize("code", blocks("python"), ids=["session", "lightning"])
 def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), scope)  # noqa: S102 - our own README
     if "outcome" in scope:
         assert scope["outcome"].final["efficacy"]["accuracy"] == 1.0
-        assert len(scope["outcome"].ledger) == 0
+        assert len(scope["outcome"].ledger) == 0  # taken back
     else:
         assert (tmp_path / "my-edited-model" / "model.safetensors").is_file()
 
