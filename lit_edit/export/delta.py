@@ -155,12 +155,12 @@ def edit_with(model: PreTrainedModel, file: DeltaFile) -> EditLedger:
             "unedited and in that type"
         )
     adapter = ModelAdapter(model, file.base.arch)
-    layers = [layer for layer in range(adapter.n_layers) if adapter.weight_name(layer) in file.deltas]
+    layers = [layer for layer in adapter.editable if adapter.weight_name(layer) in file.deltas]
     ledger = EditLedger(adapter, layers, adopt=True)  # these are the right weights, by their hash
     if unknown := sorted(set(file.deltas) - set(ledger.names.values())):
         raise ExportError(
             f"{file.path} edits {', '.join(map(repr, unknown[:5]))}, which this model does not have among the weights "
-            f"that can be edited ({adapter.weight_name(0)!r} and so on); export it anew"
+            f"that can be edited ({adapter.weight_name(adapter.editable[0])!r} and so on); export it anew"
         )
     updates = [LayerUpdate(layer, name, file.deltas[name]) for layer, name in ledger.names.items()]
     try:

@@ -45,6 +45,7 @@ class ModelAdapter(Passes):
         super().__init__(model, spec)
         self.weights = dict(weights or {})
         self.products, self.ranks = products, Ranks()
+        self._returned: list[object] = []
         self._signatures = [inspect.signature(layer.forward) for layer in self.layers]
 
     def by_route(self, prompts: Sequence[str]) -> list[tuple[ModelAdapter, dict[str, str]]]:

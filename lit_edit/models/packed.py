@@ -43,8 +43,9 @@ class TokenRows:
         self.adapter = adapter
         ids, mask = pad_right(rows, pad, adapter.device)
         hidden, self.calls = adapter.record_calls(ids, mask)
+        self.length = ids.shape[1]
         masks = {id(call.get("attention_mask")): call.get("attention_mask") for call in self.calls.values()}
-        self.allowed = {kind: allowed_positions(own, mask) for kind, own in masks.items()}
+        self.allowed = {} if adapter.whole else {kind: allowed_positions(own, mask) for kind, own in masks.items()}
         caps = [0] * len(rows) if not adapter.packs else [len(row) for row in rows] if share is None else list(share)
         self.paths: list[list[int]] = [[] for _ in rows]
         places: list[tuple[int, int]] = []
@@ -74,6 +75,8 @@ class TokenRows:
         What comes before the starts must be in the line ``behind``.
         """
         rows = range(len(self.paths)) if rows is None else rows
+        if self.adapter.whole:  # each row from its beginning on
+            starts = behind = None
         begin = [0] * len(rows) if starts is None else starts
         end = [len(self.paths[row]) for row in rows] if stops is None else stops
         return Line(self, list(zip(rows, begin, end, strict=True)), behind)
@@ -152,12 +155,12 @@ class Line:
         if not len(self):
             return hidden
         adapter = adapter or self.adapter
-        run = self._run_packed if adapter.packs else self._run_padded
+        run = self._run_packed if adapter.packs else self._run_whole if adapter.whole else self._run_padded
         with packed_attention(adapter) if adapter.packs else nullcontext():
             for layer in range(start, stop):
                 kind = id(self.source.calls[layer].get("attention_mask"))
                 call = AttentionCall(self._blocks, kind, self.adapter.attention, layer, (kept or {}).get(layer), keep)
-                with adapter.record_keys([layer]) as found:
+                with adapter.record_keys([layer] if layer in adapter.editable else []) as found:
                     hidden, down_inputs = run(adapter, layer, hidden, call, found)
                 if keys is not None:
                     keys[layer] = down_inputs
@@ -171,7 +174,18 @@ class Line:
             row, position = self.source.places(self.nodes)
             self._arguments[key] = self.source.arguments(layer, row[None], position[None])
         arguments = self._arguments[key] | {"attention_mask": call}
-        return adapter.run_layer(layer, hidden[None], arguments).squeeze(0), found[layer].reshape(len(self), -1)
+        return adapter.run_layer(layer, hidden[None], arguments).squeeze(0), found[layer].reshape(len(self), -1) if layer in found else hidden[:, :0]
+
+    def _run_whole(
+        self, adapter: ModelAdapter, layer: int, hidden: Tensor, call: AttentionCall, found: Mapping[int, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        row, position = self.source.places(self.nodes)
+        rows, slot = row.unique(return_inverse=True)
+        padded = hidden.new_zeros(len(rows), self.source.length, hidden.shape[-1]).index_put((slot, position), hidden)
+        arguments = {name: rows_of(value, rows, len(self.source.paths)) for name, value in self.source.calls[layer].items()}
+        out = adapter.run_layer(layer, padded, arguments)[slot, position]
+        keys = found[layer].reshape(len(rows), self.source.length, -1)[slot, position] if layer in found else out[:, :0]
+        return out, keys
 
     def _run_padded(
         self, adapter: ModelAdapter, layer: int, hidden: Tensor, call: AttentionCall, found: Mapping[int, Tensor]
@@ -187,7 +201,7 @@ class Line:
             arguments = self._padded[number, layer] | {"attention_mask": block.masks[call.kind]}
             arguments |= {name: cache for name in CACHE_NAMES if name in arguments}
             outputs.append(block.unpad(adapter.run_layer(layer, block.pad(part), arguments)))
-            down_inputs.append(block.unpad(found[layer].reshape(block.rows, block.span, -1)))
+            down_inputs.append(block.unpad(found[layer].reshape(block.rows, block.span, -1)) if layer in found else part[:, :0])
             first += block.tokens
         call.store_padded()
         return torch.cat(outputs), torch.cat(down_inputs)
@@ -242,6 +256,13 @@ def allowed_positions(mask: Tensor | None, padding: Tensor) -> Tensor:
         )
     allowed = mask if mask.dtype == torch.bool else mask >= 0
     return allowed[:, 0, :, :time].expand(batch, -1, -1)
+
+
+def rows_of(value: Any, rows: Tensor, count: int) -> Any:
+    """Return some rows of an argument that has a line per row of a batch; others are the same for all of them."""
+    if isinstance(value, tuple):
+        return tuple(rows_of(part, rows, count) for part in value)
+    return value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == count > 1 else value
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

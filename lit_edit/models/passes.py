@@ -27,6 +27,7 @@ class Passes(Kernels):
     """The passes of a view: with its weights, its memory and its kernels."""
 
     _signatures: list[inspect.Signature]
+    _returned: list[Any]
 
     def record_calls(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, dict[int, dict[str, Any]]]:
         """Return the first layer's input ``(batch, time, d_model)``, and how the model would call each of its layers.
@@ -44,19 +45,14 @@ class Passes(Kernels):
                     first.append(hidden)
                 if index == self.n_layers - 1:
                     raise _StopForward
-                return (hidden,) if not self.packs else hidden
+                return self._as_output(hidden)
 
             return forward
 
         with ExitStack() as stack, suppress(_StopForward):
-            if self.sharded:  # the layers themselves would gather their weights
-                stack.enter_context(stand_ins(self._module(self.spec.layers), stand_in))
-            for index, layer in enumerate(self.layers if not self.sharded else ()):
-                if "forward" in vars(layer):  # somebody else's, as accelerate puts there
-                    stack.callback(vars(layer).__setitem__, "forward", vars(layer)["forward"])
-                else:
-                    stack.callback(vars(layer).pop, "forward")
-                layer.forward = stand_in(index)  # shadows the method of the class
+            if self.spec.tail == "model":
+                self._as_output(torch.empty(0))  # seen before the layers are replaced
+            self._replace_layers(stack, stand_in)
             self._run_backbone(input_ids, attention_mask)
         return first[0], calls
 
@@ -93,9 +89,32 @@ class Passes(Kernels):
                 stack.callback(self.down_proj(layer).register_forward_pre_hook(reader(layer)).remove)
             yield keys
 
+    def _as_output(self, hidden: Tensor) -> Any:
+        """Return states as the layers of this model return them: as a tensor, or as the first of several things."""
+        if self.spec.tail == "parts":
+            return hidden if self.packs else (hidden,)
+        if not self._returned:  # one token is run to see it
+            hook = self.layers[0].register_forward_hook(lambda module, args, output: self._returned.append(output))
+            try:
+                one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+                with torch.no_grad():
+                    self._run_backbone(one, torch.ones_like(one))
+            finally:
+                hook.remove()
+        form = self._returned[0]
+        return type(form)((hidden, *[None] * (len(form) - 1))) if isinstance(form, (tuple, list)) else hidden
+
     def last_hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the final, normalised hidden states ``(batch, time, d_head)``: what the head reads."""
-        return self._run_backbone(input_ids, attention_mask).last_hidden_state
+        """Return the final, normalised hidden states ``(batch, time, d_head)``: what :meth:`logits` are made of."""
+        if self.spec.tail == "parts":
+            return self._run_backbone(input_ids, attention_mask).last_hidden_state
+        found: list[Tensor] = []
+        hook = self.layers[-1].register_forward_hook(lambda module, args, output: found.append(_first(output)))
+        try:
+            self._run_backbone(input_ids, attention_mask)
+        finally:
+            hook.remove()
+        return found[0]
 
     def read_keys(self, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
         """Return ``{layer: (batch, time, d_in)}`` of one pass that stops at the highest layer asked for."""
@@ -152,14 +171,16 @@ class Passes(Kernels):
         return rows
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Apply final norm (and what follows it) to the output of the last layer."""
+        """Apply final norm (and what follows it) to the output of the last layer; :meth:`logits` do it with ``tail: model``."""
         if self.norm is not None:
             hidden = self.norm(hidden)
         return hidden if self.post_norm is None else self.post_norm(hidden)
 
     def logits(self, normalised: Tensor) -> Tensor:
         """Apply the head to :meth:`finish`-ed states ``(..., d_head)``; returns ``(..., vocab)``, at least float32."""
-        if self.head_weight is None:
+        if self.spec.tail == "model":
+            logits = self._tail(normalised.reshape(-1, 1, normalised.shape[-1])).view(*normalised.shape[:-1], -1)
+        elif self.head_weight is None:
             logits = self.head(normalised)
         else:
             logits = functional_call(self.head, {"weight": self.head_weight}, (normalised,))
@@ -167,6 +188,39 @@ class Passes(Kernels):
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+    def _tail(self, hidden: Tensor) -> Tensor:
+        """Return what the model makes of the output of its last layer ``(rows, 1, d_model)``: it is run without layers."""
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+
+        def stand_in(index: int) -> Any:
+            return lambda *args, **kwargs: self._as_output(hidden)
+
+        self._as_output(hidden)
+        with ExitStack() as stack:
+            self._replace_layers(stack, stand_in)
+            logits: Tensor = self.model(**self._accepted(self.model, {"input_ids": ids, "use_cache": False})).logits
+        return logits
+
+    def _replace_layers(self, stack: ExitStack, stand_in: Callable[[int], Any]) -> None:
+        """Let functions stand for the layers until the stack ends."""
+        if self.sharded:  # the layers themselves would gather their weights
+            stack.enter_context(stand_ins(self._module(self.spec.layers), stand_in))
+            return
+        for index, layer in enumerate(self.layers):
+            if "forward" in vars(layer):  # somebody else's, as accelerate puts there
+                stack.callback(vars(layer).__setitem__, "forward", vars(layer)["forward"])
+            else:
+                stack.callback(vars(layer).pop, "forward")
+            layer.forward = stand_in(index)  # shadows the method of the class
+
+    @staticmethod
+    def _accepted(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments that a module's forward has a name for, or takes without one."""
+        known = inspect.signature(module.forward).parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            known = {**known, **dict.fromkeys(("input_ids", "attention_mask", "position_ids", "use_cache"))}
+        return {name: value for name, value in arguments.items() if name in known}
 
     def _run_backbone(self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None) -> Any:
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -178,8 +232,10 @@ class Passes(Kernels):
             "use_cache": cache is not None,
             "past_key_values": cache,
         }
-        if self.spec.family == "opt":  # OPT derives its positions from the mask, with an offset of its own.
+        if self.spec.family == "opt" or self.whole:  # derive positions from the mask, or from the rows' beginning
             del kwargs["position_ids"]
+        if self.spec.tail == "model":
+            kwargs = self._accepted(self.backbone, kwargs)
         if self.sharded:
             with self.lent():
                 return self.backbone(**kwargs)
@@ -209,7 +265,7 @@ class Passes(Kernels):
         """Name the positional arguments of a layer call; return the hidden states and the rest."""
         arguments = dict(self._signatures[index].bind(*args, **kwargs).arguments)
         arguments.update(arguments.pop("kwargs", {}))
-        hidden = arguments.pop("hidden_states")
+        hidden = arguments.pop(next(iter(self._signatures[index].parameters)))
         for name in CACHE_NAMES:
             if name in arguments:
                 arguments[name] = None
@@ -232,4 +288,4 @@ class _Generate(nn.Module):
 
 def _first(output: Any) -> Tensor:
     """Decoder layers return a tensor or a tuple that starts with one, depending on family and release."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, (tuple, list)) else output

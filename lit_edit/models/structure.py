@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_edit.errors import ArgumentError, UserError
+from lit_edit.models.discovery import NothingFoundError, discover
 from lit_edit.models.families import SPECS
 from lit_edit.models.shards import is_sharded, written_class
 from lit_edit.models.spec import ArchSpec
@@ -35,10 +36,10 @@ def find_spec(model: nn.Module) -> ArchSpec:
     for spec in SPECS:
         if model_type in spec.model_types:
             return spec
-    known = ", ".join(sorted(spec.family for spec in SPECS))
-    raise UnknownArchitectureError(
-        f"architecture {model_type!r} is not described (known: {known}).\n{_describe(model)}"
-    )
+    try:
+        return discover(model)
+    except NothingFoundError as error:
+        raise UnknownArchitectureError(f"architecture {model_type!r}: {error}.\n{_describe(model)}") from None
 
 
 def _describe(model: nn.Module) -> str:
@@ -87,15 +88,19 @@ class Structure:
         self.norm = self._optional(self.spec.norm)
         self.post_norm = self._optional(self.spec.post_norm)
         self.head = self._module(self.spec.head) if self.spec.head else model.get_output_embeddings()
-        self.down_proj(0)
+        self.editable = tuple(layer for layer in range(len(self.layers)) if self.down_path(layer) is not None)
+        if not self.editable:
+            self.down_proj(0)
         self.backbone: nn.Module = model.base_model
         self.backbone_prefix = next(f"{n}." if n else "" for n, m in model.named_modules() if m is self.backbone)
         code = sys.modules[written_class(self.layers[0]).__module__].__dict__
-        self.packs = (
+        reached = (
             "ALL_ATTENTION_FUNCTIONS" in code
             and "eager_attention_forward" in code
             and not getattr(model.config, "reorder_and_upcast_attn", False)
         )
+        self.packs = reached if self.spec.rows is None else self.spec.rows == "packed"
+        self.whole = self.spec.rows == "whole"
         self.attention = "eager" if model.config._attn_implementation == "eager" else "sdpa"
         self.layer_configs = list(
             {id(m.config): m.config for layer in self.layers for m in layer.modules() if hasattr(m, "config")}.values()
@@ -109,12 +114,12 @@ class Structure:
     @property
     def device(self) -> torch.device:
         """Device of the first edited-layer weight; inputs go there."""
-        return self.own_weight(0).device
+        return self.own_weight(self.editable[0]).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Floating type of the weights."""
-        return self.own_weight(0).dtype
+        return self.own_weight(self.editable[0]).dtype
 
     def check_layer(self, layer: int) -> None:
         """Raise :class:`ArgumentError` unless ``layer`` counts one of the model's layers."""
@@ -132,19 +137,27 @@ class Structure:
             UnknownArchitectureError: If the layer has no such module, or the module is neither Linear nor Conv1D.
         """
         self.check_layer(layer)
-        try:
-            module = self.layers[layer].get_submodule(self.spec.down_proj)
-        except AttributeError:
+        path = self.down_path(layer)
+        if path is None:
             raise UnknownArchitectureError(
-                f"layer {layer} has no module {self.spec.down_proj!r}.\n{_describe(self.model)}"
-            ) from None
+                f"layer {layer} has no module {self.spec.down_proj!r}{self._others()}.\n{_describe(self.model)}"
+            )
+        module = self.layers[layer].get_submodule(path)
         if not isinstance(module, (nn.Linear, Conv1D)):
             raise UnknownArchitectureError(
-                f"{self.spec.down_proj!r} of layer {layer} is a {type(module).__name__}; "
+                f"{path!r} of layer {layer} is a {type(module).__name__}; "
                 "editing needs torch.nn.Linear or transformers' Conv1D (quantised layers cannot be edited: load the "
                 "model in float32 or bfloat16)"
             )
         return module
+
+    def down_path(self, layer: int) -> str | None:
+        """Return the path of a layer's down projection within it, or ``None`` where it has none."""
+        paths = (self.spec.down_proj,) if isinstance(self.spec.down_proj, str) else self.spec.down_proj
+        return next((path for path in paths if _has(self.layers[layer], path)), None)
+
+    def _others(self) -> str:
+        return f" (layers {', '.join(map(str, self.editable))} have)" if self.editable else ""
 
     def attention_module(self, layer: int) -> nn.Module:
         """Return the attention of a layer: its one module whose class is called so.
@@ -172,7 +185,8 @@ class Structure:
 
     def weight_name(self, layer: int) -> str:
         """Return the full name of the edited parameter of a layer, as in ``model.named_parameters()``."""
-        return f"{self.layer_prefix(layer)}{self.spec.down_proj}.weight"
+        self.down_proj(layer)
+        return f"{self.layer_prefix(layer)}{self.down_path(layer)}.weight"
 
     def layer_prefix(self, layer: int) -> str:
         """Return what the names of a layer's parameters begin with."""
@@ -192,3 +206,11 @@ class Structure:
             return None
         parent, _, name = path.rpartition(".")
         return getattr(self._module(parent), name, None) if parent else self._module(name)
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True

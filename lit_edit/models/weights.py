@@ -115,7 +115,7 @@ class Weights(Structure):
     def lent(self, layer: int | None = None) -> Iterator[None]:
         """Let the down projections of a model in parts (of one layer, or all) compute with this view's weights."""
         with ExitStack() as stack:
-            for index in range(self.n_layers) if layer is None else (layer,):
+            for index in self.editable if layer is None else {layer} & set(self.editable):
                 if (weight := self.weights.get(self.weight_name(index))) is not None:
                     stack.enter_context(lend(self.down_proj(index), weight))
             yield

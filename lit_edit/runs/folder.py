@@ -98,7 +98,7 @@ def open_run(folder: Path) -> OpenRun:
     model, tokenizer = language_model.load()
     base_hash = weights_hash(model)
     adapter = ModelAdapter(model, language_model.arch, products=language_model.products)
-    layers = [layer for layer in range(adapter.n_layers) if adapter.weight_name(layer) in names]
+    layers = [layer for layer in adapter.editable if adapter.weight_name(layer) in names]
     if len(layers) != len(names):
         raise RunError(f"{deltas} edits parameters that {language_model.name} does not have: {sorted(names)}")
     editor = stream_of(folder).editor if entries and not layers else None

@@ -1,0 +1,105 @@
+"""The parts of a model that no family file describes, found by its structure.
+
+Nothing is run here, and nothing is read but modules and the configuration: it works on the meta device too. What was
+found is proven in :mod:`lit_edit.models.proof` before it is used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from lit_edit.models.spec import ArchSpec
+
+# Modules that map from an inner width back to the residual stream and are no MLP; by their class or their name.
+_MIXERS = re.compile(r"att(entio)?n|mamba|ssm|conv|recurrent|delta|mixer|rotary|router|indexer|compress|norm|embed|lora", re.I)
+_ELSEWHERE = re.compile(r"vision|visual|image|audio|speech|encoder(?!\w*decoder)|mtp|nextn|\bexperts\b", re.I)
+
+
+class NothingFoundError(ValueError):
+    """A model has no part that could be what is looked for; the message says which, and what there was."""
+
+
+def discover(model: nn.Module) -> ArchSpec:
+    """Return where a decoder keeps its layers and their down projections.
+
+    Raises:
+        NothingFoundError: If it has no list of layers, or these have no linear map from an inner width to the stream.
+    """
+    config = model.config.get_text_config(decoder=True)
+    width = _width(config)
+    lists = list(_lists(model))
+    if not lists:
+        raise NothingFoundError("no list of layers was found: looked for a ModuleList of modules of one kind")
+    best: tuple[int, int, str, tuple[str, ...]] | None = None
+    for path, layers in lists:
+        paths = tuple(dict.fromkeys(found for layer in layers if (found := down_projection(layer, width))))
+        editable = sum(down_projection(layer, width) is not None for layer in layers)
+        if editable and (best is None or (editable, len(layers)) > best[:2]):
+            best = (editable, len(layers), path, paths)
+    if best is None:
+        sizes = ", ".join(f"{path} ({len(layers)} of {type(layers[0]).__name__})" for path, layers in lists)
+        raise NothingFoundError(
+            f"no layer has a linear map from an inner width to the residual stream of width {width} outside its attention; "
+            f"looked in {sizes}"
+        )
+    _, _, path, paths = best
+    return ArchSpec(
+        family=str(model.config.model_type),
+        layers=path,
+        down_proj=paths if len(paths) > 1 else paths[0],
+        norm=None,
+        tail="model",
+        rows="whole",
+    )
+
+
+def _width(config: PreTrainedConfig) -> int:
+    for name in ("hidden_size", "d_model", "n_embd", "dim_model", "embed_dim"):
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    raise NothingFoundError(f"the configuration of {config.model_type!r} does not say how wide the residual stream is (hidden_size)")
+
+
+def _lists(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
+    """Yield lists of layers, outermost first."""
+    taken: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and not _ELSEWHERE.search(path):
+            if any(path.startswith(f"{outer}.") for outer in taken):
+                continue
+            if any(True for _ in module[0].parameters()):
+                taken.append(path)
+                yield path, list(module)
+
+
+def down_projection(layer: nn.Module, width: int) -> str | None:
+    """Return the path of the last linear map of a layer to the residual stream that does not belong to a mixer of tokens.
+
+    A layer that a mixture of experts takes up has none but that of an expert which all tokens pass.
+    """
+    found = [
+        path
+        for path, module in layer.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and _outputs(module) == width and not _excluded(layer, path)
+    ]
+    return found[-1] if found else None
+
+
+def _outputs(module: nn.Module) -> int:
+    return int(module.weight.shape[1] if isinstance(module, Conv1D) else module.weight.shape[0])  # type: ignore[union-attr,index]
+
+
+def _excluded(layer: nn.Module, path: str) -> bool:
+    """Tell whether a linear map of a layer is part of what mixes tokens, chooses experts, or is one of many experts."""
+    names = path.split(".")
+    owner = layer
+    for name in names[:-1]:
+        owner = owner.get_submodule(name)
+        if _MIXERS.search(type(owner).__name__) or _MIXERS.search(name) or isinstance(owner, nn.ModuleList):
+            return True
+    return bool(re.search(r"gate|router|up_proj|\bup\b|\bq\b|query|key|value|_o\b|out_proj|o_proj|c_attn|dense$", names[-1]))
