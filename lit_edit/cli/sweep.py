@@ -38,7 +38,7 @@ def run_sweep(args: list[str]) -> int:
     words = [*(f"--method={name}" for name in method), *changes_again(options.name, settings)]
     again = command_again("sweep", options.config, options.runs_dir, *words)
     if options.array:
-        check_begun(folder, chosen, parse_points(grid, chosen))
+        check_begun(folder, chosen, parse_points(grid, chosen)[0])
         script = write_script(grid, folder, again)
         sys.stdout.write(f"{len(grid.points)} points; set their resources in the script, then\n  sbatch {script}\n")
         return 0

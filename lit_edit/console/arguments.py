@@ -10,12 +10,12 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from lit_edit.console.configs import method_config, shipped_configs
+from lit_edit.errors import did_you_mean, nearest
 
 LAYERS = "model.editor.init_args.layers"
 SHORT = MappingProxyType(
@@ -41,6 +41,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str, settings: bool = False, **more: Any) -> None:
         self._aliases: dict[str, str] = {}
         self._takes_settings, self._answers = settings, False
+        self._unknown: list[str] = []  # options that may be settings of fit, or mistyped
         super().__init__(
             prog=f"lit-edit {command}", description=description, formatter_class=_Help, allow_abbrev=False, **more
         )
@@ -156,10 +157,28 @@ class CommandParser(argparse.ArgumentParser):
                 name = spellings[plain]
             elif not self._takes_settings:
                 if len(begun) != 1:
-                    self.error(no_such_option(name, [s for s in self._option_string_actions if s.startswith("--")]))
+                    self.error(no_such_option(name, self._shown_options()))
                 name = begun.pop()
+            elif "." not in name and name.replace("-", "_").replace("__", "--", 1) not in SHORT:
+                self._unknown.append(name)
             found.append(f"{name}{equals}{value}")
         return found
+
+    def _shown_options(self) -> list[str]:
+        return [name for name in self._option_string_actions if name.startswith("--")]
+
+    def error(self, message: str) -> NoReturn:
+        """Say in one line what is wrong, and end with status 2; what is missing may be what was mistyped."""
+        if "arguments are required" in message and self._unknown:
+            message = no_such_option(self._unknown[0], [*self._shown_options(), *SHORT])
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            meant = did_you_mean(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, f"{error.message}{meant}") from None
 
     def _answer_shell(self) -> None:
         """Tell the shell what can stand where the cursor is, and end (``lit-edit completion``)."""
@@ -193,10 +212,14 @@ def no_such_option(name: str, known: Iterable[str]) -> str:
     Example:
         >>> no_such_option("--rnu", ["--run", "--tokens"])
         'there is no option --rnu; did you mean --run?'
+        >>> no_such_option("--on_conflit", ["--run", "--model.on_conflict"])
+        'there is no option --on_conflit; did you mean --model.on_conflict?'
     """
-    by_plain = {_plain(option): option for option in known}
-    near = get_close_matches(_plain(name), by_plain, 1)
-    return f"there is no option {name}" + (f"; did you mean {by_plain[near[0]]}?" if near else "")
+    known = list(known)
+    by_end = {f"--{option.rpartition('.')[2]}": option for option in reversed(known) if "." in option}
+    meant = by_end | {option: option for option in known}
+    near = [meant[word] for word in nearest(name, meant)]
+    return f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _plain(name: str) -> str:
