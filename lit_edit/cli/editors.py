@@ -108,7 +108,7 @@ def _show(editor: KnownEditor) -> None:
     settings = [
         (setting["name"], setting["default"] or "must be given", setting["type"]) for setting in editor.settings
     ]
-    table = table_of(("name", "default", "type"), settings, title="Settings, below model.editor.init_args")
+    table = table_of(("name", "default", "choices"), settings, title="Settings, below model.editor.init_args")
     use = f"lit-edit fit --config counterfact --config {configs[0]}" if configs else ""
     print_whole(Padding(Text(editor.summary), (0, 0, 1, 0)), Padding(facts, (0, 0, 1, 0)), table, Text(use))
 

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterable
 from importlib import import_module
+from typing import Any
 
 from lit_edit.console.catalogue import known_editors
 from lit_edit.console.configs import shipped_configs
@@ -35,12 +36,17 @@ def with_meant(text: str, options: Iterable[str]) -> str:
     if found := re.match(r"([\w.]+): .*Expected a dot import path string: ([\w.]+);", text):
         return f"{found[1]}: there is no {found[2]}{did_you_mean(found[2], _classes(found[1]))}"
     if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
-        return text.replace(found[0], f"there is no {found[2]} in it{did_you_mean(found[2], _public(found[1]))}")
+        return _but(text, found[0], f"there is no {found[2]} in it{did_you_mean(found[2], _public(found[1]))}")
     if found := re.search(r"([\w.]+): Option '([\w.]+)' is not accepted", text):
-        return text.replace(found[0], f"{found[1]} has no setting {found[2]}{_setting(found[1], found[2])}")
+        return _but(text, found[0], f"{found[1]} has no setting {found[2]}{_setting(found[1], found[2])}")
     if found := re.search(r"expected one of ('.*?'(?:, '.*?')*).*; got (\S+)$", text):
         return text + did_you_mean(found[2], re.findall(r"'(.*?)'", found[1]))
     return text
+
+
+def _but(text: str, said: str, better: str) -> str:
+    """Say something better, and not what was given behind it: it may be long."""
+    return f"{text.partition(said)[0]}{better}"
 
 
 def _classes(setting: str) -> list[str]:
@@ -62,5 +68,9 @@ def _setting(path: str, name: str) -> str:
     module, _, kind = path.rpartition(".")
     found = getattr(sys.modules.get(module), kind, None)
     parents = found.__mro__ if inspect.isclass(found) else ()
-    made = [parent.__init__ for parent in parents if "__init__" in vars(parent) and parent is not object]
-    return did_you_mean(name, [known for init in made for known in inspect.signature(init).parameters])
+    made: list[Any] = [
+        vars(parent)["__init__"] for parent in parents if "__init__" in vars(parent) and parent is not object
+    ]
+    settings = dict.fromkeys(known for init in made for known in inspect.signature(init).parameters)
+    shown = [known for known in settings if known not in ("self", "args", "kwargs")]
+    return did_you_mean(name, shown) or f"; it has {', '.join(shown) or 'none'}"

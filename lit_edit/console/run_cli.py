@@ -90,6 +90,9 @@ class RunCLI(LightningCLI):
             "--overwrite", type=bool, default=False, help="Delete an earlier run of the same name instead of refusing."
         )
         parser.epilog = "Short forms: " + "; ".join(f"{name}, {text}" for name, text in SHORT.items())
+        for action in parser._actions:
+            if "--config" in action.option_strings:
+                action.help = "A YAML file, or the name of a config that ships (lit-edit models lists them); several."
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and say in a line what cannot be right."""

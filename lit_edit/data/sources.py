@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_edit.data.files import read_file
 from lit_edit.data.formats import FORMATS, read_record
 from lit_edit.data.request import DataError, EditRequest
+from lit_edit.files.hub import hub_fault, reaching_hub
 from lit_edit.files.paths import expand
 
 log = logging.getLogger(__name__)
@@ -104,8 +105,11 @@ def hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, split=split)
+        with reaching_hub():
+            rows = load_dataset(name, split=split)
     except Exception as error:  # the hub client raises many kinds; all mean the same to the user
-        raise DataError(f"hub data set {name!r} (split {split!r}) cannot be loaded: {error}") from error
+        reason = hub_fault(error)
+        instead = " (without the hub: --data FILE)" if reason != str(error) else ""
+        raise DataError(f"hub data set {name!r} (split {split!r}) cannot be loaded: {reason}{instead}") from error
     for number, row in enumerate(rows):
         yield f"{name}, row {number}", row
