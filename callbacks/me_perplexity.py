@@ -76,7 +76,8 @@ class MEPerplexity(CourseCallback):
 
     def report(self, stream: EditStream, seconds: float) -> None:
         """Log the last point; say it if the model has collapsed since the one before."""
-        before, last = self.history[-2:][0], self.history[-1]  # one and the same at first
+        last = self.history[-1]
+        before = self.history[-2] if len(self.history) > 1 else last
         stream.log_at_edit({**{f"me_perplexity/{name}": last[name] for name in NUMBERS}, "time/me_perplexity": seconds})
         if self.has_collapsed(last["mean"]) and not self.has_collapsed(before["mean"]):
             log.warning(

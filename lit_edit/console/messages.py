@@ -29,6 +29,7 @@ def quieten(quiet: bool = False) -> None:
         ".*validation_step.*",
         ".*resum.*mid-epoch.*",
         ".*GPU available but not used.*",
+        ".*The `srun` command is available.*",  # on a cluster's own machines
         ".*The dirpath has changed from.*",
         ".*LeafSpec.*",
         ".*Total length of .list. across ranks is zero.*",
