@@ -118,7 +118,8 @@ def load_encoder(name: str) -> Encoder:
 def _read_json(source: str, name: str) -> dict[str, Any]:
     """Return a settings file beside a model, or nothing where there is none."""
     try:
-        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        with nullcontext() if os.path.isdir(source) else reaching_hub():
+            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError):
         path = None
     if path is None:

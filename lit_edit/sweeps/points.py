@@ -37,13 +37,21 @@ def parse_points(grid: Grid, points: Sequence[Point]) -> tuple[dict[str, Any], d
             settings = without_nan(parser.parse(grid.arguments(point.choices)), str)
             parser.make()
             found[point.name] = settings
-        except NotHereError as error:
-            left_out[point.name] = str(error)
         except ArgumentError as error:
+            if (missing := _missing(error)) is not None:
+                left_out[point.name] = str(missing)
+                continue
             raise ArgumentError(f"{grid.path}: {_culprit(grid, point, parser)}: {error}") from None
     if not found:
         raise NotHereError("; ".join(f"{name}: {reason}" for name, reason in left_out.items()))
     return found, left_out
+
+
+def _missing(error: BaseException | None) -> NotHereError | None:
+    """Return what cannot be had here, if that is what an error comes from; the parser wraps it in its own."""
+    while error is not None and not isinstance(error, NotHereError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _culprit(grid: Grid, point: Point, parser: FitParser) -> str:
