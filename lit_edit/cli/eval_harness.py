@@ -12,6 +12,7 @@ from lit_edit.console.arguments import make_parser, positive
 from lit_edit.errors import ArgumentError, NotHereError
 from lit_edit.files.extras import import_extra
 from lit_edit.files.paths import expand
+from lit_edit.text.counting import counted
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ def result_table(rows: Sequence[Mapping[str, Any]], edits: int) -> Any:
         change = "–" if row["change"] is None else f"{row['change']:+.4f}"
         found.append((row["task"], row["metric"], *cells, change))
     headings = ("task", "metric", ">base", ">edited", ">change")
-    return table_of(headings, found, whole=True, title=f"lm-eval, {edits} edits")
+    return table_of(headings, found, whole=True, title=f"lm-eval, {counted(edits, 'edit')}")
 
 
 def _cell(value: float | None, error: float | None) -> str:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from lit_edit.console.configs import method_config, shipped_configs
-from lit_edit.errors import did_you_mean, nearest
+from lit_edit.errors import ArgumentError, did_you_mean, nearest
+from lit_edit.runs.files import journal_path
 
 LAYERS = "model.editor.init_args.layers"
 SHORT = MappingProxyType(
@@ -41,6 +43,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str, settings: bool = False, **more: Any) -> None:
         self._aliases: dict[str, str] = {}
         self._takes_settings, self._answers = settings, False
+        self._run: argparse.Action | None = None
         self._unknown: list[str] = []  # options that may be settings of fit, or mistyped
         super().__init__(
             prog=f"lit-edit {command}", description=description, formatter_class=_Help, allow_abbrev=False, **more
@@ -63,9 +66,11 @@ class CommandParser(argparse.ArgumentParser):
     # ---- one name for one thing
 
     def add_run(self, **more: Any) -> None:
-        """Add ``--run``: the folder of a run."""
-        more = {"type": Path, "help": "the run folder, for example runs/x", **more}
-        self.add_argument("--run", required=True, complete=run_folders, action=_Checked, check=check_run, **more)
+        """Add ``--run``: the folder of a run; without it the newest below ``runs/``."""
+        more = {"type": Path, "help": "the run: runs/x, or its name below runs/; by default the newest there", **more}
+        self._run = self.add_argument(
+            "--run", default=None, complete=run_folders, action=_Checked, check=check_run, **more
+        )
 
     def add_data(self, text: str, *aliases: str, **more: Any) -> None:
         """Add ``--data``: the edits, facts or events that a command reads."""
@@ -136,7 +141,12 @@ class CommandParser(argparse.ArgumentParser):
             self._answer_shell()
         spellings = {_plain(alias): name for alias, name in self._aliases.items()}
         spellings |= {_plain(name): name for name in self._option_string_actions if name.startswith("--")}
-        return super().parse_known_args(self._renamed(list(args or ()), spellings), namespace)
+        found, rest = super().parse_known_args(self._renamed(list(args or ()), spellings), namespace)
+        if self._run is not None and getattr(found, self._run.dest) is None:
+            newest = newest_run()
+            sys.stderr.write(f"{self.prog}: --run {newest}, the newest\n")
+            setattr(found, self._run.dest, [newest] if self._run.nargs == "+" else newest)
+        return found, rest
 
     def _renamed(self, words: list[str], spellings: dict[str, str]) -> list[str]:
         """Return the words with all options by their shown names.
@@ -260,11 +270,18 @@ def read_layers(words: Sequence[str]) -> list[int]:
 
 
 def check_run(folder: Path) -> Path:
-    """Return a run's folder if it is there."""
+    """Return a run's folder if it is there, or below ``runs/``."""
     from lit_edit.runs.reading import find_folder
 
-    find_folder(folder)
-    return folder
+    return find_folder(folder)
+
+
+def newest_run() -> Path:
+    """Return the run that was begun last of those below ``runs/``; :class:`ArgumentError` if there is none."""
+    found = [Path(folder) for folder in run_folders() if journal_path(Path(folder)).is_file()]
+    if not found:
+        raise ArgumentError("name a run, --run FOLDER: there is none below runs/ in this folder")
+    return found[0]
 
 
 def check_model(name: str) -> str:
@@ -291,9 +308,9 @@ def positive(text: str) -> int:
 
 
 def run_folders() -> list[str]:
-    """Return the runs below ``runs/``, newest first."""
-    found = [path.parent for path in Path("runs").glob("**/config.yaml")] if Path("runs").is_dir() else []
-    return [str(path) for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
+    """Return the runs below ``runs/``, the one that was begun last first."""
+    found = Path("runs").glob("**/config.yaml") if Path("runs").is_dir() else ()
+    return [str(path.parent) for path in sorted(found, key=lambda path: -path.stat().st_mtime_ns)]
 
 
 def methods() -> list[str]:

@@ -15,6 +15,7 @@ from lit_edit.report.page import about, flat, render, state_of
 from lit_edit.report.protocols import protocol_numbers
 from lit_edit.report.reading import ReportError, RunRecord, read_run
 from lit_edit.report.texts import as_growth, as_plain, as_share, or_dash
+from lit_edit.text.counting import counted
 
 NUMBERS = (  # row, and place in the summary; more is better
     ("efficacy success", ("final", "efficacy", "success")),
@@ -63,7 +64,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     edits = [edits_of(run) for run in runs]
     page = render(
         "compared.html",
-        title=f"{len(runs)} runs",
+        title=counted(len(runs), "run"),
         names=names_of(runs),
         runs=runs,
         states=[state_of(run) for run in runs],

@@ -19,6 +19,7 @@ from lit_edit.report.protocols import ability_rows, protocol_charts, protocol_he
 from lit_edit.report.reading import RunRecord, read_run
 from lit_edit.report.texts import as_growth, as_share, or_dash
 from lit_edit.runs.holding import show_p
+from lit_edit.text.counting import counted
 
 _TEMPLATES = Path(__file__).parent / "templates"
 MOST_NEIGHBOURS = 1000
@@ -92,10 +93,10 @@ def state_of(run: RunRecord) -> dict[str, str]:
     """Return how far a run has come, in a word and a sentence."""
     made, asked = len(run.edits), run.notes.get("asked")
     there = sum(row["status"] == "holds" for row in run.edits)
-    count = f"{made} edits made, {there} in the model" if there < made else f"{made} edit{'s' * (made != 1)}"
+    count = f"{counted(made, 'edit')} made, {there} in the model" if there < made else counted(made, "edit")
     handled = len(run.history.handled)
     if isinstance(asked, int) and handled < asked and not run.ended:
-        count = f"{handled} of {asked} edits dealt with"
+        count = f"{handled} of {counted(asked, 'edit')} dealt with"
     if run.summary.get("stale"):
         return {"word": "changed since", "tone": "fair", "text": f"{count}; {run.summary['stale']}"}
     if run.ended:

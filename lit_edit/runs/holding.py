@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lit_edit.data.request import find_subject, shorten
+from lit_edit.text.counting import counted
 
 State = Literal["holds", "forgotten", "never took", "fails", "not measured", "replaced", "undone", "refused"]
 """``fails``: it does not hold, and nobody has measured whether it did right after it was made."""
@@ -210,7 +211,7 @@ def headline(verdicts: Sequence[Verdict]) -> str:
     number = counts(verdicts)
     unknown = sum(verdict.state == "not measured" for verdict in verdicts)
     made, holding = number["made"], number["holding"]
-    text = f"{made} edit{'' if made == 1 else 's'} made, "
+    text = f"{counted(made, 'edit')} made, "
     if unknown:  # of a run that has not ended, or that was changed and not measured
         text += f"{number['in_model']} in the model; whether they hold was not measured"
     else:
@@ -265,8 +266,8 @@ def next_commands(failed: Sequence[Verdict], run: str) -> list[str]:
             + (f"  # the first {_EDITS} of {len(missed)}" if len(missed) > _EDITS else ""),
             f"lit-edit fit --config {run}/config.yaml --continue {run} --data FILE --run_name NAME",
         ]
-    if any(verdict.state == "undone" for verdict in failed):
-        commands.append(f"lit-edit redo --run {run} --edit N")
+    if undone := [str(verdict.number) for verdict in failed if verdict.state == "undone"]:
+        commands.append(f"lit-edit redo --run {run} --edit {','.join(undone[:_EDITS])}")
     return ["Go on with", *(f"  {command}" for command in commands)] if commands else []
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.errors import UserError
+from lit_edit.errors import UserError, did_you_mean
 from lit_edit.files.paths import expand
 from lit_edit.ledger.history import EditHistory, has_end
 from lit_edit.ledger.journal import Journal
@@ -37,10 +37,18 @@ def has_ended(folder: Path) -> bool:
 
 
 def find_folder(folder: Path) -> Path:
-    """Return the folder of a run, with ``~`` put in full; :class:`RunError` if there is none."""
+    """Return the folder of a run, with ``~`` put in full; a bare name may be that of a run below ``runs/``.
+
+    Raises:
+        RunError: If there is none.
+    """
     folder = expand(folder)
+    below = Path("runs") / folder
+    if not folder.is_dir() and not folder.is_absolute() and below.is_dir():
+        return below
     if not folder.is_dir():
-        raise RunError(f"there is no run folder {folder}")
+        names = [path.name for path in Path("runs").iterdir() if path.is_dir()] if Path("runs").is_dir() else []
+        raise RunError(f"there is no run folder {folder}{did_you_mean(folder.name, names)}")
     return folder
 
 

@@ -15,6 +15,7 @@ from lit_edit.sweeps import gathering
 from lit_edit.sweeps.gathering import COSTS, METRICS, failure_of, row_of, with_failures
 from lit_edit.sweeps.grids import Grid
 from lit_edit.sweeps.outputs import as_markdown, write_outputs
+from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,8 +57,8 @@ class Course:
         if self.state in ("not run", "left out"):
             return f"{self.editor} ({self.state})"
         if self.state.startswith("failed"):
-            return f"{self.editor} (failed after {self.edits} edits)"
-        return f"{self.editor} ({self.edits} edits so far)" if self.state == "begun" else self.editor
+            return f"{self.editor} (failed after {counted(self.edits, 'edit')})"
+        return f"{self.editor} ({counted(self.edits, 'edit')} so far)" if self.state == "begun" else self.editor
 
 
 def read_course(editor: str, state: str, folder: Path) -> Course:

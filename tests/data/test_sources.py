@@ -113,8 +113,8 @@ def test_only_three_columns_are_needed_and_json_jsonl_and_csv_agree(tmp_path: Pa
     read = {kind: load_requests("file", str(tmp_path / f"a.{kind}"))[0] for kind in ("json", "jsonl", "csv")}
     assert read["json"] == read["jsonl"] == read["csv"]
     assert [(r.id, r.text, r.target_new) for r in read["csv"]] == [
-        ("#1", "The capital of Italy is", "Vienna"),
-        ("#2", "The capital of Peru is", "Vienna"),
+        ("fact-1", "The capital of Italy is", "Vienna"),
+        ("fact-2", "The capital of Peru is", "Vienna"),
     ]
 
 
@@ -145,7 +145,7 @@ def test_hub_source_reads_a_local_data_set(tmp_path: Path, monkeypatch: pytest.M
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", [fact("Italy", id="x"), fact("Peru", id=None), fact("Chad", id=None)])
     requests, skipped = load_requests("hub", str(folder))
-    assert [(r.id, r.subject) for r in requests] == [("x", "Italy"), ("#2", "Peru"), ("#3", "Chad")]
+    assert [(r.id, r.subject) for r in requests] == [("x", "Italy"), ("fact-2", "Peru"), ("fact-3", "Chad")]
     assert skipped == []
     with pytest.raises(DataError, match=r"split 'nowhere'\) cannot be loaded"):
         load_requests("hub", str(folder), split="nowhere")

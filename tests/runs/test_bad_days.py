@@ -959,7 +959,7 @@ def test_undo_of_what_there_is_not_changes_nothing(
 def test_redo_of_what_holds_changes_nothing(args: list[str], finished: Path, capsys: Any) -> None:
     before = contents(finished)
     assert main(["redo", f"--run={finished}", *args]) == 2
-    assert "in the model already" in (err := capsys.readouterr().err) or "there are 0 such edits" in err
+    assert "in the model already" in (err := capsys.readouterr().err) or "there is nothing to redo: no edit" in err
     assert contents(finished) == before
 
 
@@ -1005,7 +1005,9 @@ def test_undo_and_redo_are_seen_by_everyone(finished: Path, whole: Path, tmp_pat
         assert not torch.allclose(delta, before[name], atol=1e-6)
 
     assert main(["redo", f"--run={finished}", "--edit=4", "--edit=1"]) == 0
-    assert "2 edits put back, 4 in the model" in " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "2 edits put back, 4 in the model" in told
+    assert "meanwhile" not in told  # nothing else was done
     for name, delta in load_file(deltas_path(finished)).items():
         torch.testing.assert_close(delta, before[name], rtol=1e-8, atol=1e-10)
     assert held(finished) == [1, 2, 3, 4]
@@ -1235,7 +1237,7 @@ def test_data_that_have_changed_behind_a_run_are_refused(
     capsys.readouterr()
     assert main([*args, "--resume=auto"]) == 2
     told = capsys.readouterr().err
-    assert "edit '#1' was made with other data (target_new 'Jane Doe', now 'Bob Smith')" in told
+    assert "edit 'fact-1' was made with other data (target_new 'Jane Doe', now 'Bob Smith')" in told
     shutil.rmtree(tmp_path / "runs" / "x" / "checkpoints")  # from the journal alone it is seen as well
     assert main([*args, "--resume=auto"]) == 2
     assert "target_new 'Jane Doe', now 'Bob Smith'" in capsys.readouterr().err
