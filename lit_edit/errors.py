@@ -28,11 +28,20 @@ def nearest(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6
     Example:
         >>> nearest("Data.Limt", ["data.limit", "data.path"]), nearest("nope", ["compare"])
         (['data.limit'], [])
+        >>> nearest("data.nonsense", ["data.offset"])  # what they share says nothing
+        []
     """
     from difflib import get_close_matches
 
     by_plain = {word.casefold().replace("_", "-"): word for word in known}
-    return [by_plain[word] for word in get_close_matches(name.casefold().replace("_", "-"), by_plain, count, cutoff)]
+    wanted = name.casefold().replace("_", "-")
+    home, _, own = wanted.rpartition(".")
+
+    def is_near(word: str) -> bool:
+        other, _, last = word.rpartition(".")
+        return not home or other != home or bool(get_close_matches(own, [last], 1, cutoff))
+
+    return [by_plain[word] for word in get_close_matches(wanted, [*filter(is_near, by_plain)], count, cutoff)]
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:

@@ -209,7 +209,8 @@ def read_settings(parser: CommandParser, words: Sequence[str]) -> dict[str, str]
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         if not re.fullmatch(r"--(\w+(\.\w+)+|seed_everything)", name):
-            parser.error(no_such_option(name, [*SHORT, *parser._shown_options(), *known_options()]))
+            known = [*SHORT, *parser._shown_options(), *known_options()]
+            parser.error(f"{name} is of a single fit" if name in known else no_such_option(name, known))
         if not equals:
             if not rest or rest[0].startswith("--"):
                 parser.error(f"argument {word}: expected a value")

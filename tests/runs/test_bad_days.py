@@ -36,6 +36,7 @@ from lit_edit.loggers.run_csv import RunCSVLogger
 from lit_edit.runs.files import deltas_path, journal_path, run_lock
 from lit_edit.runs.folder import open_for_change, read_history
 from lit_edit.stream.edit_stream import EditStream
+from lit_edit.text.counting import counted
 from tests.cli.test_main import FAST
 
 ROOT = Path(__file__).parents[2]
@@ -923,7 +924,7 @@ def test_undo_takes_out_what_was_named(args: list[str], out: list[int], finished
     assert main(["undo", f"--run={finished}", "--no-measure", *(names.get(arg, arg) for arg in args)]) == 0
     assert held(finished) == [number for number in range(1, 5) if number not in out]
     told = " ".join(capsys.readouterr().out.split())
-    assert f"{len(out)} edits taken out, {EDITS - len(out)} in the model" in told
+    assert f"{counted(len(out), 'edit')} taken out, {EDITS - len(out)} in the model" in told
     summary = json.loads((finished / "summary.json").read_text())
     assert (summary["edits"], summary["undone"]) == (EDITS - len(out), len(out))
     assert "before" in summary["stale"]
@@ -939,8 +940,8 @@ def test_undo_takes_out_what_was_named(args: list[str], out: list[int], finished
         (["--edit=2-"], "expected numbers like 17"),
         (["--edit=x"], "expected numbers like 17"),
         (["--edit=1-99999999999999"], "too many numbers"),
-        (["--last=0"], "--last 0: there are 4 such edits"),
-        (["--last=5"], "--last 5: there are 4 such edits"),
+        (["--last=0"], "--last 0: 4 edits are in the model"),
+        (["--last=5"], "--last 5: 4 edits are in the model"),
         (["--subject=Nobody"], "--subject Nobody: there is no such edit"),
         (["--id=nothing"], "--id nothing: there is no such edit"),
         (["--edit=1", "--id=nothing"], "--id nothing: there is no such edit"),
@@ -1069,7 +1070,7 @@ def test_a_process_that_dies_between_record_and_files(finished: Path, whole: Pat
 
 def test_an_unfinished_run_goes_on_behind_an_undo(killed: Path, fit: Any, whole: Path, capsys: Any) -> None:
     assert main(["undo", f"--run={killed}", "--edit=2"]) == 0
-    assert "1 edits taken out, 2 in the model" in " ".join(capsys.readouterr().out.split())
+    assert "1 edit taken out, 2 in the model" in " ".join(capsys.readouterr().out.split())
     assert main(["ask", f"--run={killed}", "Hello there", "--tokens=1"]) == 0
     assert "after 2 edits" in capsys.readouterr().out
     assert fit("--run_name=x", "--resume=auto") == 0

@@ -208,7 +208,7 @@ def test_the_closing_words_stop_after_some_and_say_how_to_go_on() -> None:
     assert closing_lines(many)[-1] == "and 3 more"  # of no run folder
     assert closing_lines([Verdict(1, "a", "p", "w", "holds")], "runs/x") == ["1 edit made, 1 holds"]
     undone = closing_lines([Verdict(1, "a", "p", "w", "undone")], "runs/x")
-    assert undone[-2:] == ["  lit-edit log --run runs/x --failed", "  lit-edit redo --run runs/x --edit N"]
+    assert undone[-2:] == ["  lit-edit log --run runs/x --failed", "  lit-edit redo --run runs/x --edit 1"]
 
 
 def test_a_line_is_a_line_whatever_stands_in_the_data() -> None:

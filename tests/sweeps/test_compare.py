@@ -328,7 +328,7 @@ def test_files_that_are_no_comparison_are_refused(
         (["--limti", "3"], "there is no option --limti; did you mean --limit?"),
         (["--data.limit"], "argument --data.limit: expected a value"),
         (["--data.limit=x"], "data.limit"),
-        (["--resume", "auto"], "unrecognized argument: --resume"),
+        (["--resume", "auto"], "error: --resume is of a single fit"),
         (["--name", "../up"], "the command line: name must be a plain folder name"),
         (["--data.batch_size=4"], "data.batch_size is set by grid: editor and by settings"),
         (["--gather", "--dry-run"], "not allowed with"),
