@@ -769,7 +769,7 @@ def config_settings() -> Iterator[BrokenConfig]:
         ("storage", f"{D4S}storage:\n        where: disk\n", "'where'"),
         ("arch", "model:\n  language_model:\n    arch:\n      layer: x\n", "model.language_model.arch: "),
         ("callback", CALLBACK.format("lit_edit.callbacks.LayerNorms", "evry: 2"), "'evry'"),
-        ("logger", LOGGER.format("lit_edit.loggers.RunCSVLogger", "folder: x"), "has no setting folder; it has save_dir"),
+        ("logger", LOGGER.format("lit_edit.loggers.RunCSVLogger", "folder: x"), "has no setting folder"),
         ("callback-class", CALLBACK.format("lit_edit.callbacks.LayerNorm", ""), "no attribute 'LayerNorm'"),
         ("callback-of-editors", CALLBACK.format("lit_edit.editors.D4S", ""), "D4S does not correspond to a subclass"),
         ("callback-module", CALLBACK.format("no.such.Module", ""), "no.such.Module: No module named 'no'"),
