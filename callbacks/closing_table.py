@@ -69,6 +69,8 @@ def _verdicts(trainer: Trainer, stream: EditStream) -> list[Verdict]:
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """Return the metrics before, right after each edit, and at the end; what has no value at all is left out."""
     beside = [f"{summary[name]} {what}" for name, what in _BESIDE if summary.get(name)]
+    if broken := sum(row["kind"] == "broken" for row in summary.get("left_out", ())):
+        beside.append(f"{counted(broken, 'broken record')} left out")
     stages = [summary[stage] for stage in ("base", "immediate", "final")]
     ability = [mean_accuracy(summary, stage) for stage in ("base", "final")]
     before, after = summary["base"]["perplexity"], summary["final"]["perplexity"]

@@ -89,13 +89,17 @@ def run_log(args: list[str]) -> None:
     parser.add_run()
     parser.add_argument("--subject", default=None, help="only edits of this subject")
     parser.add_argument("--last", type=positive, default=None, metavar="N", help="only the last N")
-    parser.add_argument("--failed", action="store_true", help="only edits that do not hold, with the likely reason")
+    parser.add_argument(
+        "--failed",
+        action="store_true",
+        help="only edits that failed, with the likely reason; not those that were taken out",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     options = parser.parse_args(args)
 
     from rich.console import Console
 
-    from lit_edit.runs.holding import explain, failures, headline, next_commands
+    from lit_edit.runs.holding import explain, failures, headline, next_commands, to_tell
     from lit_edit.runs.names import shown as shown_folder
 
     say_if_cut(options.run)
@@ -114,9 +118,10 @@ def run_log(args: list[str]) -> None:
     console = Console()
     if not options.failed:
         console.print(_table(log, {verdict.number for verdict in shown}))
-    for line in (line for verdict in failures(shown) for line in explain(verdict)):
+    told = failures(shown) if options.failed else to_tell(shown)
+    for line in (line for verdict in told for line in explain(verdict)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for line in (headline(log.verdicts), *next_commands(failures(log.verdicts), shown_folder(options.run))):
+    for line in (headline(log.verdicts), *next_commands(to_tell(log.verdicts), shown_folder(options.run))):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lit_edit.files.paths import write_text
+from lit_edit.ledger.left_out import left_out
 from lit_edit.report.curves import ages, charts_of, forgetting
-from lit_edit.report.edits import STATES, changed_neighbours, edits_of, failures
+from lit_edit.report.edits import STATES, changed_neighbours, edits_of, failures, taken_out
 from lit_edit.report.figures import headlines, layer_rows, mapping_at, metric_rows
 from lit_edit.report.protocols import ability_rows, protocol_charts, protocol_headlines, protocol_rows
 from lit_edit.report.reading import RunRecord, read_run
@@ -59,6 +60,8 @@ def run_page(run: RunRecord) -> str:
         edits=edits,
         states={name: count for name in STATES if (count := sum(edit.state == name for edit in edits))},
         failed=failures(edits),
+        taken_out=taken_out(edits),
+        left_out=left_out(run.records),
         changed=changed[:MOST_NEIGHBOURS],
         changed_count=len(changed),
         compared=compared,

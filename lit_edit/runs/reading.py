@@ -15,7 +15,7 @@ from lit_edit.ledger.history import EditHistory, has_end
 from lit_edit.ledger.journal import Journal
 from lit_edit.runs.answers import answers_of, read_answers
 from lit_edit.runs.files import current_rows, deltas_path, edit_rows, journal_path
-from lit_edit.runs.holding import Verdict, counts, failures, judge
+from lit_edit.runs.holding import TAKEN_OUT, Verdict, counts, failures, judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,4 +142,5 @@ def read_outcome(folder: Path) -> dict[str, Any]:
         "edits": counts(verdicts),
         **{stage: summary.get(stage) for stage in ("base", "immediate", "final", "seconds")},
         "failures": [verdict.as_dict() for verdict in failures(verdicts)],
+        "taken_out": [verdict.as_dict() for verdict in verdicts if verdict.state in TAKEN_OUT],
     }

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, safe_open, save_file
 from lit_edit.cli.main import main
 from lit_edit.editors.closed_form.engine import ClosedFormEditor
 from lit_edit.files.trees import load_tree
-from lit_edit.ledger.edit_ledger import EditLedger, weights_state
+from lit_edit.ledger.edit_ledger import EditLedger, EditRefusedError, weights_state
 from lit_edit.ledger.journal import Journal
 from lit_edit.loggers.run_csv import RunCSVLogger
 from lit_edit.runs.files import deltas_path, journal_path, run_lock
@@ -1148,8 +1148,6 @@ def test_log_tells_what_was_refused(runs: Path, fit: Any, capsys: Any, monkeypat
     check = EditLedger.check
 
     def refuse(ledger: EditLedger, updates: Any, entries: Any) -> Any:
-        from lit_edit.ledger.edit_ledger import EditRefusedError
-
         if len(ledger.history.handled) == 1 and entries:
             raise EditRefusedError("it would do harm [really]")
         return check(ledger, updates, entries)
@@ -1160,8 +1158,55 @@ def test_log_tells_what_was_refused(runs: Path, fit: Any, capsys: Any, monkeypat
     told = " ".join(capsys.readouterr().out.split())
     assert "it would do harm [really]" in told
     assert "2 edits made, 0 hold; 1 refused" in told
-    assert "refused: “The language spoken by most people in Mexico is” → “Polish”" in told
+    assert "refused, builtin_facts.json:2: “The language spoken by most people in Mexico is” → “Polish”" in told
     assert json.loads((runs / "x" / "summary.json").read_text())["refused"] == 1
+
+
+FACTS = """prompt,subject,target_new
+The capital of Italy is,Italy,Vienna
+The capital of Spain is,,Oslo
+The capital of Italy is,Italy,Paris
+The mother tongue of Ada is,Ada,Greek
+The currency of Chad is,Chad,peso
+"""
+
+
+def test_what_is_left_out_is_written_down(
+    runs: Path, fit: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A broken record, one like an earlier one, and a harmful one: with file, line and reason, wherever one looks."""
+    check = EditLedger.check
+
+    def refuse(ledger: EditLedger, updates: Any, entries: Any) -> Any:
+        if any(entry.subject == "Ada" for entry in entries):
+            raise EditRefusedError("it would do harm")
+        return check(ledger, updates, entries)
+
+    monkeypatch.setattr(EditLedger, "check", refuse)
+    path = tmp_path / "facts.csv"
+    path.write_text(FACTS)
+    skips = ["--data.on_error=skip", "--model.on_refused=skip", "--model.on_conflict=refuse"]
+    data = ["--data.source=file", f"--data.path={path}"]
+    capsys.readouterr()
+    assert fit("--run_name=x", *data, *skips, "--trainer.callbacks+=lit_edit.callbacks.ClosingTable") == 0
+    closing = " ".join(capsys.readouterr().out.split())
+    summary = json.loads((runs / "x" / "summary.json").read_text())
+    found = [(row["kind"], row["file"], row["line"], row["target_new"]) for row in summary["left_out"]]
+    file = str(path)
+    assert found == [("broken", file, 3, ""), ("conflict", file, 4, "Paris"), ("refused", file, 5, "Greek")]
+    assert all(row["reason"] for row in summary["left_out"])
+    assert main(["report", f"--run={runs / 'x'}"]) == 0
+    capsys.readouterr()
+    assert main(["log", f"--run={runs / 'x'}"]) == 0
+    log = " ".join(capsys.readouterr().out.split())
+    page = (runs / "x" / "report.html").read_text()
+    for row in summary["left_out"]:
+        for told in (closing, log):
+            assert f"{row['file']}:{row['line']}" in told
+            assert row["reason"] in told
+        assert f"{row['file']}:{row['line']}" in page
+    assert "2 refused, 1 left out" in closing
+    assert "1 broken record left out" in closing
 
 
 # ---- editing further -------------------------------------------------------------------------------------------------
