@@ -206,12 +206,12 @@ def test_the_closing_words_stop_after_some_and_say_how_to_go_on() -> None:
     lines = closing_lines(many, "runs/x")
     assert lines[0] == "13 edits made, 0 hold"
     assert lines[10] == "  10 forgotten: “p” → “w”"
-    assert lines[11] == "and 3 more: lit-edit log --run runs/x --failed"
+    assert lines[11] == "and 3 more: lit-edit log --run runs/x"
     assert "  lit-edit undo --run runs/x --edit 1,2,3,4,5,6,7,8,9,10  # the first 10 of 13" in lines
     assert closing_lines(many)[-1] == "and 3 more"  # of no run folder
     assert closing_lines([Verdict(1, "a", "p", "w", "holds")], "runs/x") == ["1 edit made, 1 holds"]
     undone = closing_lines([Verdict(1, "a", "p", "w", "undone")], "runs/x")
-    assert undone[-2:] == ["  lit-edit log --run runs/x --failed", "  lit-edit redo --run runs/x --edit 1"]
+    assert undone[-2:] == ["  lit-edit log --run runs/x", "  lit-edit redo --run runs/x --edit 1"]
 
 
 def test_a_line_is_a_line_whatever_stands_in_the_data() -> None:
