@@ -119,7 +119,8 @@ class EditStream(SavedStream):
         if "base" not in self.perplexities:
             self.perplexities["base"] = self._perplexity(self.ledger.original())
         if not self.edits_made:
-            self.log_at_edit(flatten(self.summary_of("base", requests), "base"))
+            unedited = self.summary_of("base", [*self.committed_requests(), *requests])
+            self.log_at_edit(flatten(unedited, "base"), 0)  # also where edits were carried over
 
     def _take_up(self) -> None:
         """Open the journal, prepare the editor, and begin a stream or go on where an earlier process left it."""

@@ -508,6 +508,13 @@ def test_the_best_of_a_row_is_marked_and_ties_are_not(tmp_path: Path, run: Path)
     assert "<td>87.5%</td><td>87.5%</td>" in page
 
 
+def test_runs_that_share_no_edit_are_not_ranked(tmp_path: Path, run: Path) -> None:
+    other = make_run(tmp_path / "y", [request_of(1, "Kenya")], [TOOK], summary=summary_of(0.5))
+    page = write_comparison([run, other], tmp_path / "c.html").read_text(encoding="utf-8")
+    assert "<td>75.0%</td><td>50.0%</td>" in page
+    assert 'class="best"' not in page
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path: Path, run: Path) -> None:
     other = make_run(tmp_path / "elsewhere" / "x", [request_of(1)], [TOOK])
     page = write_comparison([run, other], tmp_path / "c.html").read_text(encoding="utf-8")
