@@ -36,6 +36,7 @@ from lit_edit.loggers.run_csv import RunCSVLogger
 from lit_edit.report.reading import read_run
 from lit_edit.runs.files import deltas_path, journal_path, run_lock
 from lit_edit.runs.folder import open_for_change, read_history
+from lit_edit.runs.reading import read_log
 from lit_edit.stream.edit_stream import EditStream
 from lit_edit.text.counting import counted
 from tests.cli.test_main import FAST
@@ -1209,6 +1210,8 @@ def test_what_is_left_out_is_written_down(
         assert f"{row['file']}:{row['line']}" in page
     assert "2 refused, 1 left out" in closing
     assert "1 broken record left out" in closing
+    (runs / "x" / "summary.json").unlink()  # as of a run that was cut: the journal has them
+    assert len([v for v in read_log(runs / "x").verdicts if v.place]) == 3
 
 
 # ---- editing further -------------------------------------------------------------------------------------------------
