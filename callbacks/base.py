@@ -200,7 +200,7 @@ class CourseCallback(StagedCallback):
 
     def go_on(self, stream: EditStream) -> None:
         """Measure the model as it is."""
-        self._add(stream, stream.adapter, stream.edits_made)
+        self._add(stream, stream.adapter, stream.edit_number)
         self._held = held_edits(stream)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:

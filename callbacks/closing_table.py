@@ -17,6 +17,7 @@ from lit_edit.runs.files import edit_rows
 from lit_edit.runs.holding import Verdict, closing_lines, judge
 from lit_edit.runs.names import shown
 from lit_edit.stream.edit_stream import EditStream
+from lit_edit.text.counting import counted
 
 from .base import as_stream
 from .retention import missed_edits
@@ -68,6 +69,8 @@ def _verdicts(trainer: Trainer, stream: EditStream) -> list[Verdict]:
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """Return the metrics before, right after each edit, and at the end; what has no value at all is left out."""
     beside = [f"{summary[name]} {what}" for name, what in _BESIDE if summary.get(name)]
+    if broken := sum(row["kind"] == "broken" for row in summary.get("left_out", ())):
+        beside.append(f"{counted(broken, 'broken record')} left out")
     stages = [summary[stage] for stage in ("base", "immediate", "final")]
     ability = [mean_accuracy(summary, stage) for stage in ("base", "final")]
     before, after = summary["base"]["perplexity"], summary["final"]["perplexity"]
@@ -84,7 +87,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     ]
     kept = [(label, cells) for label, cells in rows if any(cells) or label == _SECTION]
     columns = [at for at in range(3) if any(cells[at] for _, cells in kept if cells)]
-    table = Table(title=", ".join([f"{summary['edits']} edits", *beside]), title_justify="left")
+    table = Table(title=", ".join([counted(summary["edits"], "edit"), *beside]), title_justify="left")
     table.add_column("")
     for at in columns:
         table.add_column(("before", "after each edit", "after all edits")[at], justify="right")

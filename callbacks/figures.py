@@ -61,8 +61,8 @@ def _draw_metrics(stream: EditStream, retention: Sequence[dict[str, Any]]) -> Fi
     done = stream.committed_requests()
     base, final = stream.summary_of("base", done), stream.summary_of("final", done)
     # The last point is the final measurement, over all edits; on the way there retention may have taken samples.
-    before = [point for point in retention if point["edits"] < len(done)]
-    points = [{"edits": 0, "summary": base}, *before, {"edits": len(done), "summary": final}]
+    before = [point for point in retention if point["edits"] < stream.edit_number]
+    points = [{"edits": 0, "summary": base}, *before, {"edits": stream.edit_number, "summary": final}]
     for kind, name, colour in _LINES:
         series = [(p["edits"], p["summary"][kind][name]) for p in points if p["summary"][kind].get(name) is not None]
         if series:

@@ -102,7 +102,7 @@ class HarmGuard(EveryCallback):
                 title = _title(stream, offender)
             except ArgumentError as error:  # not every editor takes edits out, or not these
                 offender, title = None, f"Which edit did it cannot be found out: {error}."
-            self.history.append({"edits": stream.edits_made, "edit": offender, "breach": breach, "did": self.on_harm})
+            self.history.append({"edits": stream.edit_number, "edit": offender, "breach": breach, "did": self.on_harm})
             if self.on_harm == "warn":
                 log.warning("harm: %s. %s", breach, title)
                 break

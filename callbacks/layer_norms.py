@@ -25,7 +25,7 @@ class LayerNorms(EveryCallback):
     def go_on(self, stream: EditStream) -> None:
         """Log the layers as they are."""
         norms = stream.ledger.layer_norms()
-        self.history.append({"edits": stream.edits_made, "layers": norms})
+        self.history.append({"edits": stream.edit_number, "layers": norms})
         metrics = {}
         for name, values in norms.items():
             metrics[f"norm/{name}/mean_abs_w"] = values["mean_abs_after"]

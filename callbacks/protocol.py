@@ -125,7 +125,7 @@ class ProtocolMetrics(StagedCallback):
         """Measure the edits of the sample that hold."""
         start = perf_counter()
         summary, _ = self._measure(stream, stream.adapter, self._holding(stream))
-        self.history.append({"edits": stream.edits_made, "summary": summary})
+        self.history.append({"edits": stream.edit_number, "summary": summary})
         stream.log_at_edit({**flatten(summary, "protocol"), "time/protocol": perf_counter() - start})
 
     def end(self, stream: EditStream) -> None:

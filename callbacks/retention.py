@@ -42,7 +42,7 @@ class Retention(EveryCallback):
         start = perf_counter()
         # The end is measured over all edits anyway.
         summary = stream.finish()["final"] if stream.is_at_end else self._measure(stream, stream.committed_requests())
-        self.history.append({"edits": stream.edits_made, "summary": summary})
+        self.history.append({"edits": stream.edit_number, "summary": summary})
         stream.log_at_edit({**flatten(summary, "retention"), "time/retention": perf_counter() - start})
 
     def _measure(self, stream: EditStream, requests: list[EditRequest]) -> Summary:
@@ -55,7 +55,7 @@ class Retention(EveryCallback):
             if all(result.efficacy[0].hits):
                 self.missed.pop(name, None)
             else:
-                self.missed.setdefault(name, stream.edits_made)
+                self.missed.setdefault(name, stream.edit_number)
         return summarise(results.values(), stream.results["base"], perplexity.get("mean"))
 
 

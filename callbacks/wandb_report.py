@@ -28,7 +28,7 @@ class WandbReport(RunEndCallback):
         columns = list(dict.fromkeys(name for row in rows for name in row))
         figures = sorted((folder / "figures").glob("*.png"))
         for logger in loggers:
-            step = stream.edits_made
+            step = stream.edit_number
             data = [[row.get(name) for name in columns] for row in rows]
             logger.log_table("edits", columns=columns, data=data, step=step)
             for figure in figures:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
@@ -41,7 +42,18 @@ def settings(kind: type) -> Iterator[dict[str, Any]]:
     names = ArgumentParser().add_class_arguments(kind, "of")
     for name in dict.fromkeys(name.split(".")[1] for name in names):
         default = None if known[name].default is inspect.Parameter.empty else written(known[name].default)
-        yield {"name": name, "type": str(known[name].annotation), "default": default}
+        yield {"name": name, "type": choices(kind, str(known[name].annotation)), "default": default}
+
+
+def choices(kind: type, annotation: str) -> str:
+    """Return a type as one reads it: in place of a name for choices the choices."""
+    for parent in kind.__mro__:
+        scope = vars(sys.modules[parent.__module__])
+        for word in set(re.findall(r"\b[A-Z]\w+", annotation)):
+            if get_origin(scope.get(word)) is Literal:
+                listed = " | ".join(map(repr, get_args(scope[word])))
+                annotation = re.sub(rf"\b{word}\b", listed, annotation)
+    return annotation
 
 
 def written(value: Any) -> str:

@@ -18,6 +18,43 @@ class ArgumentError(UserError):
     """A setting that does not fit the model or another setting."""
 
 
+class NotHereError(ArgumentError):
+    """An editor or logger that cannot be had here: a package or a trained network is missing; says how to get it."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Return the known names that come near a mistyped one, the nearest first, in whatever case, with ``_`` or ``-``.
+
+    Example:
+        >>> nearest("Data.Limt", ["data.limit", "data.path"]), nearest("nope", ["compare"])
+        (['data.limit'], [])
+        >>> nearest("data.nonsense", ["data.offset"])  # what they share says nothing
+        []
+    """
+    from difflib import get_close_matches
+
+    by_plain = {word.casefold().replace("_", "-"): word for word in known}
+    wanted = name.casefold().replace("_", "-")
+    home, _, own = wanted.rpartition(".")
+
+    def is_near(word: str) -> bool:
+        other, _, last = word.rpartition(".")
+        return not home or other != home or bool(get_close_matches(own, [last], 1, cutoff))
+
+    return [by_plain[word] for word in get_close_matches(wanted, [*filter(is_near, by_plain)], count, cutoff)]
+
+
+def did_you_mean(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
+    """Return ``; did you mean X?`` for the end of a message about a mistyped name; nothing where none comes near.
+
+    Example:
+        >>> did_you_mean("fti", ["fit", "plan"]), did_you_mean("xyzzy", ["fit", "plan"])
+        ('; did you mean fit?', '')
+    """
+    near = nearest(name, known, count, cutoff)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
 def check_positive(**values: float) -> None:
     """Raise :class:`ValueError` for the first of some arguments that is not positive and finite.
 

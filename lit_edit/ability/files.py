@@ -14,6 +14,7 @@ from typing import Any
 from lit_edit.ability.tasks import RESERVED, Item, Task
 from lit_edit.data.files import SUFFIXES, read_file
 from lit_edit.data.request import DataError
+from lit_edit.files.hub import hub_fault, reaching_hub
 from lit_edit.files.paths import expand
 
 
@@ -101,10 +102,11 @@ def _hub(task: Task) -> Iterator[tuple[str, Any]]:
     hub = task.hub
     place = f"hub data set {hub.path!r} ({hub.config}, split {hub.split})"
     try:
-        rows = load_dataset(hub.path, hub.config, split=hub.split)
+        with reaching_hub():
+            rows = load_dataset(hub.path, hub.config, split=hub.split)
     except Exception as error:  # the hub client raises many kinds; all mean the same to the user
         raise DataError(
-            f"{place} cannot be loaded: {error} (without the hub: give a folder with {task.name}.json)"
+            f"{place} cannot be loaded: {hub_fault(error)} (without the hub: give a folder with {task.name}.json)"
         ) from error
     names = getattr(getattr(rows, "features", {}).get(task.label_field), "names", None)
     if names is not None and tuple(names) != hub.names:

@@ -7,6 +7,7 @@ import argparse
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.console.terminal import write_json
 from lit_edit.runs.reading import check_finished
+from lit_edit.text.counting import counted
 
 
 def run_ask(args: list[str]) -> None:
@@ -33,7 +34,9 @@ def run_ask(args: list[str]) -> None:
     if options.json:
         write_json([{"prompt": prompt, "base": base, "edited": edited} for prompt, base, edited in rows])
         return
-    Console().print(table_of(("prompt", "base model", f"after {len(run.entries)} edits"), rows, show_lines=True))
+    Console().print(
+        table_of(("prompt", "base model", f"after {counted(len(run.entries), 'edit')}"), rows, show_lines=True)
+    )
 
 
 def _prompt(text: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.studies.layers import BASE
+from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -131,7 +132,7 @@ def _search(
     write_figure(out / "layers.png", draw_search(trials, plan.default, f"{options.model}, {options.method}"))
     how = [
         f"Layers of {options.model} for {options.method}, proposed by lit-edit choose-layers: {len(trials)} trials, "
-        f"{options.limit} edits to choose by, {options.held_out} held out, seed {options.seed}.",
+        f"{counted(options.limit, 'edit')} to choose by, {options.held_out} held out, seed {options.seed}.",
         f"  lit-edit fit --config {BASE} --config {out / 'proposal.yaml'} --data.path FILE",
     ]
     write_text(out / "proposal.yaml", proposal_text(found, options.model, method.editor, how, method.content()))

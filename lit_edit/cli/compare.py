@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from lit_edit.console.arguments import make_parser
 from lit_edit.console.configs import find_config
 from lit_edit.console.words import read_settings
 from lit_edit.data.request import shorten
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, did_you_mean
 from lit_edit.sweeps.grids import Grid, Point, read_grid, with_changes
 
 if TYPE_CHECKING:
@@ -100,10 +99,9 @@ def _chosen(grid: Grid, only: Sequence[str] | None) -> list[Point]:
     names |= {point.labels[AXIS]: point for point in grid.points}
     for name in only:
         if name not in names:
-            near = get_close_matches(name, names, 1)
-            meant = f"; did you mean {near[0]}?" if near else ""
+            has = ", ".join(point.name for point in grid.points)
             raise ArgumentError(
-                f"--method {shorten(name)}: {grid.path} has the editors {', '.join(p.name for p in grid.points)}{meant}"
+                f"--method {shorten(name)}: {grid.path} has the editors {has}{did_you_mean(name, names)}"
             )
     wanted = {names[name].index for name in only}
     return [point for point in grid.points if point.index in wanted]
@@ -138,7 +136,8 @@ def _report(grid: Grid, folder: Path, measure: str) -> None:
     print_whole(_table(grid.name, rows))
     for row in rows:
         if row["error"]:
-            sys.stdout.write(f"{row[AXIS]} failed: {row['error']}\n")
+            came = "was left out" if row["state"] == "left out" else "failed"
+            sys.stdout.write(f"{row[AXIS]} {came}: {row['error']}\n")
     sys.stdout.write(f"Everything is in {folder}/ (compare.md, compare.csv, compare.json, compare.png)\n")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 from typing import Any
 
 import yaml
@@ -14,7 +13,7 @@ from lit_edit.console.configs import config_root
 from lit_edit.console.tables import print_whole, table_of
 from lit_edit.console.terminal import write_json
 from lit_edit.data.request import shorten
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, nearest
 
 
 def run_editors(args: list[str]) -> None:
@@ -47,8 +46,8 @@ def find_editor(name: str, editors: list[KnownEditor]) -> KnownEditor:
     if wanted in by_name:
         return by_name[wanted]
     titles = {editor.about["title"].lower(): editor for editor in editors}
-    near = [by_name[word].name for word in get_close_matches(wanted, by_name)]
-    near += [titles[word].name for word in get_close_matches(name.lower(), titles)]
+    near = [by_name[word].name for word in nearest(wanted, by_name)]
+    near += [titles[word].name for word in nearest(name, titles)]
     meant = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
     known = ", ".join(editor.name for editor in editors)
     raise ArgumentError(f"there is no editor {shorten(repr(name))}; {meant}There are: {known}")
@@ -109,7 +108,7 @@ def _show(editor: KnownEditor) -> None:
     settings = [
         (setting["name"], setting["default"] or "must be given", setting["type"]) for setting in editor.settings
     ]
-    table = table_of(("name", "default", "type"), settings, title="Settings, below model.editor.init_args")
+    table = table_of(("name", "default", "choices"), settings, title="Settings, below model.editor.init_args")
     use = f"lit-edit fit --config counterfact --config {configs[0]}" if configs else ""
     print_whole(Padding(Text(editor.summary), (0, 0, 1, 0)), Padding(facts, (0, 0, 1, 0)), table, Text(use))
 

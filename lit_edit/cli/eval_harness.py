@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lit_edit.console.arguments import make_parser, positive
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, NotHereError
+from lit_edit.files.extras import import_extra
 from lit_edit.files.paths import expand
+from lit_edit.text.counting import counted
 
 log = logging.getLogger(__name__)
 
@@ -93,17 +95,14 @@ def run_eval_harness(args: list[str]) -> None:
 
 
 def import_lm_eval() -> Any:
-    """Return lm-eval with the parts that are used; :class:`ArgumentError` if it is not installed."""
+    """Return lm-eval with the parts that are used; :class:`NotHereError` if it is not installed."""
     try:
-        import lm_eval
-        import lm_eval.models.huggingface
-        import lm_eval.tasks
-    except ImportError as error:
-        raise ArgumentError(
-            f'eval-harness needs lm-eval ({error}): pip install "lit-edit[harness]"; without it, the callback '
-            "lit_edit.callbacks.Ability measures sst2, mrpc, cola, rte, nli and mmlu"
-        ) from None
-    return lm_eval
+        for part in ("models.huggingface", "tasks"):
+            import_extra(f"lm_eval.{part}", "eval-harness")
+    except NotHereError as error:
+        also = "without it, the callback lit_edit.callbacks.Ability measures sst2, mrpc, cola, rte, nli and mmlu"
+        raise NotHereError(f"{error}; {also}") from None
+    return import_extra("lm_eval", "eval-harness")
 
 
 def check_tasks(manager: Any, tasks: Sequence[str]) -> None:
@@ -171,7 +170,7 @@ def result_table(rows: Sequence[Mapping[str, Any]], edits: int) -> Any:
         change = "–" if row["change"] is None else f"{row['change']:+.4f}"
         found.append((row["task"], row["metric"], *cells, change))
     headings = ("task", "metric", ">base", ">edited", ">change")
-    return table_of(headings, found, whole=True, title=f"lm-eval, {edits} edits")
+    return table_of(headings, found, whole=True, title=f"lm-eval, {counted(edits, 'edit')}")
 
 
 def _cell(value: float | None, error: float | None) -> str:

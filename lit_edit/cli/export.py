@@ -13,6 +13,7 @@ from lit_edit.console.arguments import make_parser, positive
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import expand
 from lit_edit.runs.reading import check_finished
+from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from lit_edit.export.lora import LowRank
@@ -93,7 +94,7 @@ def _write_delta(run: OpenRun, target: Path, options: argparse.Namespace) -> Non
 
     export_delta(run.ledger, target, run.base_hash, run.language_model)
     sys.stdout.write(
-        f"The deltas of {len(run.ledger.entries)} edits are in {target}. Write them into the base model with\n"
+        f"What {counted(len(run.ledger.entries), 'edit')} added is in {target}. Write it into the base model with\n"
         f"  lit-edit {shlex.join(['apply', '--delta', str(target), '--model', run.language_model.name])}\n"
     )
 
@@ -139,7 +140,7 @@ def _show_cost(run: OpenRun, parts: Mapping[str, LowRank], rank: int) -> None:
 
     summaries = measure_truncation(run.ledger, run.tokenizer, requests, parts)
     rows = [(f"{kind} {name}", *(_number(summary[kind].get(name)) for summary in summaries)) for kind, name in _ROWS]
-    Console().print(table_of(("", ">edited model", f">rank {rank}"), rows, title=f"{len(requests)} edits"))
+    Console().print(table_of(("", ">edited model", f">rank {rank}"), rows, title=counted(len(requests), "edit")))
 
 
 def _number(value: Any) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import CommandParser, make_parser, positive
 from lit_edit.console.terminal import write_json
 from lit_edit.errors import ArgumentError
 from lit_edit.runs.reading import EditLog, read_history, read_log, say_if_cut
+from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from lit_edit.ledger.history import EditHistory
@@ -71,12 +72,13 @@ def run_redo(args: list[str]) -> None:
 
     with open_for_change(options.run) as run:
         before = _answers(run, numbers)
-        run.session.redo(numbers)
         note = (
-            "The facts are back as they were recorded. Where other edits were taken out or made again meanwhile, the "
+            "The facts are back as they were recorded. Other edits were made, taken out or put back meanwhile: the "
             "weights are near those of before, not equal to them."
         )
-        _finish(run, options, numbers, before, "put back", "" if run.session.editor.exact_undo else note)
+        exact = run.session.editor.exact_undo or not _changed_since(run.session.ledger.journal.records, numbers)
+        run.session.redo(numbers)
+        _finish(run, options, numbers, before, "put back", "" if exact else note)
 
 
 def run_log(args: list[str]) -> None:
@@ -87,13 +89,17 @@ def run_log(args: list[str]) -> None:
     parser.add_run()
     parser.add_argument("--subject", default=None, help="only edits of this subject")
     parser.add_argument("--last", type=positive, default=None, metavar="N", help="only the last N")
-    parser.add_argument("--failed", action="store_true", help="only edits that do not hold, with the likely reason")
+    parser.add_argument(
+        "--failed",
+        action="store_true",
+        help="only edits that failed, with the likely reason; not those that were taken out",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     options = parser.parse_args(args)
 
     from rich.console import Console
 
-    from lit_edit.runs.holding import explain, failures, headline, next_commands
+    from lit_edit.runs.holding import explain, failures, headline, next_commands, to_tell
     from lit_edit.runs.names import shown as shown_folder
 
     say_if_cut(options.run)
@@ -112,9 +118,10 @@ def run_log(args: list[str]) -> None:
     console = Console()
     if not options.failed:
         console.print(_table(log, {verdict.number for verdict in shown}))
-    for line in (line for verdict in failures(shown) for line in explain(verdict)):
+    told = failures(shown) if options.failed else to_tell(shown)
+    for line in (line for verdict in told for line in explain(verdict)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for line in (headline(log.verdicts), *next_commands(failures(log.verdicts), shown_folder(options.run))):
+    for line in (headline(log.verdicts), *next_commands(to_tell(log.verdicts), shown_folder(options.run))):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -154,6 +161,8 @@ def _choose(parser: CommandParser, which: str) -> None:
 def _chosen(options: argparse.Namespace, history: EditHistory, hold: bool) -> list[int]:
     """Return the numbers of the edits that were named; :class:`ArgumentError` if none were, or there are no such."""
     there = [e for e in history.made if (e.number not in history.undone) == hold]
+    if not there and not options.edit:  # where edits are named by number, it is said what has become of each
+        raise ArgumentError(f"there is nothing to {'undo' if hold else 'redo'}: {_there_are(0, hold)}")
     numbers = [number for text in options.edit for number in parse_numbers(text)]
     for name in options.id:
         numbers += _found([e.number for e in there if e.id == name], f"--id {name}")
@@ -162,13 +171,24 @@ def _chosen(options: argparse.Namespace, history: EditHistory, hold: bool) -> li
         numbers += _found(same, f"--subject {subject}")
     if options.last is not None:
         if not 1 <= options.last <= len(there):
-            raise ArgumentError(f"--last {options.last}: there are {len(there)} such edits")
+            raise ArgumentError(f"--last {options.last}: {_there_are(len(there), hold)}")
         numbers += [entry.number for entry in there[-options.last :]]
     if not numbers:
         raise ArgumentError("name the edits: --edit, --id, --subject or --last (lit-edit log --run lists them)")
     chosen = sorted(set(numbers))
     history.check({"removed" if hold else "restored": chosen})
     return chosen
+
+
+def _there_are(number: int, hold: bool) -> str:
+    """Say of how many edits one can choose.
+
+    Example:
+        >>> _there_are(0, True), _there_are(1, False)
+        ('no edit is in the model', '1 edit is taken out')
+    """
+    what = "in the model" if hold else "taken out"
+    return f"no edit is {what}" if number == 0 else f"{counted(number, 'edit')} {'is' if number == 1 else 'are'} {what}"
 
 
 def _found(numbers: list[int], what: str) -> list[int]:
@@ -194,6 +214,16 @@ def parse_numbers(text: str) -> list[int]:
             raise ArgumentError(f"--edit {text}: too many numbers")
         numbers += found
     return numbers
+
+
+def _changed_since(records: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> bool:
+    """Tell whether other edits were made, taken out or put back since some were taken out."""
+    out = {n: at for at, record in enumerate(records) for n in record.get("removed", ()) if n in numbers}
+    since = records[min(out.values()) :]
+    names = ("removed", "restored", "rewritten")
+    return any(
+        record.get("entries") or set().union(*(record.get(n, ()) for n in names)) - {*numbers} for record in since
+    )
 
 
 def _answers(run: ChangingRun, numbers: Sequence[int]) -> list[str]:
@@ -226,7 +256,7 @@ def _finish(
         write_json({"edits": list(numbers), "answers": answers, "in_model": there, "final": final, "note": note})
         return
     console = Console()
-    title = f"{len(numbers)} edits {what}, {there} in the model"
+    title = f"{counted(len(numbers), 'edit')} {what}, {there} in the model"
     console.print(table_of(("#", *names[1:]), rows, title=title))
     if final is not None:
         kinds = (("efficacy", "success"), ("generalization", "success"), ("locality", "agreement"))

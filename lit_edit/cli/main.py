@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from lit_edit.cli.registry import BY_NAME, HELP
 from lit_edit.console.terminal import show_messages
-from lit_edit.errors import RunStoppedError, UserError
+from lit_edit.errors import RunStoppedError, UserError, did_you_mean
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = "version" if args[0] in ("--version", "-V") else args[0]
     command = BY_NAME.get(name)
     if command is None:
-        return _fail(f"unknown command {name!r}; {_nearest(name)}lit-edit --help lists all", 2)
+        meant = did_you_mean(name, BY_NAME).removeprefix("; ")
+        return _fail(f"unknown command {name!r}; {meant}{' ' if meant else ''}lit-edit --help lists all", 2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that spin long while they wait make everything several times slower as soon as another program wants a
     # core; this short costs nothing on a quiet machine. Read by GNU OpenMP when torch is imported.
@@ -58,13 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("lit-edit: interrupted\n")
         return 130
-
-
-def _nearest(name: str) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(name, BY_NAME, 1)
-    return f"did you mean {near[0]}? " if near else ""
 
 
 def _fail(error: Exception | str, status: int) -> int:

@@ -18,6 +18,7 @@ from lit_edit.console.words import read_settings
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import expand, write_text
 from lit_edit.sweeps.grids import Grid, Point, read_grid, with_changes
+from lit_edit.text.counting import counted
 
 
 def run_sweep(args: list[str]) -> int:
@@ -38,9 +39,11 @@ def run_sweep(args: list[str]) -> int:
     words = [*(f"--method={name}" for name in method), *changes_again(options.name, settings)]
     again = command_again("sweep", options.config, options.runs_dir, *words)
     if options.array:
-        check_begun(folder, chosen, parse_points(grid, chosen))
+        check_begun(folder, chosen, parse_points(grid, chosen)[0])
         script = write_script(grid, folder, again)
-        sys.stdout.write(f"{len(grid.points)} points; set their resources in the script, then\n  sbatch {script}\n")
+        sys.stdout.write(
+            f"{counted(len(grid.points), 'point')}; set their resources in the script, then\n  sbatch {script}\n"
+        )
         return 0
     status = run_or_list(grid, folder, options.dry_run, chosen)
     if status is None:

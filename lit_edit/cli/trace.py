@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import expand
+from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,7 +162,7 @@ def _draw(out: Path, traces: Sequence[FactTrace], averages: Sequence[AverageEffe
     from lit_edit.files.pictures import write_figure
     from lit_edit.studies.tracing.figures import draw_averages, draw_fact
 
-    title = f"{options.model}, {len(traces)} facts, {options.samples} samples, noise of {options.noise:g} sd"
+    title = f"{options.model}, {counted(len(traces), 'fact')}, {options.samples} samples, noise of {options.noise:g} sd"
     write_figure(out / "average.png", draw_averages(averages, options.window, title))
     shown = [] if options.no_fact_figures else traces
     for number, trace in enumerate(tqdm(shown, "figures", unit="fact", leave=False, disable=not shown)):
@@ -179,7 +180,7 @@ def _report(traces: Sequence[FactTrace], averages: Sequence[AverageEffect], out:
     from lit_edit.studies.tracing.summary import total_effect
 
     effect, error = total_effect(traces)
-    sys.stdout.write(f"{len(traces)} facts; average total effect {_with_error(effect, error)}\n")
+    sys.stdout.write(f"{counted(len(traces), 'fact')}; average total effect {_with_error(effect, error)}\n")
     kinds, rows = list(traces[0].restored), []
     for role in ROLES:
         cells = []

@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from lit_edit.console.configs import method_config, shipped_configs
+from lit_edit.errors import ArgumentError, did_you_mean, nearest
+from lit_edit.runs.files import journal_path
 
 LAYERS = "model.editor.init_args.layers"
 SHORT = MappingProxyType(
@@ -41,6 +43,8 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str, settings: bool = False, **more: Any) -> None:
         self._aliases: dict[str, str] = {}
         self._takes_settings, self._answers = settings, False
+        self._run: argparse.Action | None = None
+        self._unknown: list[str] = []  # options that may be settings of fit, or mistyped
         super().__init__(
             prog=f"lit-edit {command}", description=description, formatter_class=_Help, allow_abbrev=False, **more
         )
@@ -62,9 +66,11 @@ class CommandParser(argparse.ArgumentParser):
     # ---- one name for one thing
 
     def add_run(self, **more: Any) -> None:
-        """Add ``--run``: the folder of a run."""
-        more = {"type": Path, "help": "the run folder, for example runs/x", **more}
-        self.add_argument("--run", required=True, complete=run_folders, action=_Checked, check=check_run, **more)
+        """Add ``--run``: the folder of a run; without it the newest below ``runs/``."""
+        more = {"type": Path, "help": "the run: runs/x, or its name below runs/; by default the newest there", **more}
+        self._run = self.add_argument(
+            "--run", default=None, complete=run_folders, action=_Checked, check=check_run, **more
+        )
 
     def add_data(self, text: str, *aliases: str, **more: Any) -> None:
         """Add ``--data``: the edits, facts or events that a command reads."""
@@ -135,7 +141,12 @@ class CommandParser(argparse.ArgumentParser):
             self._answer_shell()
         spellings = {_plain(alias): name for alias, name in self._aliases.items()}
         spellings |= {_plain(name): name for name in self._option_string_actions if name.startswith("--")}
-        return super().parse_known_args(self._renamed(list(args or ()), spellings), namespace)
+        found, rest = super().parse_known_args(self._renamed(list(args or ()), spellings), namespace)
+        if self._run is not None and getattr(found, self._run.dest) is None:
+            newest = newest_run()
+            sys.stderr.write(f"{self.prog}: --run {newest}, the newest\n")
+            setattr(found, self._run.dest, [newest] if self._run.nargs == "+" else newest)
+        return found, rest
 
     def _renamed(self, words: list[str], spellings: dict[str, str]) -> list[str]:
         """Return the words with all options by their shown names.
@@ -156,10 +167,28 @@ class CommandParser(argparse.ArgumentParser):
                 name = spellings[plain]
             elif not self._takes_settings:
                 if len(begun) != 1:
-                    self.error(no_such_option(name, [s for s in self._option_string_actions if s.startswith("--")]))
+                    self.error(no_such_option(name, self._shown_options()))
                 name = begun.pop()
+            elif "." not in name and name.replace("-", "_").replace("__", "--", 1) not in SHORT:
+                self._unknown.append(name)
             found.append(f"{name}{equals}{value}")
         return found
+
+    def _shown_options(self) -> list[str]:
+        return [name for name in self._option_string_actions if name.startswith("--")]
+
+    def error(self, message: str) -> NoReturn:
+        """Say in one line what is wrong, and end with status 2; what is missing may be what was mistyped."""
+        if "arguments are required" in message and self._unknown:
+            message = no_such_option(self._unknown[0], [*self._shown_options(), *SHORT])
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            meant = did_you_mean(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, f"{error.message}{meant}") from None
 
     def _answer_shell(self) -> None:
         """Tell the shell what can stand where the cursor is, and end (``lit-edit completion``)."""
@@ -193,10 +222,14 @@ def no_such_option(name: str, known: Iterable[str]) -> str:
     Example:
         >>> no_such_option("--rnu", ["--run", "--tokens"])
         'there is no option --rnu; did you mean --run?'
+        >>> no_such_option("--on_conflit", ["--run", "--model.on_conflict"])
+        'there is no option --on_conflit; did you mean --model.on_conflict?'
     """
-    by_plain = {_plain(option): option for option in known}
-    near = get_close_matches(_plain(name), by_plain, 1)
-    return f"there is no option {name}" + (f"; did you mean {by_plain[near[0]]}?" if near else "")
+    known = list(known)
+    by_end = {f"--{option.rpartition('.')[2]}": option for option in reversed(known) if "." in option}
+    meant = by_end | {option: option for option in known}
+    near = [meant[word] for word in nearest(name, meant)]
+    return f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _plain(name: str) -> str:
@@ -237,11 +270,18 @@ def read_layers(words: Sequence[str]) -> list[int]:
 
 
 def check_run(folder: Path) -> Path:
-    """Return a run's folder if it is there."""
+    """Return a run's folder if it is there, or below ``runs/``."""
     from lit_edit.runs.reading import find_folder
 
-    find_folder(folder)
-    return folder
+    return find_folder(folder)
+
+
+def newest_run() -> Path:
+    """Return the run that was begun last of those below ``runs/``; :class:`ArgumentError` if there is none."""
+    found = [Path(folder) for folder in run_folders() if journal_path(Path(folder)).is_file()]
+    if not found:
+        raise ArgumentError("name a run, --run FOLDER: there is none below runs/ in this folder")
+    return found[0]
 
 
 def check_model(name: str) -> str:
@@ -268,9 +308,9 @@ def positive(text: str) -> int:
 
 
 def run_folders() -> list[str]:
-    """Return the runs below ``runs/``, newest first."""
-    found = [path.parent for path in Path("runs").glob("**/config.yaml")] if Path("runs").is_dir() else []
-    return [str(path) for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
+    """Return the runs below ``runs/``, the one that was begun last first."""
+    found = Path("runs").glob("**/config.yaml") if Path("runs").is_dir() else ()
+    return [str(path.parent) for path in sorted(found, key=lambda path: -path.stat().st_mtime_ns)]
 
 
 def methods() -> list[str]:

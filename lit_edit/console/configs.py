@@ -8,14 +8,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from difflib import get_close_matches
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 from lit_edit.data.files import read_text
 from lit_edit.data.request import DataError, shorten
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, nearest
 
 
 def config_root() -> Path:
@@ -37,8 +36,10 @@ def find_config(name: str) -> str:
     shipped = config_root() / f"{name.removesuffix('.yaml')}.yaml"
     if os.path.isfile(shipped) and config_root() in shipped.resolve().parents:
         return str(shipped)
-    near = get_close_matches(name, shipped_configs(), 3, 0.5)
-    meant = f" Did you mean {', '.join(near)}?" if near else ""
+    by_end = {path.rpartition("/")[2]: path for path in reversed(shipped_configs())}
+    known = {path: path for path in shipped_configs()} | by_end
+    near = dict.fromkeys(known[word] for word in nearest(name.removesuffix(".yaml"), known, 3, 0.7))
+    meant = f" Did you mean {' or '.join(near)}?" if near else ""
     raise ArgumentError(
         f"--config {shorten(name)}: no such file, and no config of that name ships (lit-edit models lists them).{meant}"
     )
@@ -57,8 +58,8 @@ def method_config(name: str) -> str:
     if os.path.isfile(name) or name.removesuffix(".yaml") in shipped:
         return name
     if wanted not in known:
-        near = get_close_matches(wanted, known, 3)
-        meant = f" Did you mean {', '.join(known[word].removeprefix('method/') for word in near)}?" if near else ""
+        near = [known[f"method/{word}"] for word in nearest(wanted[7:], [config[7:] for config in known], 3, 0.7)]
+        meant = f" Did you mean {' or '.join(config.removeprefix('method/') for config in near)}?" if near else ""
         raise ArgumentError(
             f"--method {shorten(name)}: no such file, and no method of that name ships (lit-edit editors lists "
             f"them).{meant}"

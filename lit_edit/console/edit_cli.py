@@ -45,7 +45,7 @@ from lit_edit.runs.continuing import carry_over, check_source
 from lit_edit.runs.files import journal_path
 from lit_edit.runs.folder import find_checkpoint
 from lit_edit.runs.names import check_run_name, shown
-from lit_edit.runs.reading import has_ended, read_outcome
+from lit_edit.runs.reading import find_folder, has_ended, read_outcome
 from lit_edit.runs.resuming import (
     adopt_journal,
     check_same,
@@ -57,6 +57,7 @@ from lit_edit.runs.resuming import (
 )
 from lit_edit.runs.resuming import check_settings as check_settings_of_run
 from lit_edit.stream.edit_stream import EditStream
+from lit_edit.text.counting import counted
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +108,8 @@ class EditCLI(RunCLI):
         if trainer.enable_progress_bar is False:
             trainer.callbacks = [c for c in trainer.callbacks or [] if not c.class_path.endswith("ProgressBar")]
         _make_absolute((config.model.editor or {}).get("init_args"))
+        if self.subcommand == "fit" and config["continue"]:
+            config["continue"] = str(find_folder(Path(config["continue"])))
         folder = self._run_folder(config)  # found by settings as they are kept
         self.run_folder = folder
         if self.subcommand == "fit" and leads():
@@ -244,7 +247,7 @@ class EditCLI(RunCLI):
             write_json({"facts": facts, "edits": edits, **measured})
             return
         rows = [(name.partition("/")[2].replace("/", " "), f"{value:.3f}") for name, value in measured.items()]
-        title = f"{facts} facts on a model with {edits} edits"
+        title = f"{counted(facts, 'fact')} on a model with {counted(edits, 'edit')}"
         Console().print(table_of(("metric", ">value"), rows, title=title))
 
     after_test = after_validate

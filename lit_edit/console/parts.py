@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from importlib import import_module
 
 from lit_edit.data.request import shorten
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, did_you_mean
 
 
 def choose_part(
@@ -23,10 +22,9 @@ def choose_part(
         found: Callable[[list[str]], int | None] = getattr(import_module(module), function)
         return found
     if args and args[0] not in ("-h", "--help", "help"):
-        near = get_close_matches(args[0], parts, 1)
-        meant = f"did you mean {near[0]}? " if near else ""
+        meant = did_you_mean(args[0], parts) or ";"
         raise ArgumentError(
-            f"lit-edit {command}: there is no {what[0]} {shorten(repr(args[0]))}; {meant}There are: {', '.join(parts)}"
+            f"lit-edit {command}: there is no {what[0]} {shorten(repr(args[0]))}{meant} There are: {', '.join(parts)}"
         )
     if not args:
         raise ArgumentError(f"lit-edit {command}: name a {what[0]}: {', '.join(parts)} (lit-edit {command} --help)")

@@ -18,7 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lit_edit.console.arguments import SHORT, no_such_option
 from lit_edit.console.configs import explain
+from lit_edit.console.meant import with_meant
 from lit_edit.errors import ArgumentError, UserError
+from lit_edit.files.extras import import_extra
 from lit_edit.runs.files import run_lock
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -88,6 +90,9 @@ class RunCLI(LightningCLI):
             "--overwrite", type=bool, default=False, help="Delete an earlier run of the same name instead of refusing."
         )
         parser.epilog = "Short forms: " + "; ".join(f"{name}, {text}" for name, text in SHORT.items())
+        for action in parser._actions:
+            if "--config" in action.option_strings:
+                action.help = "A YAML file, or the name of a config that ships (lit-edit models lists them); several."
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and say in a line what cannot be right."""
@@ -95,8 +100,13 @@ class RunCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except (argparse.ArgumentError, OmegaConfBaseException, KeyError) as error:
             unknown = [word.partition("=")[0] for word in args if f" {word.partition('=')[0]}" in str(error)]
-            near = "; " + no_such_option(unknown[0], self._known()) if "nrecognized" in str(error) and unknown else ""
-            raise ArgumentError(f"{explain(str(error))}{near} (lit-edit {args[0]} --help lists all settings)") from None
+            told = with_meant(explain(str(error)), self._known())
+            told = no_such_option(unknown[0], self._known()) if "nrecognized" in str(error) and unknown else told
+            raise ArgumentError(f"{told} (lit-edit {args[0]} --help lists all settings)") from None
+        loggers = self.config[self._command].trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if str(getattr(logger, "class_path", "")).endswith(".TensorBoardLogger"):
+                import_extra("tensorboard", "TensorBoardLogger (trainer.logger)")
 
     def _known(self) -> list[str]:
         return [*SHORT, *(name for name in self._parser(self._command)._option_string_actions if name[:2] == "--")]

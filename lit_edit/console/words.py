@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from lit_edit.console.arguments import LAYERS, SHORT, CommandParser, no_such_option, read_layers
+from lit_edit.console.catalogue import setting_names
 from lit_edit.console.configs import check_config, config_root, find_config, method_config, shipped_configs
 from lit_edit.data.request import shorten
 from lit_edit.errors import ArgumentError
@@ -30,6 +31,18 @@ OPTIONS = (
 """What the arguments of ``fit`` may begin with, up to the first point."""
 
 
+def known_options() -> list[str]:
+    """Return the options of ``fit`` that are told to those who mistype one, without what takes seconds to import."""
+    return [*OPTIONS, *(f"--{name}" for name in (*setting_names(), *_OF_TRAINER))]
+
+
+_OF_TRAINER = tuple(
+    f"trainer.{name}"
+    for name in ("accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "callbacks", "max_steps",
+                 "max_time", "limit_train_batches", "log_every_n_steps", "enable_progress_bar", "deterministic")
+)  # fmt: skip
+
+
 def check_names(command: str, args: Sequence[str]) -> None:
     """Refuse an option that there cannot be, before anything heavy is imported; the parser knows the others.
 
@@ -39,10 +52,8 @@ def check_names(command: str, args: Sequence[str]) -> None:
     for word in args:
         name = re.split(r"[.=]", word)[0].replace("-", "_").replace("__", "--", 1)
         if word.startswith("--") and len(name) > 2 and not any(option.startswith(name) for option in OPTIONS):
-            raise ArgumentError(
-                f"unrecognized arguments: {word}; {no_such_option(name, OPTIONS)} (lit-edit {command} --help lists all "
-                "settings)"
-            )
+            told = no_such_option(word.partition("=")[0], known_options())
+            raise ArgumentError(f"{told} (lit-edit {command} --help lists all settings)")
 
 
 def check_data(args: Sequence[str]) -> None:
@@ -198,8 +209,8 @@ def read_settings(parser: CommandParser, words: Sequence[str]) -> dict[str, str]
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         if not re.fullmatch(r"--(\w+(\.\w+)+|seed_everything)", name):
-            known = [*SHORT, *(option for option in parser._option_string_actions if option.startswith("--"))]
-            parser.error(f"unrecognized argument: {word}; {no_such_option(name, known)} (settings: --data.limit 100)")
+            known = [*SHORT, *parser._shown_options(), *known_options()]
+            parser.error(f"{name} is of a single fit" if name in known else no_such_option(name, known))
         if not equals:
             if not rest or rest[0].startswith("--"):
                 parser.error(f"argument {word}: expected a value")

@@ -106,7 +106,7 @@ class EditDataModule(LightningDataModule):
         self.batch_size, self.target_window, self.shuffle_seed = batch_size, target_window, shuffle_seed
         self.on_error, self.split, self.perplexity_path = on_error, split, perplexity_path
         self.requests: list[EditRequest] = []
-        self.skipped: list[str] = []
+        self.skipped: list[tuple[str, str]] = []  # place and fault of each record that was left out
         self.perplexity_texts: list[str] = []
 
     @classmethod

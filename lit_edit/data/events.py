@@ -7,13 +7,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from lit_edit.data.files import read_text
 from lit_edit.data.request import DataError, find_fault, shorten
 from lit_edit.data.sources import builtin_text, hub_rows
+from lit_edit.errors import did_you_mean
 from lit_edit.files.paths import expand
 
 log = logging.getLogger(__name__)
@@ -119,8 +119,7 @@ def _event(place: str, cells: list[str]) -> Event:
             raise DataError(f"{place}: the {column} holds {fault}")
     head, relation, tail = (" ".join(cell.split()) for cell in cells[:3])
     if relation not in (*RELATIONS, *OTHERS):
-        near = get_close_matches(relation, RELATIONS, 1)
-        meant = f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(RELATIONS)}"
+        meant = did_you_mean(relation, RELATIONS) or f"; expected one of {', '.join(RELATIONS)}"
         raise DataError(f"{place}: unknown relation {shorten(relation)!r}{meant}")
     return Event(head.rstrip(" ."), relation, tail.rstrip(" ."), cells[3] if len(cells) > 3 else "")
 

@@ -51,8 +51,8 @@ def texts(record: Record, name: str) -> tuple[str, ...]:
 
 
 def identity(record: Record, number: int, *names: str) -> str:
-    """Return the id of a record from the first of some fields that it has, or its number."""
-    value = next((record[name] for name in names if record.get(name) is not None), f"#{number}")
+    """Return the id of a record from the first of some fields that it has, else one that is no number of an edit."""
+    value = next((record[name] for name in names if record.get(name) is not None), f"fact-{number}")
     written = _written(value)
     if written is None:
         raise DataError(f"id must be text or a number, got {type(value).__name__}")

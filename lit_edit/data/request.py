@@ -62,6 +62,7 @@ class EditRequest:
         locality: Further prompts that the edit must leave alone, with answers, by kind (KnowEdit, EasyEdit).
         target_id: Id of ``target_new`` where the data has one (Wikidata's, in CounterFact): published references are
             filed under it.
+        place: File and line where it stands, if it came from a file; says nothing of the fact itself.
 
     Raises:
         DataError: If a field is missing or empty, or the subject's place is not given exactly once.
@@ -87,13 +88,14 @@ class EditRequest:
     references: tuple[str, ...] = ()
     locality: Mapping[str, tuple[Probe, ...]] = field(default_factory=dict)
     target_id: str = ""
+    place: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         _check_texts(prompt=self.prompt, subject=self.subject, target_new=self.target_new)
         for name in ("prompt", "subject", "target_new"):
             if not getattr(self, name).strip():
                 raise DataError(f"{name} is empty")
-        for name, value in vars(self).items():
+        for name, value in ((name, value) for name, value in vars(self).items() if name != "place"):
             if fault := next((fault for text in _texts_in(value) if (fault := find_fault(text))), None):
                 raise DataError(f"{name} holds {fault}")
         if self.subject.strip() == "{}":
@@ -139,7 +141,8 @@ class EditRequest:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the request as primitives, without what is empty."""
-        return {name: _plain(value) for name, value in vars(self).items() if value not in (None, "", (), {})}
+        filled = {name: value for name, value in vars(self).items() if value not in (None, "", (), {})}
+        return {name: _plain(value) for name, value in filled.items() if name != "place"}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> EditRequest:

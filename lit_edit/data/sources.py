@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_edit.data.files import read_file
 from lit_edit.data.formats import FORMATS, read_record
 from lit_edit.data.request import DataError, EditRequest
+from lit_edit.files.hub import hub_fault, reaching_hub
 from lit_edit.files.paths import expand
+from lit_edit.text.counting import counted
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ def load_requests(
     offset: int = 0,
     on_error: OnError = "raise",
     split: str = "train",
-) -> tuple[list[EditRequest], list[str]]:
+) -> tuple[list[EditRequest], list[tuple[str, str]]]:
     """Read the requests of a stream.
 
     Args:
@@ -42,7 +45,7 @@ def load_requests(
         split: Split of the hub data set.
 
     Returns:
-        The requests, and a line for each record that was left out.
+        The requests, and for each record that was left out its place (``FILE:LINE``) and what is wrong with it.
 
     Raises:
         DataError: On a broken record (names file and line), or if nothing is left to edit.
@@ -60,7 +63,7 @@ def load_requests(
         records = ((f"{path}:{line}", record) for line, record in read_file(expand(path)))
     form = source if source in FORMATS else "auto"
     requests: list[EditRequest] = []
-    skipped: list[str] = []
+    skipped: list[tuple[str, str]] = []
     seen: dict[str, str] = {}
     wanted = None if limit is None else offset + limit
     for number, (place, record) in enumerate(records, 1):
@@ -75,17 +78,19 @@ def load_requests(
         except DataError as error:
             if on_error == "raise":
                 raise DataError(f"{place}: {error} (leave such records out with --data.on_error skip)") from None
-            skipped.append(f"{place}: {error}")
+            skipped.append((place, str(error)))
             continue
         seen |= {request.id: place for request in found}
-        requests += found
+        requests += [replace(request, place=place) for request in found]
     requests = requests[offset:wanted]
     if not requests:
         behind = f"; nothing is left behind data.offset={offset}" if offset else ""
-        left_out = f"; {len(skipped)} broken records were left out, the first: {skipped[0]}" if skipped else ""
+        first = ": ".join(skipped[0]) if skipped else ""
+        left_out = f"; {counted(len(skipped), 'broken record')} left out, the first: {first}" if skipped else ""
         raise DataError(f"{path or source}: no edits to make{left_out}{behind}")
     if skipped:
-        log.warning("%d broken records were left out:\n  %s", len(skipped), "\n  ".join(skipped[:20]))
+        lines = [": ".join(left) for left in skipped[:20]] + (["..."] if len(skipped) > 20 else [])
+        log.warning("%s left out:\n  %s", counted(len(skipped), "broken record"), "\n  ".join(lines))
     return requests, skipped
 
 
@@ -104,8 +109,11 @@ def hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, split=split)
+        with reaching_hub():
+            rows = load_dataset(name, split=split)
     except Exception as error:  # the hub client raises many kinds; all mean the same to the user
-        raise DataError(f"hub data set {name!r} (split {split!r}) cannot be loaded: {error}") from error
+        reason = hub_fault(error)
+        instead = " (without the hub: --data FILE)" if reason != str(error) else ""
+        raise DataError(f"hub data set {name!r} (split {split!r}) cannot be loaded: {reason}{instead}") from error
     for number, row in enumerate(rows):
         yield f"{name}, row {number}", row

@@ -20,6 +20,7 @@ from lit_edit.files.tensor_files import save_tensors
 from lit_edit.ledger.edit_ledger import EditLedger, LedgerEntry
 from lit_edit.metrics.evaluation import Summary, evaluate_edits, summarise
 from lit_edit.models.language_model import LanguageModel
+from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,7 +161,7 @@ tags: [knowledge-editing, lit-edit, lora]
 
 # {escape(base_name)}, edited: a LoRA adapter
 
-{len(entries)} facts changed by lit-edit in {escape(base_name)}, as an adapter of rank {rank}, which {what}.
+{counted(len(entries), "fact")} changed by lit-edit in {escape(base_name)}, as an adapter of rank {rank}, which {what}.
 The statements below are what the model is **made to say**; they need not be true.
 
 ```python

@@ -21,6 +21,7 @@ from lit_edit.files.paths import expand, write_atomically
 from lit_edit.files.tensor_files import check_digests, save_tensors, system_errors, with_digests
 from lit_edit.ledger.edit_ledger import EditLedger, LayerUpdate, LedgerEntry, weights_state
 from lit_edit.ledger.ownership import MARK
+from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,7 +143,7 @@ tags: [knowledge-editing, lit-edit]
 
 # {escape(base_name)}, edited
 
-This is {escape(base_name)} with {len(entries)} facts changed by lit-edit: updates of
+This is {escape(base_name)} with {counted(len(entries), "fact")} changed by lit-edit: updates of
 MLP down projections. The statements below are what
 the model was **made to say**; they need not be true.
 

@@ -10,6 +10,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
+from lit_edit.files.hub import hub_fault, reaching_hub
 from lit_edit.models.language_model import quiet_loading
 from lit_edit.models.packaged import ENCODERS, ModelUnavailableError, fetch
 from lit_edit.text.tokens import pad_right
@@ -61,14 +63,14 @@ class SentenceEncoder:
                 "here: choose another encoder"
             )
         try:
-            with quiet_loading():
+            with quiet_loading(), nullcontext() if os.path.isdir(source) else reaching_hub():
                 tokenizer = AutoTokenizer.from_pretrained(source)
                 model = AutoModel.from_pretrained(source, dtype=torch.float32)
         except Exception as error:  # a damaged folder fails in many ways, which mean the same to the user
             raise ModelUnavailableError(
-                f"the sentence encoder {name!r} cannot be loaded: {error}\nUse a packaged one "
+                f"the sentence encoder {name!r} cannot be loaded: {hub_fault(error)}; use a packaged one "
                 f"({', '.join(ENCODERS)}), a folder in the style of sentence-transformers, or a hub id that this "
-                "machine can reach."
+                "machine can reach"
             ) from error
         most = getattr(model.config, "max_position_embeddings", 512)
         longest = _read_json(source, "sentence_bert_config.json").get("max_seq_length") or most
@@ -116,7 +118,8 @@ def load_encoder(name: str) -> Encoder:
 def _read_json(source: str, name: str) -> dict[str, Any]:
     """Return a settings file beside a model, or nothing where there is none."""
     try:
-        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        with nullcontext() if os.path.isdir(source) else reaching_hub():
+            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError):
         path = None
     if path is None:

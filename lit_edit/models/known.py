@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from lit_edit.files.hub import hub_fault, reaching_hub
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.packaged import PACKAGED, ModelUnavailableError
 
@@ -94,12 +95,12 @@ _ADVICE = (
 
 
 def _read(name: str, model: LanguageModel, local: bool) -> PreTrainedConfig:
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
-        return AutoConfig.from_pretrained(
-            name, revision=model.revision, trust_remote_code=model.trust_remote_code, local_files_only=local
-        )
+        with nullcontext() if local else reaching_hub():
+            return AutoConfig.from_pretrained(name, local_files_only=local, **options)
     except Exception as error:  # the hub's client and broken files raise many kinds, which mean the same here
-        reason = str(error).strip().partition("\n")[0]
+        reason = hub_fault(error).strip().partition("\n")[0]
         raise ModelUnavailableError(f"no config.json can be read for {name!r} ({reason}): {_ADVICE}") from error
 
 

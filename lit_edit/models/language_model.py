@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
+from lit_edit.files.hub import hub_fault, reaching_hub
 from lit_edit.models.packaged import PACKAGED, ModelUnavailableError, fetch, find_source
 from lit_edit.models.products import Products
 from lit_edit.models.spec import ArchSpec
@@ -97,7 +98,7 @@ class LanguageModel:
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         try:
-            with quiet_loading():
+            with quiet_loading(), nullcontext() if os.path.isdir(source) else reaching_hub():
                 tokenizer = AutoTokenizer.from_pretrained(source, revision=self.revision, **options)
                 if self.attn_implementation is not None:
                     options["attn_implementation"] = self.attn_implementation
@@ -108,8 +109,8 @@ class LanguageModel:
                 )
         except Exception as error:  # a damaged folder fails in many ways, which mean the same to the user
             raise ModelUnavailableError(
-                f"the model {self.name!r} cannot be loaded: {error}\nUse a packaged model "
-                f"({', '.join(PACKAGED)}), a local model folder, or a hub id that this machine can reach."
+                f"the model {self.name!r} cannot be loaded: {hub_fault(error)}; use a packaged model "
+                f"({', '.join(PACKAGED)}), a model folder (--model FOLDER), or a hub id that this machine can reach"
             ) from error
         return model.eval().requires_grad_(False), tokenizer
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_edit.planning.case import short_name
 from lit_edit.planning.estimate import GPU_CONTEXT, GPU_LAUNCH, Place, make_plan, suggestions
+from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from lit_edit.planning.case import Case
@@ -128,11 +129,11 @@ def _merged(into: Setup, base: Setup, changed: Setup) -> Setup:
 
 def _assumptions(case: Case) -> list[str]:
     work, setup, speed = case.workload, case.setup, case.speed
-    counted = "counted in the edits of this config" if work.counted else "as in CounterFact, the edits were not counted"
-    edits = "more than 64 edits" if setup.edits is None else f"{setup.edits} edits"
+    source = "counted in the edits of this config" if work.counted else "as in CounterFact, the edits were not counted"
+    edits = "more than 64 edits" if setup.edits is None else counted(setup.edits, "edit")
     lines = [
         f"A stream of {edits} in windows of {setup.window}; an edit has {work.rows:.3g} rows with {work.own:.3g} "
-        f"tokens to be fitted ({counted}), in {work.steps:.3g} steps.",
+        f"tokens to be fitted ({source}), in {work.steps:.3g} steps.",
         f"{speed.source}; {speed.utilisation:.0%} of it is taken to be reached. Measuring edits comes on top.",
     ]
     if setup.gpu:

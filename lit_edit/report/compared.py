@@ -15,6 +15,7 @@ from lit_edit.report.page import about, flat, render, state_of
 from lit_edit.report.protocols import protocol_numbers
 from lit_edit.report.reading import ReportError, RunRecord, read_run
 from lit_edit.report.texts import as_growth, as_plain, as_share, or_dash
+from lit_edit.text.counting import counted
 
 NUMBERS = (  # row, and place in the summary; more is better
     ("efficacy success", ("final", "efficacy", "success")),
@@ -61,18 +62,19 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         raise ReportError(f"a comparison needs two runs or more, got {len(folders)}")
     runs = [read_run(folder) for folder in folders]
     edits = [edits_of(run) for run in runs]
+    shared = len(set.intersection(*({(e.prompt, e.wanted) for e in one} for one in edits)))
     page = render(
         "compared.html",
-        title=f"{len(runs)} runs",
+        title=counted(len(runs), "run"),
         names=names_of(runs),
         runs=runs,
         states=[state_of(run) for run in runs],
         abouts=[about(run) for run in runs],
-        numbers=number_rows(runs),
+        numbers=number_rows(runs, ranked=shared > 0),
         charts=charts_of(runs),
         settings=settings_that_differ(runs)[:MOST_SETTINGS],
         facts=facts_that_differ(edits),
-        shared=len(set.intersection(*({(e.prompt, e.wanted) for e in one} for one in edits))),
+        shared=shared,
     )
     write_text(out, page)
     return out
@@ -84,8 +86,8 @@ def names_of(runs: Sequence[RunRecord]) -> list[str]:
     return [str(run.folder) if names.count(run.name) > 1 else run.name for run in runs]
 
 
-def number_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[Cell]]]:
-    """Return the rows of the table of numbers: a cell per run."""
+def number_rows(runs: Sequence[RunRecord], ranked: bool = True) -> list[tuple[str, list[Cell]]]:
+    """Return the rows of the table of numbers: a cell per run; none is the best of runs that share no edit."""
     rows = [("edits made", [Cell(str(len(run.edits))) for run in runs])]
 
     def add(name: str, values: Sequence[float | None], show: Callable[[float], str], more: bool = False) -> None:
@@ -93,7 +95,7 @@ def number_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[Cell]]]:
         if name == "perplexity":
             texts = [f"{text}{_since(run)}" for text, run in zip(texts, runs, strict=True)]
         if any(value is not None for value in values):
-            rows.append((name, _cells(values, texts, more)))
+            rows.append((name, _cells(values, texts, more) if ranked else [Cell(text) for text in texts]))
 
     def at(*place: str) -> list[float | None]:
         return [value_at(run.summary, *place) for run in runs]

@@ -20,7 +20,8 @@ STATES = {  # those of lit_edit.runs.holding, and one between; by name: how it i
     "replaced": "plain",
     "undone": "plain",
 }
-FAILED = ("never took", "forgotten", "fails", "preferred only", "replaced", "undone")
+FAILED = ("never took", "forgotten", "fails", "preferred only")
+TAKEN_OUT = ("replaced", "undone")
 
 
 @dataclass(frozen=True)
@@ -202,3 +203,8 @@ def _says(text: str, name: str) -> bool:
 def failures(edits: Sequence[Edit]) -> list[Edit]:
     """Return the edits that did not do what was wanted, by kind, then in order."""
     return sorted((edit for edit in edits if edit.state in FAILED), key=lambda edit: FAILED.index(edit.state))
+
+
+def taken_out(edits: Sequence[Edit]) -> list[Edit]:
+    """Return the edits that another edit or somebody has taken out, in order."""
+    return [edit for edit in edits if edit.state in TAKEN_OUT]

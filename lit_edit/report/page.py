@@ -12,13 +12,15 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lit_edit.files.paths import write_text
+from lit_edit.ledger.left_out import left_out
 from lit_edit.report.curves import ages, charts_of, forgetting
-from lit_edit.report.edits import STATES, changed_neighbours, edits_of, failures
+from lit_edit.report.edits import STATES, changed_neighbours, edits_of, failures, taken_out
 from lit_edit.report.figures import headlines, layer_rows, mapping_at, metric_rows
 from lit_edit.report.protocols import ability_rows, protocol_charts, protocol_headlines, protocol_rows
 from lit_edit.report.reading import RunRecord, read_run
 from lit_edit.report.texts import as_growth, as_share, or_dash
 from lit_edit.runs.holding import show_p
+from lit_edit.text.counting import counted
 
 _TEMPLATES = Path(__file__).parent / "templates"
 MOST_NEIGHBOURS = 1000
@@ -58,6 +60,8 @@ def run_page(run: RunRecord) -> str:
         edits=edits,
         states={name: count for name in STATES if (count := sum(edit.state == name for edit in edits))},
         failed=failures(edits),
+        taken_out=taken_out(edits),
+        left_out=left_out(run.records),
         changed=changed[:MOST_NEIGHBOURS],
         changed_count=len(changed),
         compared=compared,
@@ -92,10 +96,10 @@ def state_of(run: RunRecord) -> dict[str, str]:
     """Return how far a run has come, in a word and a sentence."""
     made, asked = len(run.edits), run.notes.get("asked")
     there = sum(row["status"] == "holds" for row in run.edits)
-    count = f"{made} edits made, {there} in the model" if there < made else f"{made} edit{'s' * (made != 1)}"
+    count = f"{counted(made, 'edit')} made, {there} in the model" if there < made else counted(made, "edit")
     handled = len(run.history.handled)
     if isinstance(asked, int) and handled < asked and not run.ended:
-        count = f"{handled} of {asked} edits dealt with"
+        count = f"{handled} of {counted(asked, 'edit')} dealt with"
     if run.summary.get("stale"):
         return {"word": "changed since", "tone": "fair", "text": f"{count}; {run.summary['stale']}"}
     if run.ended:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import expand
+from lit_edit.text.counting import counted
 
 Point = dict[str, Any]
 """``edits``, and ``tasks``: their records by name."""
@@ -55,7 +56,7 @@ def measure_run(run: Path, numbers: Sequence[int], asked: Asked, out: Path) -> l
     history = read_history(run)
     journal = Journal(journal_path(expand(run)), writable=False)
     if wrong := [number for number in numbers if not 0 <= number <= len(history.made)]:
-        raise ArgumentError(f"--at {wrong[0]}: {run} has made {len(history.made)} edits")
+        raise ArgumentError(f"--at {wrong[0]}: {run} has made {counted(len(history.made), 'edit')}")
     data = [load_task(task, asked.folder) for task in find_tasks(asked.tasks)]  # before a model is loaded
     out.mkdir(parents=True, exist_ok=True)
     folder = ResultsFolder(out, _as_row, "measurement")
@@ -83,7 +84,7 @@ def measure_run(run: Path, numbers: Sequence[int], asked: Asked, out: Path) -> l
                 for key, task in zip(keys_at(number), data, strict=True):
                     if key in known:
                         continue
-                    bar.set_postfix_str(f"{task.task.name} after {number} edits")
+                    bar.set_postfix_str(f"{task.task.name} after {counted(number, 'edit')}")
                     known[key] = measure_task(
                         opened.stream.adapter,
                         opened.stream.tokenizer,

@@ -38,6 +38,7 @@ from lit_edit.stats.second_moment import weights_hash
 from lit_edit.stream.edit_stream import EditStream
 from lit_edit.stream.precision import cast_as
 from lit_edit.stream.session import EditSession
+from lit_edit.text.counting import counted
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +230,7 @@ def open_as_of(folder: Path, edits: int) -> Iterator[ChangingRun]:
 def records_until(history: EditHistory, records: Sequence[Mapping[str, Any]], edits: int) -> int:
     """Return how many records of a journal lead to its first so many edits, with what came of them before the next."""
     if edits > len(history.made):
-        raise RunError(f"the run has made {len(history.made)} edits, not {edits}")
+        raise RunError(f"the run has made {counted(len(history.made), 'edit')}, not {edits}")
     made = 0
     for index, record in enumerate(records):
         if made >= edits and record.get("entries"):

@@ -14,12 +14,21 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lit_edit.data.request import find_subject, shorten
+from lit_edit.ledger.left_out import left_out
+from lit_edit.text.counting import counted
 
-State = Literal["holds", "forgotten", "never took", "fails", "not measured", "replaced", "undone", "refused"]
+State = Literal[
+    "holds", "forgotten", "never took", "fails", "not measured", "replaced", "undone", "refused", "left out"
+]
 """``fails``: it does not hold, and nobody has measured whether it did right after it was made."""
 
-FAILED: tuple[State, ...] = ("never took", "fails", "forgotten", "refused", "replaced", "undone")
+FAILED: tuple[State, ...] = ("never took", "fails", "forgotten", "refused", "left out")
 """The states of edits that do not hold, in the order in which a person wants to hear of them."""
+
+TAKEN_OUT: tuple[State, ...] = ("replaced", "undone")
+"""The states of edits that somebody, or a later edit, has taken out: nothing failed."""
+
+_NOT_MADE: tuple[State, ...] = ("refused", "left out")
 
 REACHED = 0.5
 """A target whose probability stays below this was not found, whatever was asked for."""
@@ -39,15 +48,16 @@ class Verdict:
     state: State  # what has become of it
     said: str | None = None  # instead: the first choices, up to the first that leaves the new object
     reasons: tuple[str, ...] = ()  # why it does not hold, the likeliest first
+    place: str = ""  # file and line of what was not made
 
     @property
     def failed(self) -> bool:
-        """Whether it is known not to hold."""
+        """Whether it was asked for and is not what the model says, though nobody has taken it out."""
         return self.state in FAILED
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as primitives, for programs; ``holds`` is ``None`` where that was not measured."""
-        holds = None if self.state == "not measured" else not self.failed
+        holds = None if self.state == "not measured" else self.state == "holds"
         return {**asdict(self), "reasons": list(self.reasons), "holds": holds}
 
 
@@ -67,15 +77,13 @@ def judge(edits: _ROWS, answers: _ROWS, records: _ROWS) -> list[Verdict]:
     """
     context = _Context(edits, answers, records)
     made = [_judge(row, context) for row in edits]
-    refused = [
-        Verdict(None, name, prompt, wanted, "refused", None, (record["reason"],))
-        for record in records
-        if record["kind"] == "refused"
-        for name, (prompt, wanted) in zip(
-            record["ids"], record.get("asked") or [("", "")] * len(record["ids"]), strict=True
-        )
-    ]
-    return made + refused
+    return made + [_not_made(row) for row in left_out(records)]
+
+
+def _not_made(row: Mapping[str, Any]) -> Verdict:
+    place = "" if row["file"] is None else row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
+    state: State = "left out" if row["kind"] == "broken" else "refused"
+    return Verdict(None, row["id"], row["prompt"], row["target_new"], state, None, (row["reason"],), place)
 
 
 class _Context:
@@ -192,11 +200,13 @@ def _named(numbers: Sequence[int]) -> str:
 
 
 def counts(verdicts: Sequence[Verdict]) -> dict[str, int]:
-    """Return how many edits were made, are in the model, hold, and were refused."""
+    """Return how many edits were made, are in the model, hold, were refused, and how many records were left out."""
     states = [verdict.state for verdict in verdicts]
-    made = len(states) - states.count("refused")
+    not_made = {state: states.count(state) for state in _NOT_MADE}
+    made = len(states) - sum(not_made.values())
     there = made - states.count("replaced") - states.count("undone")
-    return {"made": made, "in_model": there, "holding": states.count("holds"), "refused": states.count("refused")}
+    named = {state.replace(" ", "_"): number for state, number in not_made.items()}
+    return {"made": made, "in_model": there, "holding": states.count("holds"), **named}
 
 
 def headline(verdicts: Sequence[Verdict]) -> str:
@@ -210,19 +220,27 @@ def headline(verdicts: Sequence[Verdict]) -> str:
     number = counts(verdicts)
     unknown = sum(verdict.state == "not measured" for verdict in verdicts)
     made, holding = number["made"], number["holding"]
-    text = f"{made} edit{'' if made == 1 else 's'} made, "
+    text = f"{counted(made, 'edit')} made, "
     if unknown:  # of a run that has not ended, or that was changed and not measured
         text += f"{number['in_model']} in the model; whether they hold was not measured"
     else:
         text += f"{holding} hold{'s' if holding == 1 else ''}"
     states = [verdict.state for verdict in verdicts]
-    beside = [f"{states.count(state)} {state}" for state in ("replaced", "undone", "refused") if state in states]
+    beside = [
+        f"{states.count(state)} {state}" for state in ("replaced", "undone", "refused", "left out") if state in states
+    ]
     return "; ".join([text, *([", ".join(beside)] if beside else [])])
 
 
 def failures(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Return the edits that do not hold, those that nobody took out first."""
+    """Return the edits that failed, by kind, then in order."""
     return sorted((v for v in verdicts if v.failed), key=lambda v: FAILED.index(v.state))  # stable: then by number
+
+
+def to_tell(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Return the edits that do not hold: those that failed, and behind them those that were taken out."""
+    taken_out = (verdict for verdict in verdicts if verdict.state in TAKEN_OUT)
+    return failures(verdicts) + sorted(taken_out, key=lambda verdict: TAKEN_OUT.index(verdict.state))
 
 
 def closing_lines(verdicts: Sequence[Verdict], run: str | None = None, most: int | None = 10) -> list[str]:
@@ -230,11 +248,11 @@ def closing_lines(verdicts: Sequence[Verdict], run: str | None = None, most: int
 
     Without the folder of a ``run`` no commands are named. None of the lines holds a line break.
     """
-    failed = failures(verdicts)
+    failed = to_tell(verdicts)
     shown = failed[:most]
     lines = [headline(verdicts), *(line for verdict in shown for line in explain(verdict))]
     if len(failed) > len(shown):
-        where = f": lit-edit log --run {run} --failed" if run else ""
+        where = f": lit-edit log --run {run}" if run else ""
         lines.append(f"and {len(failed) - len(shown)} more{where}")
     return lines + ([] if run is None else next_commands(failed, run))
 
@@ -249,7 +267,10 @@ def explain(verdict: Verdict) -> list[str]:
             it was full; old
     """
     name = f"{verdict.number} {verdict.state}" if verdict.number else f"{verdict.state}"
+    name += f", {verdict.place}" if verdict.place else ""
     asked = f"“{_short(verdict.prompt)}” → “{_short(verdict.wanted)}”" if verdict.prompt else repr(verdict.id)
+    if verdict.state == "left out":  # of a record that cannot be read nothing else is known
+        return [f"  {name}: {visible('; '.join(verdict.reasons))}"]
     told = "" if verdict.said is None else f", but the model says “{_short(verdict.said)}”"
     why = [f"    {visible('; '.join(verdict.reasons))}"] if verdict.reasons else []
     return [f"  {name}: {asked}{told}", *why]
@@ -258,15 +279,15 @@ def explain(verdict: Verdict) -> list[str]:
 def next_commands(failed: Sequence[Verdict], run: str) -> list[str]:
     """Return the commands that go on from edits that do not hold; empty where there are none."""
     missed = [str(verdict.number) for verdict in failed if verdict.state in ("never took", "fails", "forgotten")]
-    commands = [f"lit-edit log --run {run} --failed"] if failed else []
+    commands = [f"lit-edit log --run {run}{' --failed' if any(v.failed for v in failed) else ''}"] if failed else []
     if missed:
         commands += [
             f"lit-edit undo --run {run} --edit {','.join(missed[:_EDITS])}"
             + (f"  # the first {_EDITS} of {len(missed)}" if len(missed) > _EDITS else ""),
             f"lit-edit fit --config {run}/config.yaml --continue {run} --data FILE --run_name NAME",
         ]
-    if any(verdict.state == "undone" for verdict in failed):
-        commands.append(f"lit-edit redo --run {run} --edit N")
+    if undone := [str(verdict.number) for verdict in failed if verdict.state == "undone"]:
+        commands.append(f"lit-edit redo --run {run} --edit {','.join(undone[:_EDITS])}")
     return ["Go on with", *(f"  {command}" for command in commands)] if commands else []
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_edit.errors import UserError
+from lit_edit.errors import UserError, did_you_mean
 from lit_edit.files.paths import expand
 from lit_edit.ledger.history import EditHistory, has_end
 from lit_edit.ledger.journal import Journal
 from lit_edit.runs.answers import answers_of, read_answers
 from lit_edit.runs.files import current_rows, deltas_path, edit_rows, journal_path
-from lit_edit.runs.holding import Verdict, counts, failures, judge
+from lit_edit.runs.holding import TAKEN_OUT, Verdict, counts, failures, judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,10 +37,18 @@ def has_ended(folder: Path) -> bool:
 
 
 def find_folder(folder: Path) -> Path:
-    """Return the folder of a run, with ``~`` put in full; :class:`RunError` if there is none."""
+    """Return the folder of a run, with ``~`` put in full; a bare name may be that of a run below ``runs/``.
+
+    Raises:
+        RunError: If there is none.
+    """
     folder = expand(folder)
+    below = Path("runs") / folder
+    if not folder.is_dir() and not folder.is_absolute() and below.is_dir():
+        return below
     if not folder.is_dir():
-        raise RunError(f"there is no run folder {folder}")
+        names = [path.name for path in Path("runs").iterdir() if path.is_dir()] if Path("runs").is_dir() else []
+        raise RunError(f"there is no run folder {folder}{did_you_mean(folder.name, names)}")
     return folder
 
 
@@ -134,4 +142,5 @@ def read_outcome(folder: Path) -> dict[str, Any]:
         "edits": counts(verdicts),
         **{stage: summary.get(stage) for stage in ("base", "immediate", "final", "seconds")},
         "failures": [verdict.as_dict() for verdict in failures(verdicts)],
+        "taken_out": [verdict.as_dict() for verdict in verdicts if verdict.state in TAKEN_OUT],
     }

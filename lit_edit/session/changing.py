@@ -25,6 +25,7 @@ from lit_edit.session.shown import Shown
 from lit_edit.stats.second_moment import KeyStatistics, weights_hash
 from lit_edit.stream.conflicts import ConflictPolicy
 from lit_edit.stream.session import EditSession, RefusalPolicy
+from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,7 +128,7 @@ class Changing:
 
     def __repr__(self) -> str:
         history = self.ledger.history
-        made = f"{len(history.made)} edits made, {len(history.live)} in the model"
+        made = f"{counted(len(history.made), 'edit')} made, {len(history.live)} in the model"
         return f"<lit-edit session: {type(self.editor).__name__} on {self.language_model.name}, {made}>"
 
     def __enter__(self) -> Self:

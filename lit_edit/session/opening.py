@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_edit.editors.base import Editor
 from lit_edit.editors.closed_form.d4s import D4S
-from lit_edit.errors import ArgumentError, check_one_of
+from lit_edit.errors import ArgumentError, check_one_of, did_you_mean
 from lit_edit.ledger.ownership import Changed, WeightsChangedError, owner_of, put_right
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.session.changing import Outcome, Requests
@@ -147,8 +146,7 @@ def editor_of(method: Method) -> Editor:
         by_case = {name.casefold(): name for name in kinds}
         found = by_case.get(method.casefold().replace("-", "").replace("_", ""))
         if found is None:
-            near = difflib.get_close_matches(method.casefold(), by_case, 1)
-            meant = f": did you mean {by_case[near[0]]!r}?" if near else "."
+            meant = did_you_mean(method, kinds) or "."
             raise ArgumentError(f"there is no editor {method!r}{meant} There are {', '.join(kinds)}")
         method = kinds[found]
     if not _is_editor(method):

@@ -11,6 +11,7 @@ import yaml
 from lit_edit.errors import ArgumentError
 from lit_edit.files.paths import without_nan, write_atomically, write_json
 from lit_edit.ledger.journal import Journal
+from lit_edit.ledger.left_out import left_out
 from lit_edit.metrics.evaluation import summarise
 from lit_edit.runs.answers import write_answers
 from lit_edit.runs.files import journal_path, run_lock, write_run_files
@@ -48,6 +49,7 @@ def write_files(session: Changing, folder: Path) -> None:
         "edits": len(ids),
         "undone": len(ledger.history.undone),
         "refused": len(ledger.history.refused),
+        "left_out": left_out(ledger.journal.records),
         **{name: summarise(found, results["base"]) for name, found in stages.items() if found},
         "layers": ledger.layer_norms(),
     }

@@ -13,6 +13,7 @@ from lit_edit.data.request import DataError
 from lit_edit.data.texts import read_documents
 from lit_edit.errors import ArgumentError
 from lit_edit.files.checksum import hash_seed
+from lit_edit.files.hub import hub_fault, reaching_hub
 from lit_edit.files.paths import expand
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.text.tokens import encode
@@ -117,7 +118,10 @@ def _hub_documents(name: str) -> list[str]:
     from datasets import load_dataset
 
     try:
-        rows = islice(load_dataset(name, split="train", streaming=True), 20_000)
-        return [row["text"] for row in rows if isinstance(row["text"], str)]
+        with reaching_hub():
+            rows = islice(load_dataset(name, split="train", streaming=True), 20_000)
+            return [row["text"] for row in rows if isinstance(row["text"], str)]
     except Exception as error:  # the hub client raises many kinds; all mean the same to the user
-        raise DataError(f"hub data set {name!r} (split 'train', column 'text') cannot be read: {error}") from error
+        raise DataError(
+            f"hub data set {name!r} (split 'train', column 'text') cannot be read: {hub_fault(error)}"
+        ) from error

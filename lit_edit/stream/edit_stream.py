@@ -17,6 +17,7 @@ from lit_edit.editors.closed_form.d4s import D4S
 from lit_edit.files.interrupts import deferred_interrupts
 from lit_edit.files.paths import expand
 from lit_edit.ledger.journal import Journal
+from lit_edit.ledger.left_out import left_out
 from lit_edit.ledger.ownership import Changed
 from lit_edit.ledger.shared_journal import SharedJournal
 from lit_edit.metrics.evaluation import Summary, flatten
@@ -118,14 +119,15 @@ class EditStream(SavedStream):
         if "base" not in self.perplexities:
             self.perplexities["base"] = self._perplexity(self.ledger.original())
         if not self.edits_made:
-            self.log_at_edit(flatten(self.summary_of("base", requests), "base"))
+            unedited = self.summary_of("base", [*self.committed_requests(), *requests])
+            self.log_at_edit(flatten(unedited, "base"), 0)  # also where edits were carried over
 
     def _take_up(self) -> None:
         """Open the journal, prepare the editor, and begin a stream or go on where an earlier process left it."""
         self._attach_journal()
         self.session.pin_kernels()
         self._prepare_editor()
-        self.session.begin()
+        self.session.begin(left_out=self._skipped())
 
     def _attach_journal(self) -> None:
         if self.journal is not None and self.ledger.journal.path is None:
@@ -170,7 +172,7 @@ class EditStream(SavedStream):
         made = self.ledger.history.made[before:]
         if not made:
             if proposal is not None:
-                self.session.refuse(proposal.requests, "declined by apply_edit")
+                self.session.refuse(proposal.requests, "declined by apply_edit", "declined")
             return
         self._open = len(made)
         spent = perf_counter() - start
@@ -236,6 +238,7 @@ class EditStream(SavedStream):
             "edits": len(done),
             "undone": len(self.ledger.history.undone),
             "refused": len(self.ledger.history.refused),
+            "left_out": left_out(self.ledger.journal.records),
             **{stage: {**self.extra.get(stage, {}), **found} for stage, found in stages.items()},
             "perplexity": self.perplexities,
             "seconds": seconds,
@@ -245,6 +248,12 @@ class EditStream(SavedStream):
     def on_fit_end(self) -> None:
         """Measure the finished stream, if no callback has asked for it before."""
         self.finish()
+
+    def _skipped(self) -> Sequence[tuple[str, str]]:
+        """Return place and fault of the records that the reader left out."""
+        if self._trainer is None:  # edited without one
+            return ()
+        return getattr(getattr(self._trainer, "datamodule", None), "skipped", ())
 
     def stream_requests(self) -> tuple[EditRequest, ...]:
         """Return all edits of the stream, in order.

@@ -44,8 +44,16 @@ class MeasuredStream(StreamModel):
 
     @property
     def edits_made(self) -> int:
-        """How many edits this stream has made, whether they hold still or not: what logs count by."""
-        return self.ledger.made - self.ledger.history.carried - self._reopened
+        """How many edits this stream has made, whether they hold still or not."""
+        return self.edit_number - self.ledger.history.carried
+
+    @property
+    def edit_number(self) -> int:
+        """The number of the last edit made, those of an earlier run that were carried over included.
+
+        It is what logs and curves count by; 0 is the model before any edit.
+        """
+        return self.ledger.made - self._reopened
 
     def measure(
         self, requests: Sequence[EditRequest], adapter: ModelAdapter, with_perplexity: bool = True
@@ -71,10 +79,10 @@ class MeasuredStream(StreamModel):
         results = [self.results[stage][r.id] for r in requests if r.id in self.results[stage]]
         return summarise(results, self.results["base"], self.perplexities.get(stage, {}).get("mean"))
 
-    def log_at_edit(self, metrics: Mapping[str, float]) -> None:
-        """Send metrics to every logger, with the number of committed edits as step."""
+    def log_at_edit(self, metrics: Mapping[str, float], number: int | None = None) -> None:
+        """Send metrics to every logger, with the number of the last edit as step, or another one."""
         for logger in self.loggers:
-            logger.log_metrics(dict(metrics), step=self.edits_made)
+            logger.log_metrics(dict(metrics), step=self.edit_number if number is None else number)
 
     def measuring(self) -> AbstractContextManager[Any]:
         """Return a context for measurements of one's own: their time is counted, no gradients, the run's precision."""
@@ -124,7 +132,7 @@ class MeasuredStream(StreamModel):
         assert self._measured is not None  # noqa: S101
         summary = {**self._measured.compute(), "perplexity": self._measured_perplexity.get("mean")}
         # Lightning takes "step" for the step to log at, which else would be 0.
-        self.log_dict({**flatten(summary, stage), "step": float(self.edits_made)})
+        self.log_dict({**flatten(summary, stage), "step": float(self.edit_number)})
         self._measured = None  # float64 sums, which must not follow the model to a device without float64
 
     def _measure_immediate(self, requests: Sequence[EditRequest]) -> dict[str, float]:

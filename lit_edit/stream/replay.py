@@ -6,7 +6,7 @@ So a run that died goes on as if it had not.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -56,8 +56,10 @@ class Replay:
                     here[name],
                 )
 
-    def begin(self) -> None:
+    def begin(self, left_out: Sequence[tuple[str, str]] = ()) -> None:
         """Put the beginning of a stream on record; or check it, and do at once what came before this stream.
+
+        ``left_out`` are the places of records that could not be read, and what is wrong with them.
 
         Raises:
             ArgumentError: If the journal was begun with other weights or other settings of the editor.
@@ -82,6 +84,7 @@ class Replay:
                     "settings": self.editor.settings(),
                     "opening": self.editor.opening(),
                     "kernels": self.ledger.adapter.kernels(),
+                    **({"left_out": [list(left) for left in left_out]} if left_out else {}),
                 }
             )
 

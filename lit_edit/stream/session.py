@@ -11,6 +11,7 @@ from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import Editor, Proposal
 from lit_edit.ledger.edit_ledger import EditLedger, EditRefusedError, Origin, RecordedFacts
 from lit_edit.ledger.journal import JournalError
+from lit_edit.ledger.left_out import Why
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.solvers.functional import FactsError
 from lit_edit.stream.conflicts import ConflictPolicy, find_conflicts, superseded
@@ -130,7 +131,7 @@ class EditSession(Replay):
             refused |= {name: found[0].reason for name, found in conflicts.items() if found}
             requests, conflicts = [request for request in requests if request.id not in refused], {}
         for name, reason in refused.items():
-            self.refuse([asked[name]], reason)
+            self.refuse([asked[name]], reason, "conflict")
         return requests, {conflict.number: conflict.reason for found in conflicts.values() for conflict in found}
 
     def _without_harmful(
@@ -151,11 +152,15 @@ class EditSession(Replay):
         rest = [request for request in requests if request.id not in harmful]
         return self._work_out(rest, window) if rest else None
 
-    def refuse(self, requests: Sequence[EditRequest], reason: str) -> None:
-        """Put on record that edits are not made."""
+    def refuse(self, requests: Sequence[EditRequest], reason: str, why: Why = "refused") -> None:
+        """Put on record that edits are not made, and why."""
         ids, asked = [request.id for request in requests], [[r.text, r.target_new] for r in requests]
-        log.warning("not made: edit %s: %s", ", ".join(map(repr, ids)), reason)
-        self.ledger.note({"kind": "refused", "ids": ids, "asked": asked, "reason": reason})
+        places = [request.place for request in requests]
+        where = f" ({', '.join(places)})" if all(places) else ""
+        log.warning("not made: edit %s%s: %s", ", ".join(map(repr, ids)), where, reason)
+        self.ledger.note(
+            {"kind": "refused", "ids": ids, "asked": asked, "places": places, "why": why, "reason": reason}
+        )
 
     def preview(self, proposal: Proposal) -> ModelAdapter:
         """Return a view of the model as a proposal would make it."""

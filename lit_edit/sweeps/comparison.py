@@ -15,6 +15,7 @@ from lit_edit.sweeps import gathering
 from lit_edit.sweeps.gathering import COSTS, METRICS, failure_of, row_of, with_failures
 from lit_edit.sweeps.grids import Grid
 from lit_edit.sweeps.outputs import as_markdown, write_outputs
+from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,11 +54,11 @@ class Course:
     @property
     def label(self) -> str:
         """The editor, and what a reader must know of where its lines end."""
-        if self.state == "not run":
-            return f"{self.editor} (not run)"
+        if self.state in ("not run", "left out"):
+            return f"{self.editor} ({self.state})"
         if self.state.startswith("failed"):
-            return f"{self.editor} (failed after {self.edits} edits)"
-        return f"{self.editor} ({self.edits} edits so far)" if self.state == "begun" else self.editor
+            return f"{self.editor} (failed after {counted(self.edits, 'edit')})"
+        return f"{self.editor} ({counted(self.edits, 'edit')} so far)" if self.state == "begun" else self.editor
 
 
 def read_course(editor: str, state: str, folder: Path) -> Course:
@@ -103,8 +104,10 @@ def write_comparison(grid: Grid, folder: Path, measure: str = "success") -> list
         rows.append(row | {"error": failure_of(row, folder / point.name)})
         courses.append(course)
     text = f"# {grid.name}\n\n{as_markdown(shown(rows))}"
-    text = with_failures(text, [f"{row[AXIS]}: {row['error']}" for row in rows if row["error"]])
-    begun = [course for course in courses if course.state != "not run"]  # the table says what was not
+    for heading, left_out in (("Failed", False), ("Left out", True)):
+        told = [row for row in rows if row["error"] and (row["state"] == "left out") is left_out]
+        text = with_failures(text, [f"{row[AXIS]}: {row['error']}" for row in told], heading)
+    begun = [course for course in courses if course.state not in ("not run", "left out")]  # the table says what was not
     figure = draw_comparison(begun or courses, measure, title=grid.name)
     content = {"comparison": grid.name, "settings": grid.settings, "editors": rows}
     write_outputs(folder, "compare", text, rows, figure, content)

@@ -50,8 +50,11 @@ def state_of(folder: Path) -> str:
     """Say how far a point is."""
     if is_done(folder):
         return "done"
-    if status := read_record(folder).get("status"):
+    record = read_record(folder)
+    if status := record.get("status"):
         return f"failed (exit status {status})"
+    if record.get("left_out"):
+        return "left out"
     return "begun" if journal_path(folder).is_file() else "not run"
 
 
@@ -60,6 +63,10 @@ def gather(grid: Grid, folder: Path) -> str:
     rows = [row_of(point, folder / point.name) for point in grid.points]
     over = over_seeds(grid, rows)
     text = f"# {grid.name}\n\n{as_markdown(shown(rows, [name for name in rows[0] if name != 'point']))}"
+    reasons = [failure_of(row, folder / point.name) for row, point in zip(rows, grid.points, strict=True)]
+    left_out = [f"{row['point']}: {reason}" for row, reason in zip(rows, reasons, strict=True)
+                if row["state"] == "left out"]  # fmt: skip
+    text = with_failures(text, left_out, "Left out")
     if over:
         seeds = ", ".join(axis for axis in grid.axes if is_seed(axis))
         text += f"\nMean and standard deviation over {seeds}:\n\n{as_markdown(_shown_over(over))}"
@@ -133,7 +140,9 @@ def shown(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[
 
 
 def failure_of(row: Mapping[str, Any], run: Path) -> str | None:
-    """Return what a failed run has said last; ``None`` of one that has not failed."""
+    """Return what a failed run has said last, or why one was left out; ``None`` of all others."""
+    if row["state"] == "left out":
+        return str(read_record(run)["left_out"])
     if not row["state"].startswith("failed"):
         return None
     return last_line(run / LOG) if (run / LOG).is_file() else str(row["state"])
@@ -146,9 +155,9 @@ def last_line(log: Path) -> str:
     return shorten((errors or [line for line in lines if line] or ["nothing said"])[-1], 400)
 
 
-def with_failures(table: str, failures: Sequence[str]) -> str:
-    """Return a text with what runs have failed of below."""
-    return f"{table}\nFailed:\n\n{''.join(f'- {line}' + chr(10) for line in failures)}" if failures else table
+def with_failures(table: str, failures: Sequence[str], heading: str = "Failed") -> str:
+    """Return a text with what runs have failed of, or were left out for, below."""
+    return f"{table}\n{heading}:\n\n{''.join(f'- {line}' + chr(10) for line in failures)}" if failures else table
 
 
 def _shown_over(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ from typing import Any
 from lit_edit.console.children import ProcessLine
 from lit_edit.console.fit_parser import FitParser, changes
 from lit_edit.data.request import shorten
-from lit_edit.errors import ArgumentError, UserError
+from lit_edit.errors import ArgumentError, NotHereError, UserError
 from lit_edit.files.paths import without_nan, write_json
 from lit_edit.runs.files import RunLockedError, journal_path, run_lock
 from lit_edit.runs.reading import has_ended
@@ -23,18 +23,35 @@ from lit_edit.sweeps.gathering import LOG, RECORD, is_done, last_line, read_reco
 from lit_edit.sweeps.grids import Grid, Point
 
 
-def parse_points(grid: Grid, points: Sequence[Point]) -> dict[str, Any]:
-    """Return the settings of points by name; the :class:`ArgumentError` of one that ``fit`` would refuse names it."""
+def parse_points(grid: Grid, points: Sequence[Point]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the settings of points by name, and by name why others cannot be had here.
+
+    Raises:
+        ArgumentError: If ``fit`` would refuse one, which is named, or if none can be had.
+    """
     parser = FitParser()
-    found = {}
+    found, left_out = {}, {}
     for point in points:
         try:
             # Numbers that are not finite (a clamp that never clamps) stand in JSON by name.
-            found[point.name] = without_nan(parser.parse(grid.arguments(point.choices)), str)
+            settings = without_nan(parser.parse(grid.arguments(point.choices)), str)
             parser.make()
+            found[point.name] = settings
         except ArgumentError as error:
+            if (missing := _missing(error)) is not None:
+                left_out[point.name] = str(missing)
+                continue
             raise ArgumentError(f"{grid.path}: {_culprit(grid, point, parser)}: {error}") from None
-    return found
+    if not found:
+        raise NotHereError("; ".join(f"{name}: {reason}" for name, reason in left_out.items()))
+    return found, left_out
+
+
+def _missing(error: BaseException | None) -> NotHereError | None:
+    """Return what cannot be had here, if that is what an error comes from; the parser wraps it in its own."""
+    while error is not None and not isinstance(error, NotHereError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _culprit(grid: Grid, point: Point, parser: FitParser) -> str:
@@ -103,13 +120,18 @@ def run_or_list(
     ``check`` looks at the settings of all by name, ``prepare`` at the same before the first run.
     """
     points = grid.points if points is None else points
-    settings = parse_points(grid, points)
+    settings, left_out = parse_points(grid, points)
+    points = [point for point in points if point.name in settings]
     if check is not None:
         check(settings)
     check_begun(folder, points, settings)
     if dry_run:
         sys.stdout.write(list_points(grid, points, folder))
+        _say_left_out(left_out)
         return None
+    for name in left_out:
+        leave_out(folder / name, left_out[name])
+    _say_left_out(left_out)
     if prepare is not None:
         prepare(settings)
     return run_points(grid, folder, points, settings)
@@ -159,6 +181,18 @@ def _run_point(line: ProcessLine, grid: Grid, point: Point, folder: Path, settin
         return "being done elsewhere"
     write_json(run / RECORD, record | {"status": status})
     return "done" if status == 0 else f"failed, exit status {status}: {said} (all of it: {run / LOG})"
+
+
+def leave_out(run: Path, reason: str) -> None:
+    """Note in a point's folder why it was not run; what was made of it before is kept."""
+    if not is_done(run):
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / RECORD, read_record(run) | {"status": None, "left_out": reason})
+
+
+def _say_left_out(left_out: Mapping[str, str]) -> None:
+    for name, reason in left_out.items():
+        _say(f"left out: {name}: {reason}")
 
 
 def _say(text: str, end: str = "\n") -> None:

@@ -115,6 +115,7 @@ def recorded(edits: int, value: float | None = 0.75, immediate: bool = True) -> 
         ledger=ledger,
         results=results,
         committed_requests=lambda: list(range(edits)),
+        edit_number=edits,
         summary_of=lambda stage, done: summaries[stage],
     )
 

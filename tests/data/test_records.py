@@ -77,7 +77,7 @@ def test_counterfact_as_published() -> None:
 def test_counterfact_with_plain_objects_and_without_probes() -> None:
     rewrite = COUNTERFACT["requested_rewrite"] | {"target_new": "English", "target_true": "French"}
     request = parse_record({"requested_rewrite": rewrite, "paraphrase_prompts": None}, 5)
-    assert (request.id, request.target_new, request.target_true) == ("#5", "English", "French")
+    assert (request.id, request.target_new, request.target_true) == ("fact-5", "English", "French")
     assert request.paraphrases == request.neighborhood == request.generation == ()
 
 
@@ -92,7 +92,7 @@ def test_flat_counterfact() -> None:
 @pytest.mark.parametrize("loc", [ZSRE["loc"], ZSRE["loc"] + "?", ZSRE["loc"] + "??"])
 def test_zsre_takes_the_counterfactual_answer_and_ends_the_question_with_one_mark(loc: str) -> None:
     request = parse_record({**ZSRE, "loc": loc}, 5)
-    assert (request.id, request.text, request.target_new) == ("#5", ZSRE["src"], ZSRE["alt"])
+    assert (request.id, request.text, request.target_new) == ("fact-5", ZSRE["src"], ZSRE["alt"])
     assert request.target_true == "Illinois Institute of Technology"
     assert request.paraphrases == (ZSRE["rephrase"],)
     assert request.neighborhood == (
@@ -133,7 +133,7 @@ def test_records_without_an_id_are_numbered(record: dict[str, Any], empty: objec
     record = {k: v for k, v in record.items() if k not in ("id", "case_id")}
     if empty is None:  # as a table has it in which only some rows have an id
         record = {**record, "id": None, "case_id": None}
-    assert parse_record(record, 7).id == "#7"
+    assert parse_record(record, 7).id == "fact-7"
 
 
 def test_numbers_are_taken_as_text() -> None:

@@ -70,8 +70,8 @@ def test_skip_goes_on_counts_and_warns(mixed: str, caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING, logger="lit_edit"):
         requests, skipped = load_requests("file", mixed, on_error="skip")
     assert [r.id for r in requests] == ["a", "b", "c"]
-    assert [line.partition(": ")[0] for line in skipped] == [f"{mixed}:{n}" for n in (2, 4, 5, 6)]
-    assert "duplicate id 'a'" in skipped[2]
+    assert [place for place, _ in skipped] == [f"{mixed}:{n}" for n in (2, 4, 5, 6)]
+    assert "duplicate id 'a'" in skipped[2][1]
     assert "4 broken records" in caplog.text
 
 
@@ -92,7 +92,7 @@ def test_nothing_behind_the_limit_is_read(mixed: str) -> None:
 
 @pytest.mark.parametrize("offset", [3, 100])
 def test_nothing_left_is_an_error_that_counts_what_was_left_out(mixed: str, offset: int) -> None:
-    with pytest.raises(DataError, match="no edits to make; 4 broken records were left out, the first: "):
+    with pytest.raises(DataError, match="no edits to make; 4 broken records left out, the first: "):
         load_requests("file", mixed, offset=offset, on_error="skip")
 
 
@@ -113,8 +113,8 @@ def test_only_three_columns_are_needed_and_json_jsonl_and_csv_agree(tmp_path: Pa
     read = {kind: load_requests("file", str(tmp_path / f"a.{kind}"))[0] for kind in ("json", "jsonl", "csv")}
     assert read["json"] == read["jsonl"] == read["csv"]
     assert [(r.id, r.text, r.target_new) for r in read["csv"]] == [
-        ("#1", "The capital of Italy is", "Vienna"),
-        ("#2", "The capital of Peru is", "Vienna"),
+        ("fact-1", "The capital of Italy is", "Vienna"),
+        ("fact-2", "The capital of Peru is", "Vienna"),
     ]
 
 
@@ -145,7 +145,7 @@ def test_hub_source_reads_a_local_data_set(tmp_path: Path, monkeypatch: pytest.M
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", [fact("Italy", id="x"), fact("Peru", id=None), fact("Chad", id=None)])
     requests, skipped = load_requests("hub", str(folder))
-    assert [(r.id, r.subject) for r in requests] == [("x", "Italy"), ("#2", "Peru"), ("#3", "Chad")]
+    assert [(r.id, r.subject) for r in requests] == [("x", "Italy"), ("fact-2", "Peru"), ("fact-3", "Chad")]
     assert skipped == []
     with pytest.raises(DataError, match=r"split 'nowhere'\) cannot be loaded"):
         load_requests("hub", str(folder), split="nowhere")
@@ -220,7 +220,7 @@ def test_records_of_any_json_values_raise_nothing_but_data_errors(
     requests, skipped = load_requests("file", path, on_error="skip")
     assert len(requests) + len(skipped) == 2
     assert all(isinstance(r, EditRequest) and "\ud800" not in r.text for r in requests)
-    assert all(line.startswith(path) for line in skipped)
+    assert all(place.startswith(path) for place, _ in skipped)
 
 
 @FUZZ

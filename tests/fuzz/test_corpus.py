@@ -107,8 +107,8 @@ def test_a_broken_record_is_left_out_when_asked_and_no_other(case: BrokenFile, t
     path = case.write(tmp_path)
     requests, skipped = load_requests(case.source, path, on_error="skip")  # type: ignore[arg-type]
     assert (len(requests), len(skipped)) == (case.good, 1)
-    assert skipped[0].startswith(f"{path}:{case.line}: ")
-    assert case.what in skipped[0]
+    assert skipped[0][0] == f"{path}:{case.line}"
+    assert case.what in skipped[0][1]
 
 
 # ---- through the command line ----------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ def test_answers_of_base_and_edited_model_are_shown_for_every_edit(run: Path) ->
 
 def test_failures_are_listed_with_their_reason(run: Path) -> None:
     failed = Reader(page_of(run)).text("failed")
-    assert "bad one a key is not finite" in failed
+    assert "bad one refused a key is not finite" in failed
     assert (
         "it held right after it was made (p 0.90); the model says “Rome”: p(Vienna) is 0.050, p(Rome) is 0.60" in failed
     )
@@ -264,7 +264,7 @@ def test_the_page_and_the_log_judge_alike(tmp_path: Path) -> None:
     assert [edit.state for edit in edits] == ["replaced", "forgotten", "undone", "forgotten", "holds", "not measured"]
     assert [verdict.state for verdict in log.verdicts[:2]] == ["replaced", "not measured"]  # its files are of before
     assert edits[0].why == log.verdicts[0].reasons[0] == "by edit 6 (The capital of Italy is → Oslo)"
-    assert "bad one a key is not finite" in Reader(page_of(folder)).text("failed")
+    assert "bad one refused a key is not finite" in Reader(page_of(folder)).text("failed")
 
 
 @pytest.mark.parametrize(
@@ -506,6 +506,13 @@ def test_the_best_of_a_row_is_marked_and_ties_are_not(tmp_path: Path, run: Path)
     page = write_comparison([run, other], tmp_path / "c.html").read_text(encoding="utf-8")
     assert '<td class="best">75.0%</td><td>50.0%</td>' in page
     assert "<td>87.5%</td><td>87.5%</td>" in page
+
+
+def test_runs_that_share_no_edit_are_not_ranked(tmp_path: Path, run: Path) -> None:
+    other = make_run(tmp_path / "y", [request_of(1, "Kenya")], [TOOK], summary=summary_of(0.5))
+    page = write_comparison([run, other], tmp_path / "c.html").read_text(encoding="utf-8")
+    assert "<td>75.0%</td><td>50.0%</td>" in page
+    assert 'class="best"' not in page
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path, run: Path) -> None:

@@ -30,12 +30,15 @@ from safetensors.torch import load_file, safe_open, save_file
 from lit_edit.cli.main import main
 from lit_edit.editors.closed_form.engine import ClosedFormEditor
 from lit_edit.files.trees import load_tree
-from lit_edit.ledger.edit_ledger import EditLedger, weights_state
+from lit_edit.ledger.edit_ledger import EditLedger, EditRefusedError, weights_state
 from lit_edit.ledger.journal import Journal
 from lit_edit.loggers.run_csv import RunCSVLogger
+from lit_edit.report.reading import read_run
 from lit_edit.runs.files import deltas_path, journal_path, run_lock
 from lit_edit.runs.folder import open_for_change, read_history
+from lit_edit.runs.reading import read_log
 from lit_edit.stream.edit_stream import EditStream
+from lit_edit.text.counting import counted
 from tests.cli.test_main import FAST
 
 ROOT = Path(__file__).parents[2]
@@ -923,7 +926,7 @@ def test_undo_takes_out_what_was_named(args: list[str], out: list[int], finished
     assert main(["undo", f"--run={finished}", "--no-measure", *(names.get(arg, arg) for arg in args)]) == 0
     assert held(finished) == [number for number in range(1, 5) if number not in out]
     told = " ".join(capsys.readouterr().out.split())
-    assert f"{len(out)} edits taken out, {EDITS - len(out)} in the model" in told
+    assert f"{counted(len(out), 'edit')} taken out, {EDITS - len(out)} in the model" in told
     summary = json.loads((finished / "summary.json").read_text())
     assert (summary["edits"], summary["undone"]) == (EDITS - len(out), len(out))
     assert "before" in summary["stale"]
@@ -939,8 +942,8 @@ def test_undo_takes_out_what_was_named(args: list[str], out: list[int], finished
         (["--edit=2-"], "expected numbers like 17"),
         (["--edit=x"], "expected numbers like 17"),
         (["--edit=1-99999999999999"], "too many numbers"),
-        (["--last=0"], "--last 0: there are 4 such edits"),
-        (["--last=5"], "--last 5: there are 4 such edits"),
+        (["--last=0"], "--last 0: 4 edits are in the model"),
+        (["--last=5"], "--last 5: 4 edits are in the model"),
         (["--subject=Nobody"], "--subject Nobody: there is no such edit"),
         (["--id=nothing"], "--id nothing: there is no such edit"),
         (["--edit=1", "--id=nothing"], "--id nothing: there is no such edit"),
@@ -959,7 +962,7 @@ def test_undo_of_what_there_is_not_changes_nothing(
 def test_redo_of_what_holds_changes_nothing(args: list[str], finished: Path, capsys: Any) -> None:
     before = contents(finished)
     assert main(["redo", f"--run={finished}", *args]) == 2
-    assert "in the model already" in (err := capsys.readouterr().err) or "there are 0 such edits" in err
+    assert "in the model already" in (err := capsys.readouterr().err) or "there is nothing to redo: no edit" in err
     assert contents(finished) == before
 
 
@@ -1005,7 +1008,9 @@ def test_undo_and_redo_are_seen_by_everyone(finished: Path, whole: Path, tmp_pat
         assert not torch.allclose(delta, before[name], atol=1e-6)
 
     assert main(["redo", f"--run={finished}", "--edit=4", "--edit=1"]) == 0
-    assert "2 edits put back, 4 in the model" in " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "2 edits put back, 4 in the model" in told
+    assert "meanwhile" not in told  # nothing else was done
     for name, delta in load_file(deltas_path(finished)).items():
         torch.testing.assert_close(delta, before[name], rtol=1e-8, atol=1e-10)
     assert held(finished) == [1, 2, 3, 4]
@@ -1067,7 +1072,7 @@ def test_a_process_that_dies_between_record_and_files(finished: Path, whole: Pat
 
 def test_an_unfinished_run_goes_on_behind_an_undo(killed: Path, fit: Any, whole: Path, capsys: Any) -> None:
     assert main(["undo", f"--run={killed}", "--edit=2"]) == 0
-    assert "1 edits taken out, 2 in the model" in " ".join(capsys.readouterr().out.split())
+    assert "1 edit taken out, 2 in the model" in " ".join(capsys.readouterr().out.split())
     assert main(["ask", f"--run={killed}", "Hello there", "--tokens=1"]) == 0
     assert "after 2 edits" in capsys.readouterr().out
     assert fit("--run_name=x", "--resume=auto") == 0
@@ -1132,8 +1137,9 @@ def test_log_lists_the_ledger(finished: Path, capsys: Any) -> None:
     assert main(["log", f"--run={finished}"]) == 0
     told = capsys.readouterr().out
     assert "4 edits made, 3 in the model; whether they hold was not measured; 1 undone" in told
+    assert "\n  3 undone: “" in told
     assert main(["log", f"--run={finished}", "--failed"]) == 0
-    assert capsys.readouterr().out.startswith("  3 undone: “")
+    assert "undone: “" not in capsys.readouterr().out  # nobody says that it failed
     for args in (["--last=0"], ["--last=-1"]):
         with pytest.raises(SystemExit) as stop:
             main(["log", f"--run={finished}", *args])
@@ -1145,8 +1151,6 @@ def test_log_tells_what_was_refused(runs: Path, fit: Any, capsys: Any, monkeypat
     check = EditLedger.check
 
     def refuse(ledger: EditLedger, updates: Any, entries: Any) -> Any:
-        from lit_edit.ledger.edit_ledger import EditRefusedError
-
         if len(ledger.history.handled) == 1 and entries:
             raise EditRefusedError("it would do harm [really]")
         return check(ledger, updates, entries)
@@ -1157,8 +1161,57 @@ def test_log_tells_what_was_refused(runs: Path, fit: Any, capsys: Any, monkeypat
     told = " ".join(capsys.readouterr().out.split())
     assert "it would do harm [really]" in told
     assert "2 edits made, 0 hold; 1 refused" in told
-    assert "refused: “The language spoken by most people in Mexico is” → “Polish”" in told
+    assert "refused, builtin_facts.json:2: “The language spoken by most people in Mexico is” → “Polish”" in told
     assert json.loads((runs / "x" / "summary.json").read_text())["refused"] == 1
+
+
+FACTS = """prompt,subject,target_new
+The capital of Italy is,Italy,Vienna
+The capital of Spain is,,Oslo
+The capital of Italy is,Italy,Paris
+The mother tongue of Ada is,Ada,Greek
+The currency of Chad is,Chad,peso
+"""
+
+
+def test_what_is_left_out_is_written_down(
+    runs: Path, fit: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A broken record, one like an earlier one, and a harmful one: with file, line and reason, wherever one looks."""
+    check = EditLedger.check
+
+    def refuse(ledger: EditLedger, updates: Any, entries: Any) -> Any:
+        if any(entry.subject == "Ada" for entry in entries):
+            raise EditRefusedError("it would do harm")
+        return check(ledger, updates, entries)
+
+    monkeypatch.setattr(EditLedger, "check", refuse)
+    path = tmp_path / "facts.csv"
+    path.write_text(FACTS)
+    skips = ["--data.on_error=skip", "--model.on_refused=skip", "--model.on_conflict=refuse"]
+    data = ["--data.source=file", f"--data.path={path}"]
+    capsys.readouterr()
+    assert fit("--run_name=x", *data, *skips, "--trainer.callbacks+=lit_edit.callbacks.ClosingTable") == 0
+    closing = " ".join(capsys.readouterr().out.split())
+    summary = json.loads((runs / "x" / "summary.json").read_text())
+    found = [(row["kind"], row["file"], row["line"], row["target_new"]) for row in summary["left_out"]]
+    file = str(path)
+    assert found == [("broken", file, 3, ""), ("conflict", file, 4, "Paris"), ("refused", file, 5, "Greek")]
+    assert all(row["reason"] for row in summary["left_out"])
+    assert main(["report", f"--run={runs / 'x'}"]) == 0
+    capsys.readouterr()
+    assert main(["log", f"--run={runs / 'x'}"]) == 0
+    log = " ".join(capsys.readouterr().out.split())
+    page = (runs / "x" / "report.html").read_text()
+    for row in summary["left_out"]:
+        for told in (closing, log):
+            assert f"{row['file']}:{row['line']}" in told
+            assert row["reason"] in told
+        assert f"{row['file']}:{row['line']}" in page
+    assert "2 refused, 1 left out" in closing
+    assert "1 broken record left out" in closing
+    (runs / "x" / "summary.json").unlink()  # as of a run that was cut: the journal has them
+    assert len([v for v in read_log(runs / "x").verdicts if v.place]) == 3
 
 
 # ---- editing further -------------------------------------------------------------------------------------------------
@@ -1181,7 +1234,9 @@ def test_a_run_goes_on_from_the_edits_of_another(
     assert held(runs / "y") == [1, 2, 4, 5, 6, 7]
     summary = json.loads((runs / "y" / "summary.json").read_text())
     assert (summary["edits"], summary["undone"]) == (6, 1)
-    assert [row["step"] for row in left_by(runs / "y")["metrics"]] == ["0", "2", "3"]
+    # 0 is the model before any edit; the others have the numbers that log and undo know them by.
+    assert [row["step"] for row in left_by(runs / "y")["metrics"]] == ["0", "6", "7"]
+    assert list(read_run(runs / "y").rows) == [0, 6, 7]  # what the report draws
 
     # A run of that kind that is cut goes on as well, also from its journal alone.
     args = [*words(shared / "fast.yaml"), *args, "--runs_dir", str(runs), "--run_name=z", "--resume=auto"]
@@ -1235,7 +1290,7 @@ def test_data_that_have_changed_behind_a_run_are_refused(
     capsys.readouterr()
     assert main([*args, "--resume=auto"]) == 2
     told = capsys.readouterr().err
-    assert "edit '#1' was made with other data (target_new 'Jane Doe', now 'Bob Smith')" in told
+    assert "edit 'fact-1' was made with other data (target_new 'Jane Doe', now 'Bob Smith')" in told
     shutil.rmtree(tmp_path / "runs" / "x" / "checkpoints")  # from the journal alone it is seen as well
     assert main([*args, "--resume=auto"]) == 2
     assert "target_new 'Jane Doe', now 'Bob Smith'" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lit_edit.runs.holding import FAILED, Verdict, closing_lines, counts, explain, failures, headline, judge
+from lit_edit.runs.holding import FAILED, Verdict, closing_lines, counts, explain, failures, headline, judge, to_tell
 
 Row = dict[str, Any]
 
@@ -185,17 +185,20 @@ def test_refused_with_and_without_what_was_asked() -> None:
 
 
 def one_of_each() -> list[Verdict]:
-    states = ("holds", "undone", "replaced", "refused", "forgotten", "fails", "never took")
-    return [Verdict(None if s == "refused" else n, f"id{n}", "p", "w", s) for n, s in enumerate(states, 1)]
+    states = ("holds", "undone", "replaced", "refused", "forgotten", "fails", "never took", "left out")
+    return [
+        Verdict(None if s in ("refused", "left out") else n, f"id{n}", "p", "w", s) for n, s in enumerate(states, 1)
+    ]
 
 
 def test_counting() -> None:
-    assert counts(one_of_each()) == {"made": 6, "in_model": 4, "holding": 1, "refused": 1}
-    assert headline(one_of_each()) == "6 edits made, 1 holds; 1 replaced, 1 undone, 1 refused"
+    assert counts(one_of_each()) == {"made": 6, "in_model": 4, "holding": 1, "refused": 1, "left_out": 1}
+    assert headline(one_of_each()) == "6 edits made, 1 holds; 1 replaced, 1 undone, 1 refused, 1 left out"
     unknown = [Verdict(1, "a", "p", "w", "not measured"), Verdict(2, "b", "p", "w", "undone")]
     assert headline(unknown) == "2 edits made, 1 in the model; whether they hold was not measured; 1 undone"
     assert headline([]) == "0 edits made, 0 hold"
     assert tuple(v.state for v in failures(one_of_each())) == FAILED
+    assert tuple(v.state for v in to_tell(one_of_each())) == (*FAILED, "replaced", "undone")
 
 
 def test_the_closing_words_stop_after_some_and_say_how_to_go_on() -> None:
@@ -203,12 +206,12 @@ def test_the_closing_words_stop_after_some_and_say_how_to_go_on() -> None:
     lines = closing_lines(many, "runs/x")
     assert lines[0] == "13 edits made, 0 hold"
     assert lines[10] == "  10 forgotten: “p” → “w”"
-    assert lines[11] == "and 3 more: lit-edit log --run runs/x --failed"
+    assert lines[11] == "and 3 more: lit-edit log --run runs/x"
     assert "  lit-edit undo --run runs/x --edit 1,2,3,4,5,6,7,8,9,10  # the first 10 of 13" in lines
     assert closing_lines(many)[-1] == "and 3 more"  # of no run folder
     assert closing_lines([Verdict(1, "a", "p", "w", "holds")], "runs/x") == ["1 edit made, 1 holds"]
     undone = closing_lines([Verdict(1, "a", "p", "w", "undone")], "runs/x")
-    assert undone[-2:] == ["  lit-edit log --run runs/x --failed", "  lit-edit redo --run runs/x --edit N"]
+    assert undone[-2:] == ["  lit-edit log --run runs/x", "  lit-edit redo --run runs/x --edit 1"]
 
 
 def test_a_line_is_a_line_whatever_stands_in_the_data() -> None:

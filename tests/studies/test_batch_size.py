@@ -49,7 +49,7 @@ def test_only_runs_that_can_be_and_that_differ() -> None:
 @pytest.fixture
 def study(pretended: Pretended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noqa: F811
     """The command of a small study whose processes are pretended, and whose settings are not looked into."""
-    monkeypatch.setattr("lit_edit.sweeps.points.parse_points", lambda grid, points: {p.name: {} for p in points})
+    monkeypatch.setattr("lit_edit.sweeps.points.parse_points", lambda grid, points: ({p.name: {} for p in points}, {}))
     (tmp_path / "small_study.yaml").write_text(SMALL)
     (tmp_path / "data.json").write_text(json.dumps([request.as_dict() for request in tiny_requests()]))
     return ["study", "batch-size", "--config", "small_study.yaml", "--data", "data.json"]

@@ -7,6 +7,7 @@ import json
 import math
 import shlex
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 
+from lit_edit.cli.editors import configs_of, editor_names
 from lit_edit.cli.main import main
 from lit_edit.console.children import ProcessLine
+from lit_edit.console.configs import config_root
 from lit_edit.console.fit_parser import FitParser
 from lit_edit.loggers.run_csv import read_rows
 from lit_edit.sweeps.comparison import COMPARED, Course, draw_comparison, read_course
@@ -325,7 +328,7 @@ def test_files_that_are_no_comparison_are_refused(
         (["--limti", "3"], "there is no option --limti; did you mean --limit?"),
         (["--data.limit"], "argument --data.limit: expected a value"),
         (["--data.limit=x"], "data.limit"),
-        (["--resume", "auto"], "unrecognized argument: --resume"),
+        (["--resume", "auto"], "error: --resume is of a single fit"),
         (["--name", "../up"], "the command line: name must be a plain folder name"),
         (["--data.batch_size=4"], "data.batch_size is set by grid: editor and by settings"),
         (["--gather", "--dry-run"], "not allowed with"),
@@ -349,3 +352,37 @@ def test_the_comparison_that_ships_parses(tmp_path: Path, capsys: pytest.Capture
     kinds = [callback["class_path"].rpartition(".")[2] for callback in settings["trainer"]["callbacks"]]
     assert "Retention" in kinds
     assert "HarmGuard" not in kinds
+
+
+def test_an_editor_that_cannot_be_had_is_left_out_and_the_others_run(
+    pretended: Pretended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = SMALL.replace("{config: method/memit}", "{config: method/lora}") + "    mend: {config: method/mend}\n"
+    (tmp_path / "small.yaml").write_text(grid)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)
+        assert run("--dry-run") == 0
+        assert 'left out: memit: LoRA needs peft, which is not installed: pip install "lit-edit[adapters]"' in (
+            capsys.readouterr().out
+        )
+        assert not (tmp_path / "runs").exists()
+        assert run() == 0
+        out = capsys.readouterr().out
+        assert run("--only", "memit") == 2  # nothing is left to run
+        assert "lit-edit[adapters]" in capsys.readouterr().err
+    assert pretended.names == ["d4s", "all-at-once"]
+    assert "memit was left out: LoRA needs peft" in out
+    assert "mend was left out: MEND needs a trained network" in out
+    made = tmp_path / "runs" / "sweeps" / "small"
+    rows = {row["editor"]: row for row in json.loads((made / "compare.json").read_text())["editors"]}
+    assert [name for name, row in rows.items() if row["state"] == "left out"] == ["memit", "mend"]
+    assert 'pip install "lit-edit[adapters]"' in rows["memit"]["error"]
+    assert "\nLeft out:\n\n- memit: LoRA needs peft" in (made / "compare.md").read_text()
+    assert run() == 0  # it is there now
+    assert pretended.names == ["d4s", "all-at-once", "memit"]
+
+
+def test_all_editors_are_in_the_comparison_that_ships() -> None:
+    compared = yaml.safe_load((config_root() / "compare.yaml").read_text())["grid"]["editor"]
+    chosen = {name for name in editor_names() for part in compared.values() if part["config"] in configs_of(name)}
+    assert chosen == set(editor_names())

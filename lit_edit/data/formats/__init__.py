@@ -59,7 +59,7 @@ def parse_record(record: object, number: int, form: str = "auto") -> EditRequest
 
     Example:
         >>> parse_record({"prompt": "The capital of Italy is", "subject": "Italy", "target_new": "Vienna"}, 7).id
-        '#7'
+        'fact-7'
     """
     requests = read_record(record, number, form)
     if len(requests) != 1:

@@ -8,11 +8,11 @@ locality{the same}``. In a cell, texts are parted by ``|`` and probes written ``
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from lit_edit.data.fields import first_alias, identity, mapping, optional, shown, text, texts
 from lit_edit.data.request import DataError, EditRequest, Probe, shorten
+from lit_edit.errors import nearest
 
 _NEEDED = {"prompt", "subject", "target_new"}
 _READ = (
@@ -64,7 +64,7 @@ def _check_names(record: Mapping[str, Any]) -> None:
     """
     unread = [name for name in record if isinstance(name, str) and name not in _READ and record[name]]
     for name in unread:
-        meant = _WRITTEN_OTHERWISE.get(name) or next(iter(get_close_matches(name.lower(), _READ, 1, 0.87)), None)
+        meant = _WRITTEN_OTHERWISE.get(name) or next(iter(nearest(name, _READ, 1, 0.87)), None)
         if meant is not None and meant not in record:
             raise DataError(f"unknown field {shown(name)}; did you mean {meant}?")
 

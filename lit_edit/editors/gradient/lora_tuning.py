@@ -30,7 +30,8 @@ from lit_edit.devices.algebra import for_algebra
 from lit_edit.editors.base import Deltas, EditorInfo
 from lit_edit.editors.gradient.engine import GradientEditor, Learner
 from lit_edit.editors.lessons import Lesson, target_lesson
-from lit_edit.errors import ArgumentError, check_least, check_not_negative, check_positive
+from lit_edit.errors import check_least, check_not_negative, check_positive
+from lit_edit.files.extras import import_extra
 from lit_edit.text.tokens import continuation
 
 _ADAPTER = "default"
@@ -125,7 +126,7 @@ class LoRA(GradientEditor):
         kwargs: As for :class:`GradientEditor`; of the increments the factors are on record.
 
     Raises:
-        ArgumentError: If ``peft`` is not installed.
+        NotHereError: If ``peft`` is not installed.
     """
 
     about: ClassVar[EditorInfo] = EditorInfo(
@@ -152,7 +153,7 @@ class LoRA(GradientEditor):
         super().__init__(steps=steps, lr=lr, **kwargs)
         check_least(1, rank=rank)
         check_positive(alpha=alpha)
-        _peft()
+        _peft(type(self).__name__)
         self.rank, self.alpha, self.seed = rank, alpha, seed
         self.held: dict[str, Tensor] = {}
 
@@ -195,7 +196,7 @@ class LoRA(GradientEditor):
         return tuner, {layer: module.to(dtype=self.learning_type) for layer, module in own.items()}
 
     def _wrap(self, shells: nn.ModuleDict, names: list[str]) -> Any:
-        peft = _peft()
+        peft = _peft(type(self).__name__)
         config = peft.LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=names)
         return peft.LoraModel(shells, {_ADAPTER: config}, _ADAPTER)
 
@@ -237,7 +238,7 @@ class AdaLoRA(LoRA):
             have let go of below ``loss_threshold`` are kept.
 
     Raises:
-        ArgumentError: If ``peft`` is not installed.
+        NotHereError: If ``peft`` is not installed.
     """
 
     about: ClassVar[EditorInfo] = replace(LoRA.about, title="AdaLoRA", paper="AdaLoRA, 2303.10512")
@@ -266,7 +267,7 @@ class AdaLoRA(LoRA):
         return self.alpha / (self.init_rank + 1e-5)  # as peft has it
 
     def _wrap(self, shells: nn.ModuleDict, names: list[str]) -> Any:
-        peft = _peft()
+        peft = _peft(type(self).__name__)
         config = peft.AdaLoraConfig(
             init_r=self.init_rank,
             target_r=self.rank,
@@ -283,10 +284,6 @@ class AdaLoRA(LoRA):
         return _Allocated(tuner, layers, start, self.scale)
 
 
-def _peft() -> Any:
+def _peft(editor: str) -> Any:
     """Return the package that makes adapters; it is not needed for anything else."""
-    try:
-        import peft
-    except ImportError:
-        raise ArgumentError('LoRA and AdaLoRA need peft: pip install "lit-edit[adapters]"') from None
-    return peft
+    return import_extra("peft", editor)

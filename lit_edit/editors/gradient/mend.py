@@ -30,7 +30,7 @@ from lit_edit.editors.increments import FactoredEditor, plus
 from lit_edit.editors.lessons import LessonLoss, probabilities, target_lesson
 from lit_edit.editors.token_gradients import collect_gradients
 from lit_edit.editors.transforms.base import UpdateTransform
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import NotHereError
 from lit_edit.files.paths import expand
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.text.tokens import continuation, pad_token
@@ -49,7 +49,7 @@ class MEND(FactoredEditor):
         transforms: Applied to what is written. The next step goes on from what is written.
 
     Raises:
-        ArgumentError: If no network is given; says how to train one.
+        NotHereError: If no network is given; says how to train one.
     """
 
     about: ClassVar[EditorInfo] = EditorInfo(
@@ -68,7 +68,7 @@ class MEND(FactoredEditor):
     ) -> None:
         super().__init__(transforms)
         if not network:
-            raise ArgumentError(
+            raise NotHereError(
                 "MEND needs a trained network (model.editor.init_args.network, a run folder). "
                 f"Train one for the model with: {HOW_TO_TRAIN}"
             )

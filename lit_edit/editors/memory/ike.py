@@ -45,6 +45,7 @@ from lit_edit.errors import ArgumentError, check_least
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.encoder import MINILM, Encoder, load_encoder
 from lit_edit.models.memory import Memory, Route
+from lit_edit.text.counting import counted
 from lit_edit.text.tokens import encode
 
 if TYPE_CHECKING:
@@ -254,7 +255,7 @@ class IKE(MemoryEditor):
         if self.demonstrations:
             path = self.demonstration_path
             requests, _ = load_requests("builtin" if path is None else "file", path)
-            status(f"reading {len(requests)} facts for demonstrations")
+            status(f"reading {counted(len(requests), 'fact')} for demonstrations")
         self._shown = Demonstrations(requests, self._encode)
 
     def settings(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from lit_edit.editors.memory.serac_network import (
     record_number,
     stated,
 )
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, NotHereError
 from lit_edit.files.checksum import checksum
 from lit_edit.files.paths import expand
 from lit_edit.models.adapter import ModelAdapter
@@ -112,7 +112,7 @@ class SERAC(MemoryEditor):
 
     def __init__(self, network: str | None = None, threshold: float = 0.5, counterfactual: str | None = None) -> None:
         if not network:
-            raise ArgumentError(f"SERAC needs a trained network: {HOW_TO_TRAIN}")
+            raise NotHereError(f"SERAC needs a trained network: {HOW_TO_TRAIN}")
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold is a probability, from 0 to 1, got {threshold}")
         self.network, self.threshold, self.counterfactual = network, threshold, counterfactual

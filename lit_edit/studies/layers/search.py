@@ -15,6 +15,7 @@ from lit_edit.studies.layers.candidates import (
     with_neighbours,
 )
 from lit_edit.studies.layers.trial import Stage, Trial
+from lit_edit.text.counting import counted
 
 Measure = Callable[[Stage, Layers, int], Trial]
 """Tries a candidate with so many edits, or says what is on record of it."""
@@ -61,7 +62,7 @@ def search_layers(plan: Plan, measure: Measure, tell: Tell = lambda what, number
     def try_all(stage: Stage, what: str, candidates: Sequence[Layers], edits: int) -> list[Trial]:
         trials = []
         for number, layers in enumerate(candidates):
-            tell(f"{what}: {shown(layers)}, {edits} edits", number, len(candidates))
+            tell(f"{what}: {shown(layers)}, {counted(edits, 'edit')}", number, len(candidates))
             trials.append(measure(stage, layers, edits))
         return sorted(trials, key=lambda trial: trial.rank, reverse=True)
 
