@@ -101,7 +101,7 @@ def _search(
     adapter = ModelAdapter(model)
     widths = check_widths(options.widths, adapter.n_layers)
     stride = automatic_stride(adapter.n_layers) if options.stride is None else options.stride
-    statistics = StatisticsOfAll.like(method.stream.statistics, range(adapter.n_layers))
+    statistics = StatisticsOfAll.like(method.stream.statistics, adapter.editable)
     with tqdm(desc="layers", unit="candidate", bar_format=_BAR) as bar:
         bench = Bench(
             adapter,

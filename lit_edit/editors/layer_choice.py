@@ -32,15 +32,16 @@ def chosen_layers(layers: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def existing_layers(adapter: ModelAdapter, layers: Sequence[int]) -> tuple[int, ...]:
-    """Return layers that the model has; an :class:`ArgumentError` if it lacks one."""
+    """Return layers that the model has and that have an MLP; a :class:`UserError` if one has not."""
     for layer in layers:
-        adapter.check_layer(layer)
+        adapter.down_proj(layer)
     return tuple(layers)
 
 
 def published_for(adapter: ModelAdapter, published: Published[T], otherwise: T) -> T:
     """Return what is published for a model, or something else for one that no paper has used."""
-    return published.get((adapter.model.config.model_type, adapter.n_layers, adapter.shape(0)[0]), otherwise)
+    width = adapter.shape(adapter.editable[0])[0]
+    return published.get((adapter.model.config.model_type, adapter.n_layers, width), otherwise)
 
 
 def at_depth(adapter: ModelAdapter, share: float) -> int:

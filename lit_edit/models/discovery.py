@@ -16,8 +16,13 @@ from transformers.pytorch_utils import Conv1D
 from lit_edit.models.spec import ArchSpec
 
 # Modules that map from an inner width back to the residual stream and are no MLP; by their class or their name.
-_MIXERS = re.compile(r"att(entio)?n|mamba|ssm|conv|recurrent|delta|mixer|rotary|router|indexer|compress|norm|embed|lora", re.I)
-_ELSEWHERE = re.compile(r"vision|visual|image|audio|speech|encoder(?!\w*decoder)|mtp|nextn|\bexperts\b", re.I)
+_MIXERS = re.compile(
+    r"att(entio)?n|mamba|ssm|conv|recurrent|delta|mixer|rotary|router|indexer|compress|norm|embed|lora", re.IGNORECASE
+)
+# What leads inwards, or belongs to attention where that is no module of its own; by its own name.
+_INWARD = re.compile(r"gate|router|up_proj|\bup\b|\bq\b|query|key|value|_o\b|out_proj|o_proj|c_attn|dense$")
+# Lists that are not of the decoder's own layers; by their path.
+_ELSEWHERE = re.compile(r"vision|visual|image|audio|speech|encoder(?!\w*decoder)|mtp|nextn|\bexperts\b", re.IGNORECASE)
 
 
 class NothingFoundError(ValueError):
@@ -44,8 +49,8 @@ def discover(model: nn.Module) -> ArchSpec:
     if best is None:
         sizes = ", ".join(f"{path} ({len(layers)} of {type(layers[0]).__name__})" for path, layers in lists)
         raise NothingFoundError(
-            f"no layer has a linear map from an inner width to the residual stream of width {width} outside its attention; "
-            f"looked in {sizes}"
+            f"no layer has a linear map from an inner width to the residual stream of width {width} outside its "
+            f"attention; looked in {sizes}"
         )
     _, _, path, paths = best
     return ArchSpec(
@@ -62,7 +67,9 @@ def _width(config: PreTrainedConfig) -> int:
     for name in ("hidden_size", "d_model", "n_embd", "dim_model", "embed_dim"):
         if isinstance(value := getattr(config, name, None), int):
             return value
-    raise NothingFoundError(f"the configuration of {config.model_type!r} does not say how wide the residual stream is (hidden_size)")
+    raise NothingFoundError(
+        f"the configuration of {config.model_type!r} does not say how wide the residual stream is (hidden_size)"
+    )
 
 
 def _lists(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
@@ -78,9 +85,9 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
 
 
 def down_projection(layer: nn.Module, width: int) -> str | None:
-    """Return the path of the last linear map of a layer to the residual stream that does not belong to a mixer of tokens.
+    """Return the path of a layer's last linear map to the residual stream that belongs to no mixer of tokens.
 
-    A layer that a mixture of experts takes up has none but that of an expert which all tokens pass.
+    Of a mixture of experts only an expert counts that all tokens pass.
     """
     found = [
         path
@@ -102,4 +109,4 @@ def _excluded(layer: nn.Module, path: str) -> bool:
         owner = owner.get_submodule(name)
         if _MIXERS.search(type(owner).__name__) or _MIXERS.search(name) or isinstance(owner, nn.ModuleList):
             return True
-    return bool(re.search(r"gate|router|up_proj|\bup\b|\bq\b|query|key|value|_o\b|out_proj|o_proj|c_attn|dense$", names[-1]))
+    return bool(_INWARD.search(names[-1]))

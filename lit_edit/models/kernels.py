@@ -33,7 +33,7 @@ class Kernels(Weights):
         The matrices of those layers and of the head are rounded once; norms, sums and the residual stream stay as they
         are.
         """
-        if self.sharded:  # its matrices are nowhere whole
+        if self.sharded or self.spec.tail == "model":  # its matrices are nowhere whole, or its head is not ours to call
             return self
         prefixes = tuple(self.layer_prefix(layer) for layer in range(start, self.n_layers))
         matrices = {name: p for name, p in self.model.named_parameters() if name.startswith(prefixes) and p.dim() == 2}

@@ -174,7 +174,9 @@ class Line:
             row, position = self.source.places(self.nodes)
             self._arguments[key] = self.source.arguments(layer, row[None], position[None])
         arguments = self._arguments[key] | {"attention_mask": call}
-        return adapter.run_layer(layer, hidden[None], arguments).squeeze(0), found[layer].reshape(len(self), -1) if layer in found else hidden[:, :0]
+        return adapter.run_layer(layer, hidden[None], arguments).squeeze(0), found[layer].reshape(
+            len(self), -1
+        ) if layer in found else hidden[:, :0]
 
     def _run_whole(
         self, adapter: ModelAdapter, layer: int, hidden: Tensor, call: AttentionCall, found: Mapping[int, Tensor]
@@ -182,7 +184,9 @@ class Line:
         row, position = self.source.places(self.nodes)
         rows, slot = row.unique(return_inverse=True)
         padded = hidden.new_zeros(len(rows), self.source.length, hidden.shape[-1]).index_put((slot, position), hidden)
-        arguments = {name: rows_of(value, rows, len(self.source.paths)) for name, value in self.source.calls[layer].items()}
+        arguments = {
+            name: rows_of(value, rows, len(self.source.paths)) for name, value in self.source.calls[layer].items()
+        }
         out = adapter.run_layer(layer, padded, arguments)[slot, position]
         keys = found[layer].reshape(len(rows), self.source.length, -1)[slot, position] if layer in found else out[:, :0]
         return out, keys
@@ -201,7 +205,9 @@ class Line:
             arguments = self._padded[number, layer] | {"attention_mask": block.masks[call.kind]}
             arguments |= {name: cache for name in CACHE_NAMES if name in arguments}
             outputs.append(block.unpad(adapter.run_layer(layer, block.pad(part), arguments)))
-            down_inputs.append(block.unpad(found[layer].reshape(block.rows, block.span, -1)) if layer in found else part[:, :0])
+            down_inputs.append(
+                block.unpad(found[layer].reshape(block.rows, block.span, -1)) if layer in found else part[:, :0]
+            )
             first += block.tokens
         call.store_padded()
         return torch.cat(outputs), torch.cat(down_inputs)

@@ -164,14 +164,17 @@ class Passes(Kernels):
         cache, rows, step = DynamicCache(config=self.model.config), input_ids, input_ids
         for number in range(new):
             with self.fast_products():
-                states = self._run_backbone(step, torch.ones_like(rows), cache).last_hidden_state[:, -1]
+                if self.spec.tail == "model":  # whose caches are of many kinds
+                    states = self.last_hidden(rows, torch.ones_like(rows))[:, -1]
+                else:
+                    states = self._run_backbone(step, torch.ones_like(rows), cache).last_hidden_state[:, -1]
                 logits = self.logits(states)
             step = choose(logits, number)
             rows = torch.cat([rows, step], 1)
         return rows
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Apply final norm (and what follows it) to the output of the last layer; :meth:`logits` do it with ``tail: model``."""
+        """Apply final norm (and what follows it) to the output of the last layer, unless :meth:`logits` do all of it."""
         if self.norm is not None:
             hidden = self.norm(hidden)
         return hidden if self.post_norm is None else self.post_norm(hidden)
@@ -190,7 +193,7 @@ class Passes(Kernels):
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
     def _tail(self, hidden: Tensor) -> Tensor:
-        """Return what the model makes of the output of its last layer ``(rows, 1, d_model)``: it is run without layers."""
+        """Return what the model, run without its layers, makes of the output of the last ``(rows, 1, d_model)``."""
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
 
         def stand_in(index: int) -> Any:
@@ -217,8 +220,8 @@ class Passes(Kernels):
     @staticmethod
     def _accepted(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments that a module's forward has a name for, or takes without one."""
-        known = inspect.signature(module.forward).parameters
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        known: Mapping[str, inspect.Parameter | None] = inspect.signature(module.forward).parameters
+        if any(p is not None and p.kind is p.VAR_KEYWORD for p in known.values()):
             known = {**known, **dict.fromkeys(("input_ids", "attention_mask", "position_ids", "use_cache"))}
         return {name: value for name, value in arguments.items() if name in known}
 

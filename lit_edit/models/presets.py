@@ -47,8 +47,9 @@ def edit_layers(adapter: ModelAdapter) -> tuple[int, ...]:
         return PUBLISHED[key]
     depth = adapter.n_layers
     last = min(depth - 1, max(1, round(depth * 0.3)))
-    return tuple(range(max(0, last - 4), last + 1))
+    chosen = [layer for layer in adapter.editable if layer <= last] or adapter.editable[:1]  # some have no MLP
+    return tuple(chosen[-5:])
 
 
 def _key(adapter: ModelAdapter) -> tuple[str, int, int]:
-    return adapter.model.config.model_type, adapter.n_layers, adapter.shape(0)[0]
+    return adapter.model.config.model_type, adapter.n_layers, adapter.shape(adapter.editable[0])[0]

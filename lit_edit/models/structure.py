@@ -107,6 +107,11 @@ class Structure:
         )
 
     @property
+    def adds_up(self) -> bool:
+        """Whether what a down projection says is added to the residual stream as it is, as far as is known."""
+        return self.spec.output_norm is None and self.spec.tail == "parts"
+
+    @property
     def n_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.layers)

@@ -30,7 +30,7 @@ class ModelSizes:
         """Read the sizes of a model, which may be on the meta device."""
         config = adapter.model.config.get_text_config()
         edited = tuple(editor.resolve_layers(adapter))
-        d_model, d_ff = adapter.shape(0)
+        d_model, d_ff = adapter.shape(adapter.editable[0])
         heads = int(config.num_attention_heads)
         size = int(getattr(config, "head_dim", None) or d_model // heads)
         groups = int(getattr(config, "num_key_value_heads", None) or heads)
@@ -75,8 +75,9 @@ class ModelSizes:
 
 def _kept(adapter: ModelAdapter, d_model: int, d_ff: int) -> int:
     """Return what a layer's MLP keeps of a token: a gate, its activation and its partner; or what activations need."""
-    parent = adapter.spec.down_proj.rpartition(".")[0]
-    block = adapter.layers[0].get_submodule(parent) if parent else adapter.layers[0]
+    layer = adapter.editable[0]
+    parent = str(adapter.down_path(layer)).rpartition(".")[0]
+    block = adapter.layers[layer].get_submodule(parent) if parent else adapter.layers[layer]
     widths = [p.numel() // d_model for p in block.parameters() if p.dim() == 2 and d_model in p.shape]
     into = sum(width // d_ff for width in widths if width in (d_ff, 2 * d_ff)) - 1  # without the way out
     written = str(getattr(adapter.model.config, "activation_function", "")) == "gelu_new"  # in Python, step by step

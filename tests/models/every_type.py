@@ -17,21 +17,36 @@ TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 _SIZES: tuple[tuple[int, str], ...] = (
     (400, "vocab_size"),
     (32, "hidden_size d_model n_embd dim_model dim embed_dim embedding_size word_embed_proj_dim lru_width"),
-    (48, "intermediate_size d_ff ffn_hidden_size dim_ff ffn_dim n_inner dff inner_hidden_size ffn_intermediate_size "
-    "block_ff_dim shared_intermediate_size"),
+    (
+        48,
+        "intermediate_size d_ff ffn_hidden_size dim_ff ffn_dim n_inner dff inner_hidden_size ffn_intermediate_size "
+        "block_ff_dim shared_intermediate_size",
+    ),
     (LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers"),
-    (4, "num_attention_heads n_head n_heads num_heads decoder_attention_heads rotary_dim num_experts num_local_experts "
-    "n_routed_experts moe_num_experts linear_num_value_heads mamba_n_heads n_mamba_heads mamba_num_heads"),
+    (
+        4,
+        "num_attention_heads n_head n_heads num_heads decoder_attention_heads rotary_dim num_experts num_local_experts "
+        "n_routed_experts moe_num_experts linear_num_value_heads mamba_n_heads n_mamba_heads mamba_num_heads",
+    ),
     (2, "num_key_value_heads kv_heads num_experts_per_tok moe_k moe_topk linear_num_key_heads mamba_expand"),
-    (8, "head_dim dim_head attention_head_dim kv_channels qk_rope_head_dim qk_nope_head_dim v_head_dim ssm_state_size "
-    "linear_key_head_dim linear_value_head_dim mamba_d_state index_head_dim"),
-    (16, "moe_intermediate_size q_lora_rank kv_lora_rank qk_head_dim mamba_d_head mamba_head_dim mamba_chunk_size chunk_size "
-    "expert_ffn_hidden_size"),
+    (
+        8,
+        "head_dim dim_head attention_head_dim kv_channels qk_rope_head_dim qk_nope_head_dim v_head_dim ssm_state_size "
+        "linear_key_head_dim linear_value_head_dim mamba_d_state index_head_dim",
+    ),
+    (
+        16,
+        "moe_intermediate_size q_lora_rank kv_lora_rank qk_head_dim mamba_d_head mamba_head_dim mamba_chunk_size "
+        "chunk_size expert_ffn_hidden_size",
+    ),
     (24, "shared_expert_intermediate_size moe_shared_expert_intermediate_size"),
     (128, "max_position_embeddings n_positions n_ctx max_sequence_length max_seq_len"),
     (6, "sliding_window attention_window_size window_size"),
-    (1, "n_group topk_group n_shared_experts moe_num_shared_experts num_shared_experts num_expert_group first_k_dense_replace "
-    "mamba_n_groups n_groups bos_token_id"),
+    (
+        1,
+        "n_group topk_group n_shared_experts moe_num_shared_experts num_shared_experts num_expert_group "
+        "first_k_dense_replace mamba_n_groups n_groups bos_token_id",
+    ),
     (0, "pad_token_id"),
 )
 SIZES: Mapping[str, int] = {name: size for size, names in _SIZES for name in names.split()} | {"eos_token_id": 2}
@@ -65,7 +80,11 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     for name, alias in getattr(kind, "attribute_map", {}).items():
         if alias in settings:
             settings.pop(name, None)
-    if isinstance(known["layer_types"], (list, tuple)) and "layers_block_type" not in vars(kind) and _settable(kind, "layer_types"):
+    if (
+        isinstance(known["layer_types"], (list, tuple))
+        and "layers_block_type" not in vars(kind)
+        and _settable(kind, "layer_types")
+    ):
         kinds = list(dict.fromkeys(known["layer_types"]))
         settings["layer_types"] = [kinds[index % len(kinds)] for index in range(LAYERS)]
     if "kv_lora_rank" in settings:  # latent attention has as many heads of keys as of queries

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lit_edit.errors import ArgumentError
 from lit_edit.models import ArchSpec, ModelAdapter, UnknownArchitectureError, find_spec
 from lit_edit.testing import TINY_CONFIGS, tiny_model
+from tests.models.every_type import tiny
 
 FAMILIES = sorted(TINY_CONFIGS)
 LENGTHS = (11, 8, 5)  # longer than the sliding windows (6) and shorter
@@ -335,12 +336,13 @@ def unknown_model() -> nn.Module:
         return AutoModelForCausalLM.from_config(config).double().eval().requires_grad_(False)
 
 
-def test_unknown_architecture_lists_modules_and_shows_the_yaml() -> None:
+def test_a_model_without_an_mlp_lists_modules_and_shows_the_yaml() -> None:
     with pytest.raises(UnknownArchitectureError) as caught:
-        ModelAdapter(unknown_model())
+        ModelAdapter(tiny("mamba"))
     message = str(caught.value)
-    assert "'olmo2'" in message
-    for line in ("  model.layers.{}.mlp.down_proj", "  model.norm", "  lm_head"):
+    assert "'mamba'" in message
+    assert "no layer has a linear map from an inner width to the residual stream of width 32" in message
+    for line in ("  backbone.layers.{}.mixer.out_proj", "  backbone.norm_f", "  lm_head"):
         assert line in message.splitlines()
     assert not re.search(r"layers\.\d", message)  # one line per kind of module, not per layer
     shown = yaml.safe_load(message[message.index("  model:\n") :])

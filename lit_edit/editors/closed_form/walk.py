@@ -153,7 +153,7 @@ class Walk:
         The layer was given ``hidden`` ``(tokens, d_model)``, its down projection ``inputs`` ``(tokens, d_in)``, and the
         output was ``after``.
         """
-        if self.reference.spec.output_norm is not None:  # what is projected does not simply add to the stream
+        if not self.reference.adds_up:  # what is projected does not simply add to the stream
             view = self.reference.with_weights({self.ledger.names[layer]: weight})
             return rows.line.run(hidden, layer, layer + 1, adapter=view)
         change = self.reference.to_layout(layer, weight - self.reference.weight(layer))  # (d_out, d_in)

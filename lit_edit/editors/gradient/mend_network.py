@@ -97,7 +97,7 @@ class NetworkOrigin:
             raise ArgumentError(
                 f"the network was trained for {self.model} ({self.model_type}, {self.n_layers} layers, down "
                 f"projections {rows} x {columns}), this model is {found[0]}, {found[1]} layers, down projections "
-                f"{' x '.join(map(str, adapter.shape(0)))}: train one for it ({HOW_TO_TRAIN})"
+                f"{' x '.join(map(str, adapter.shape(adapter.editable[0])))}: train one for it ({HOW_TO_TRAIN})"
             )
 
     def check_weights(self, weights: Mapping[int, Tensor]) -> None:

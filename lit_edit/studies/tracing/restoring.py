@@ -68,7 +68,7 @@ def restoring(
 
 def _mlp(adapter: ModelAdapter, layer: int) -> nn.Module | None:
     """Return the module that holds a layer's MLP and nothing else, if there is one."""
-    path, _, _ = adapter.spec.down_proj.rpartition(".")
+    path = (adapter.down_path(layer) or "").rpartition(".")[0]
     return adapter.layers[layer].get_submodule(path) if path and adapter.packs else None
 
 
