@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_edit.ability.course import mean_accuracy
+from lit_edit.errors import counted
 from lit_edit.report.reading import look_up
 from lit_edit.runs.answers import answers_of
 from lit_edit.runs.files import edit_rows
 from lit_edit.runs.holding import Verdict, closing_lines, judge
 from lit_edit.runs.names import shown
 from lit_edit.stream.edit_stream import EditStream
-from lit_edit.text.counting import counted
 
 from .base import as_stream
 from .retention import missed_edits

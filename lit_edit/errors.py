@@ -55,6 +55,16 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 1, cutoff: float 
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
+def counted(number: int, thing: str, things: str | None = None) -> str:
+    """Return a number of things; singular and plural agree.
+
+    Example:
+        >>> counted(1, "edit"), counted(2, "edit"), counted(0, "fact"), counted(2, "entry", "entries")
+        ('1 edit', '2 edits', '0 facts', '2 entries')
+    """
+    return f"{number} {thing}" if number == 1 else f"{number} {things or f'{thing}s'}"
+
+
 def check_positive(**values: float) -> None:
     """Raise :class:`ValueError` for the first of some arguments that is not positive and finite.
 

@@ -6,8 +6,8 @@ import argparse
 
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.console.terminal import write_json
+from lit_edit.errors import counted
 from lit_edit.runs.reading import check_finished
-from lit_edit.text.counting import counted
 
 
 def run_ask(args: list[str]) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import make_parser, positive
+from lit_edit.errors import counted
 from lit_edit.studies.layers import BASE
-from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from tqdm import tqdm

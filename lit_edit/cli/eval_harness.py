@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_edit.console.arguments import make_parser, positive
-from lit_edit.errors import ArgumentError, NotHereError
+from lit_edit.errors import ArgumentError, NotHereError, counted
 from lit_edit.files.extras import import_extra
 from lit_edit.files.paths import expand
-from lit_edit.text.counting import counted
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import CommandParser, make_parser, positive
 from lit_edit.console.terminal import write_json
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, counted
 from lit_edit.runs.reading import EditLog, read_history, read_log, say_if_cut
-from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from lit_edit.ledger.history import EditHistory

@@ -15,10 +15,9 @@ from pathlib import Path
 from lit_edit.console.arguments import make_parser
 from lit_edit.console.configs import find_config
 from lit_edit.console.words import read_settings
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, counted
 from lit_edit.files.paths import expand, write_text
 from lit_edit.sweeps.grids import Grid, Point, read_grid, with_changes
-from lit_edit.text.counting import counted
 
 
 def run_sweep(args: list[str]) -> int:

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_edit.console.arguments import make_parser, positive
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, counted
 from lit_edit.files.paths import expand
-from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -38,7 +38,7 @@ from lit_edit.console.run_cli import TRAINER_DEFAULTS, RunCLI, time_stamp
 from lit_edit.console.terminal import write_json
 from lit_edit.data.datamodule import EditDataModule
 from lit_edit.devices.ranks import RankError
-from lit_edit.errors import ArgumentError, RunStoppedError, UserError
+from lit_edit.errors import ArgumentError, RunStoppedError, UserError, counted
 from lit_edit.files.paths import expand
 from lit_edit.files.trees import CheckpointError, load_tree
 from lit_edit.runs.continuing import carry_over, check_source
@@ -57,7 +57,6 @@ from lit_edit.runs.resuming import (
 )
 from lit_edit.runs.resuming import check_settings as check_settings_of_run
 from lit_edit.stream.edit_stream import EditStream
-from lit_edit.text.counting import counted
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_edit.data.files import read_file
 from lit_edit.data.formats import FORMATS, read_record
 from lit_edit.data.request import DataError, EditRequest
+from lit_edit.errors import counted
 from lit_edit.files.hub import hub_fault, reaching_hub
 from lit_edit.files.paths import expand
-from lit_edit.text.counting import counted
 
 log = logging.getLogger(__name__)
 

@@ -13,14 +13,13 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from lit_edit.data.request import EditRequest
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, counted
 from lit_edit.export.delta import check_edited
 from lit_edit.export.model import check_written, edits_table, escape, write_folder
 from lit_edit.files.tensor_files import save_tensors
 from lit_edit.ledger.edit_ledger import EditLedger, LedgerEntry
 from lit_edit.metrics.evaluation import Summary, evaluate_edits, summarise
 from lit_edit.models.language_model import LanguageModel
-from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,12 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lit_edit.errors import UserError
+from lit_edit.errors import UserError, counted
 from lit_edit.files.paths import expand, write_atomically
 from lit_edit.files.tensor_files import check_digests, save_tensors, system_errors, with_digests
 from lit_edit.ledger.edit_ledger import EditLedger, LayerUpdate, LedgerEntry, weights_state
 from lit_edit.ledger.ownership import MARK
-from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lit_edit.errors import counted
 from lit_edit.planning.case import short_name
 from lit_edit.planning.estimate import GPU_CONTEXT, GPU_LAUNCH, Place, make_plan, suggestions
-from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from lit_edit.planning.case import Case

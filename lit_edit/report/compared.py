@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lit_edit.errors import counted
 from lit_edit.files.paths import write_text
 from lit_edit.report.charts import Chart, Series, draw, draw_shares
 from lit_edit.report.curves import course, growth
@@ -15,7 +16,6 @@ from lit_edit.report.page import about, flat, render, state_of
 from lit_edit.report.protocols import protocol_numbers
 from lit_edit.report.reading import ReportError, RunRecord, read_run
 from lit_edit.report.texts import as_growth, as_plain, as_share, or_dash
-from lit_edit.text.counting import counted
 
 NUMBERS = (  # row, and place in the summary; more is better
     ("efficacy success", ("final", "efficacy", "success")),

@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from lit_edit.errors import counted
 from lit_edit.files.paths import write_text
 from lit_edit.ledger.left_out import left_out
 from lit_edit.report.curves import ages, charts_of, forgetting
@@ -20,7 +21,6 @@ from lit_edit.report.protocols import ability_rows, protocol_charts, protocol_he
 from lit_edit.report.reading import RunRecord, read_run
 from lit_edit.report.texts import as_growth, as_share, or_dash
 from lit_edit.runs.holding import show_p
-from lit_edit.text.counting import counted
 
 _TEMPLATES = Path(__file__).parent / "templates"
 MOST_NEIGHBOURS = 1000

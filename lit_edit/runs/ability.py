@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, counted
 from lit_edit.files.paths import expand
-from lit_edit.text.counting import counted
 
 Point = dict[str, Any]
 """``edits``, and ``tasks``: their records by name."""

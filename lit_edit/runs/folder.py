@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from lit_edit.data.datamodule import perplexity_texts
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.editors.memory.engine import MemoryEditor
-from lit_edit.errors import UserError
+from lit_edit.errors import UserError, counted
 from lit_edit.export.model import ExportError, apply_deltas, read_tensors
 from lit_edit.files.paths import read_json_lines
 from lit_edit.files.trees import CheckpointError, check_tree, load_tree
@@ -38,7 +38,6 @@ from lit_edit.stats.second_moment import weights_hash
 from lit_edit.stream.edit_stream import EditStream
 from lit_edit.stream.precision import cast_as
 from lit_edit.stream.session import EditSession
-from lit_edit.text.counting import counted
 
 log = logging.getLogger(__name__)
 

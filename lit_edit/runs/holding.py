@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lit_edit.data.request import find_subject, shorten
+from lit_edit.errors import counted
 from lit_edit.ledger.left_out import left_out
-from lit_edit.text.counting import counted
 
 State = Literal[
     "holds", "forgotten", "never took", "fails", "not measured", "replaced", "undone", "refused", "left out"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lit_edit.data.formats import read_record
 from lit_edit.data.request import DataError, EditRequest
 from lit_edit.editors.base import Editor
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, counted
 from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.ledger.history import has_end
 from lit_edit.ledger.journal import Journal, JournalError
@@ -25,7 +25,6 @@ from lit_edit.session.shown import Shown
 from lit_edit.stats.second_moment import KeyStatistics, weights_hash
 from lit_edit.stream.conflicts import ConflictPolicy
 from lit_edit.stream.session import EditSession, RefusalPolicy
-from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_edit.errors import counted
 from lit_edit.files.metric_rows import read_rows
 from lit_edit.files.pictures import add_panel, looks_of, new_figure
 from lit_edit.sweeps import gathering
 from lit_edit.sweeps.gathering import COSTS, METRICS, failure_of, row_of, with_failures
 from lit_edit.sweeps.grids import Grid
 from lit_edit.sweeps.outputs import as_markdown, write_outputs
-from lit_edit.text.counting import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

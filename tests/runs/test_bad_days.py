@@ -29,6 +29,7 @@ from safetensors.torch import load_file, safe_open, save_file
 
 from lit_edit.cli.main import main
 from lit_edit.editors.closed_form.engine import ClosedFormEditor
+from lit_edit.errors import counted
 from lit_edit.files.trees import load_tree
 from lit_edit.ledger.edit_ledger import EditLedger, EditRefusedError, weights_state
 from lit_edit.ledger.journal import Journal
@@ -38,7 +39,6 @@ from lit_edit.runs.files import deltas_path, journal_path, run_lock
 from lit_edit.runs.folder import open_for_change, read_history
 from lit_edit.runs.reading import read_log
 from lit_edit.stream.edit_stream import EditStream
-from lit_edit.text.counting import counted
 from tests.cli.test_main import FAST
 
 ROOT = Path(__file__).parents[2]

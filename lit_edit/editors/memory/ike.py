@@ -41,11 +41,10 @@ from lit_edit.data.sources import load_requests
 from lit_edit.editors.base import EditorInfo, Status
 from lit_edit.editors.lessons import target_probability
 from lit_edit.editors.memory.engine import Kept, Learnt, MemoryEditor
-from lit_edit.errors import ArgumentError, check_least
+from lit_edit.errors import ArgumentError, check_least, counted
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.encoder import MINILM, Encoder, load_encoder
 from lit_edit.models.memory import Memory, Route
-from lit_edit.text.counting import counted
 from lit_edit.text.tokens import encode
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, counted
 from lit_edit.studies.layers.candidates import (
     Layers,
     coarse_layers,
@@ -15,7 +15,6 @@ from lit_edit.studies.layers.candidates import (
     with_neighbours,
 )
 from lit_edit.studies.layers.trial import Stage, Trial
-from lit_edit.text.counting import counted
 
 Measure = Callable[[Stage, Layers, int], Trial]
 """Tries a candidate with so many edits, or says what is on record of it."""
