@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -29,7 +30,7 @@ class NothingFoundError(ValueError):
     """A model has no part that could be what is looked for; the message says which, and what there was."""
 
 
-def discover(model: nn.Module) -> ArchSpec:
+def discover(model: Any) -> ArchSpec:
     """Return where a decoder keeps its layers and their down projections.
 
     Raises:
@@ -98,7 +99,7 @@ def down_projection(layer: nn.Module, width: int) -> str | None:
 
 
 def _outputs(module: nn.Module) -> int:
-    return int(module.weight.shape[1] if isinstance(module, Conv1D) else module.weight.shape[0])  # type: ignore[union-attr,index]
+    return int(module.weight.shape[1] if isinstance(module, Conv1D) else module.weight.shape[0])  # type: ignore[index]
 
 
 def _excluded(layer: nn.Module, path: str) -> bool:

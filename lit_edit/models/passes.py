@@ -174,7 +174,7 @@ class Passes(Kernels):
         return rows
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Apply final norm (and what follows it) to the output of the last layer, unless :meth:`logits` do all of it."""
+        """Apply final norm (and what follows it) to the output of the last layer, if :meth:`logits` do not."""
         if self.norm is not None:
             hidden = self.norm(hidden)
         return hidden if self.post_norm is None else self.post_norm(hidden)

@@ -64,12 +64,14 @@ class Structure:
 
     Attributes:
         layers: The decoder layers.
+        editable: The numbers of those that have a down projection.
         norm: The final norm, if there is one.
         post_norm: What stands between final norm and head, if anything does.
         head: The language-model head.
         backbone: All of the model below the head.
         packs: Whether attention goes through transformers' interface, where a line of tokens can be told apart into
             rows.
+        whole: Whether rows are always run from their first token on.
         attention: The kind of attention in passes of our own.
         layer_configs: The configurations that the layers look at.
         sharded: Whether several processes hold a part of each layer each.
@@ -89,8 +91,7 @@ class Structure:
         self.post_norm = self._optional(self.spec.post_norm)
         self.head = self._module(self.spec.head) if self.spec.head else model.get_output_embeddings()
         self.editable = tuple(layer for layer in range(len(self.layers)) if self.down_path(layer) is not None)
-        if not self.editable:
-            self.down_proj(0)
+        self.down_proj(self.editable[0] if self.editable else 0)
         self.backbone: nn.Module = model.base_model
         self.backbone_prefix = next(f"{n}." if n else "" for n, m in model.named_modules() if m is self.backbone)
         code = sys.modules[written_class(self.layers[0]).__module__].__dict__
