@@ -1,12 +1,19 @@
-"""The check of an architecture that somebody has described: does the model do that, and nothing else?"""
+"""The check of an architecture that was described by a user, or found: does the model do that, and nothing else?"""
 
 from __future__ import annotations
 
 import torch
 
 from lit_edit.models.adapter import ModelAdapter
+from lit_edit.models.families import SPECS
 from lit_edit.models.packed import TokenRows
 from lit_edit.models.structure import UnknownArchitectureError
+
+
+def check_if_new(adapter: ModelAdapter) -> None:
+    """Check a model that no family file describes (:func:`check_passes`), before anything is done to it."""
+    if adapter.spec not in SPECS:
+        check_passes(adapter)
 
 
 @torch.no_grad()

@@ -42,7 +42,9 @@ class TokenRows:
     ) -> None:
         self.adapter = adapter
         ids, mask = pad_right(rows, pad, adapter.device)
+        self._ids, self._mask = ids, mask
         hidden, self.calls = adapter.record_calls(ids, mask)
+        self._calls_of: dict[tuple[int, ...], dict[int, dict[str, Any]]] = {tuple(range(len(rows))): self.calls}
         self.length = ids.shape[1]
         masks = {id(call.get("attention_mask")): call.get("attention_mask") for call in self.calls.values()}
         self.allowed = {} if adapter.whole else {kind: allowed_positions(own, mask) for kind, own in masks.items()}
@@ -92,6 +94,13 @@ class TokenRows:
             elif name != "cache_position":
                 made[name] = value
         return made
+
+    def calls_of(self, rows: Sequence[int]) -> Mapping[int, Mapping[str, Any]]:
+        """Return how the model would call its layers for some of the rows, as it alone knows what is by row."""
+        key = tuple(rows)
+        if key not in self._calls_of:
+            _, self._calls_of[key] = self.adapter.record_calls(self._ids[list(key)], self._mask[list(key)])
+        return self._calls_of[key]
 
     def places(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the row and the position at which each node stands for the first time."""
@@ -184,9 +193,7 @@ class Line:
         row, position = self.source.places(self.nodes)
         rows, slot = row.unique(return_inverse=True)
         padded = hidden.new_zeros(len(rows), self.source.length, hidden.shape[-1]).index_put((slot, position), hidden)
-        arguments = {
-            name: rows_of(value, rows, len(self.source.paths)) for name, value in self.source.calls[layer].items()
-        }
+        arguments = self.source.calls_of(rows.tolist())[layer]
         out = adapter.run_layer(layer, padded, arguments)[slot, position]
         keys = found[layer].reshape(len(rows), self.source.length, -1)[slot, position] if layer in found else out[:, :0]
         return out, keys
@@ -262,13 +269,6 @@ def allowed_positions(mask: Tensor | None, padding: Tensor) -> Tensor:
         )
     allowed = mask if mask.dtype == torch.bool else mask >= 0
     return allowed[:, 0, :, :time].expand(batch, -1, -1)
-
-
-def rows_of(value: Any, rows: Tensor, count: int) -> Any:
-    """Return some rows of an argument that has a line per row of a batch; others are the same for all of them."""
-    if isinstance(value, tuple):
-        return tuple(rows_of(part, rows, count) for part in value)
-    return value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == count > 1 else value
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

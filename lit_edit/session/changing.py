@@ -20,6 +20,7 @@ from lit_edit.ledger.journal import Journal, JournalError
 from lit_edit.ledger.ownership import WeightsChangedError, owner_of
 from lit_edit.metrics.evaluation import EditResult, Summary, evaluate_edits, summarise
 from lit_edit.models.adapter import ModelAdapter
+from lit_edit.models.described import check_if_new
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.session.shown import Shown
 from lit_edit.stats.second_moment import KeyStatistics, weights_hash
@@ -78,6 +79,7 @@ class Changing:
     def _begin(self, journal: Journal | None = None, adopt: bool = False) -> None:
         """Look at the model as it is, and begin with nothing edited."""
         self.adapter = ModelAdapter(self.model, self.language_model.arch, products=self.language_model.products)
+        check_if_new(self.adapter)
         self.ledger = EditLedger(self.adapter, self.editor.resolve_layers(self.adapter), journal, adopt)
         owner = owner_of(self.model)
         assert owner is not None  # noqa: S101 - for the type checker: the ledger has just claimed the model

@@ -20,8 +20,7 @@ from lit_edit.editors.base import Editor, Stopwatch
 from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.ledger.ownership import Changed, put_right
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.models.described import check_passes
-from lit_edit.models.families import SPECS
+from lit_edit.models.described import check_if_new
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.models.shards import gather_weights
 from lit_edit.stats.second_moment import weights_hash
@@ -82,8 +81,7 @@ class StreamModel(LightningModule):
             self.adapter.ranks = replace(self.ranks, alike=self.adapter.sharded and not self.adapter.packs)
             if self.ranks.together:  # each may have measured otherwise
                 self.adapter.pin_kernels(self.ranks.agree(self.adapter.kernels()))
-            if self.adapter.spec not in SPECS:  # described by the user, or found by its structure
-                check_passes(self.adapter)
+            check_if_new(self.adapter)
             layers = self.editor.resolve_layers(self.adapter)
             if self.changed == "restore":
                 put_right(self.model)

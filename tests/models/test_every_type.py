@@ -15,6 +15,7 @@ from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.described import check_passes
 from lit_edit.models.discovery import NothingFoundError, discover
 from lit_edit.models.generation import continue_greedily
+from lit_edit.models.packed import TokenRows
 from lit_edit.models.structure import UnknownArchitectureError
 from lit_edit.testing import tiny_tokenizer
 
@@ -121,6 +122,21 @@ def test_an_edit_takes_and_its_undo_is_exact(model_type: str) -> None:
     assert tokenizer.decode(wanted).strip() == said  # lit-edit's own passes agree
     ledger.restore_base()
     assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["bloom", "falcon", "qwen3_next", "olmo2"])
+def test_some_rows_of_several_are_run_as_they_are_alone(model_type: str) -> None:
+    """What a layer is told may be by row, by row and head (slopes), or the same for all."""
+    adapter = ModelAdapter(tiny(model_type))
+    rows = [[5, 6, 7, 8, 9], [5, 6, 7], [11, 12, 13, 14, 15], [3, 4]]
+    source = TokenRows(adapter, rows, pad=0)
+    for chosen in ([0, 1, 2, 3], [2], [3, 1]):
+        line = source.line(chosen, starts=[len(rows[row]) - 1 for row in chosen])
+        states = line.run(line.hidden, 0, adapter.n_layers)
+        ours = adapter.logits(adapter.finish(states[[line.index(row, len(rows[row]) - 1) for row in chosen]]))
+        own = torch.stack([adapter.model(input_ids=torch.tensor([rows[row]])).logits[0, -1] for row in chosen])
+        torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "mixtral", "gpt_oss"])
