@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 SECONDS = 4.0
 """How long the hub may take to answer at all."""
@@ -12,12 +13,18 @@ _ABSENT = {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}
 
 def can_reach_hub() -> bool:
     """Tell whether the hub answers, whatever it says; not if ``HF_HUB_OFFLINE`` is set."""
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
-        return False
+    return not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT)
+
+
+@cache
+def _answers(endpoint: str) -> bool:
+    """Tell whether anybody answers at an address; asked once per process."""
+    from huggingface_hub import get_session
+
     try:
-        get_session().head(constants.ENDPOINT, timeout=SECONDS)
+        get_session().head(endpoint, timeout=SECONDS)
     except Exception:  # of the client's own kinds, which change with its version
         return False
     return True

@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.families import SPECS
 from lit_edit.models.packed import TokenRows
+from lit_edit.models.passes import first_of
 from lit_edit.models.structure import UnknownArchitectureError
+
+log = logging.getLogger(__name__)
 
 
 def check_if_new(adapter: ModelAdapter) -> None:
     """Check a model that no family file describes (:func:`check_passes`), before anything is done to it."""
     if adapter.spec not in SPECS:
         check_passes(adapter)
+        if not _adds(adapter):
+            log.warning(
+                "what an MLP of this %s says is scaled or normalised before it is added to the stream, which no "
+                "description says: how strongly edits are written is a guess; look at which of them hold",
+                adapter.spec.family,
+            )
+
+
+@torch.no_grad()
+def _adds(adapter: ModelAdapter) -> bool:
+    """Tell whether what a down projection says more reaches the residual stream as it is: tried in one layer."""
+    layer, found = adapter.editable[0], []
+    more = torch.linspace(-1, 1, adapter.shape(layer)[0], device=adapter.device, dtype=adapter.dtype)
+    hooks = [adapter.layers[layer].register_forward_hook(lambda module, args, out: found.append(first_of(out)[0, -1]))]
+    ids = torch.tensor([[1, 2, 3]], device=adapter.device)
+    try:
+        adapter.last_hidden(ids, torch.ones_like(ids))
+        hooks.append(adapter.down_proj(layer).register_forward_hook(lambda module, args, out: out + more))
+        adapter.last_hidden(ids, torch.ones_like(ids))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return bool((found[1] - found[0] - more).norm() < 0.05 * more.norm())
 
 
 @torch.no_grad()

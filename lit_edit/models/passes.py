@@ -109,7 +109,7 @@ class Passes(Kernels):
         if self.spec.tail == "parts":
             return self._run_backbone(input_ids, attention_mask).last_hidden_state
         found: list[Tensor] = []
-        hook = self.layers[-1].register_forward_hook(lambda module, args, output: found.append(_first(output)))
+        hook = self.layers[-1].register_forward_hook(lambda module, args, output: found.append(first_of(output)))
         try:
             self._run_backbone(input_ids, attention_mask)
         finally:
@@ -250,13 +250,13 @@ class Passes(Kernels):
         """Run one layer on ``hidden`` ``(batch, time, d_model)``."""
         if self.sharded:
             with self.lent(index):
-                return _first(self.layers[index](hidden, **call))
+                return first_of(self.layers[index](hidden, **call))
         prefix = self.layer_prefix(index)
         local = {n.removeprefix(prefix): w for n, w in self.weights.items() if n.startswith(prefix)}
         layer = self.layers[index]
         with self.patched(index):
             output = functional_call(layer, local, (hidden,), dict(call)) if local else layer(hidden, **call)
-        return _first(output)
+        return first_of(output)
 
     def mask_like(self, allowed: Tensor) -> Tensor:
         """Turn booleans into the mask that the model's attention takes: additive floats for eager attention."""
@@ -289,6 +289,6 @@ class _Generate(nn.Module):
         return rows
 
 
-def _first(output: Any) -> Tensor:
+def first_of(output: Any) -> Tensor:
     """Decoder layers return a tensor or a tuple that starts with one, depending on family and release."""
     return output[0] if isinstance(output, (tuple, list)) else output

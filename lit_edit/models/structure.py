@@ -90,7 +90,8 @@ class Structure:
         self.norm = self._optional(self.spec.norm)
         self.post_norm = self._optional(self.spec.post_norm)
         self.head = self._module(self.spec.head) if self.spec.head else model.get_output_embeddings()
-        self.editable = tuple(layer for layer in range(len(self.layers)) if self.down_path(layer) is not None)
+        self._down_paths = [self._find_down(layer) for layer in self.layers]
+        self.editable = tuple(index for index, path in enumerate(self._down_paths) if path is not None)
         self.down_proj(self.editable[0] if self.editable else 0)
         self.backbone: nn.Module = model.base_model
         self.backbone_prefix = next(f"{n}." if n else "" for n, m in model.named_modules() if m is self.backbone)
@@ -159,8 +160,11 @@ class Structure:
 
     def down_path(self, layer: int) -> str | None:
         """Return the path of a layer's down projection within it, or ``None`` where it has none."""
+        return self._down_paths[layer]
+
+    def _find_down(self, layer: nn.Module) -> str | None:
         paths = (self.spec.down_proj,) if isinstance(self.spec.down_proj, str) else self.spec.down_proj
-        return next((path for path in paths if _has(self.layers[layer], path)), None)
+        return next((path for path in paths if _has(layer, path)), None)
 
     def _others(self) -> str:
         return f" (layers {', '.join(map(str, self.editable))} have)" if self.editable else ""
@@ -191,8 +195,9 @@ class Structure:
 
     def weight_name(self, layer: int) -> str:
         """Return the full name of the edited parameter of a layer, as in ``model.named_parameters()``."""
-        self.down_proj(layer)
-        return f"{self.layer_prefix(layer)}{self.down_path(layer)}.weight"
+        if (path := self.down_path(layer)) is None:
+            self.down_proj(layer)  # raises
+        return f"{self.layer_prefix(layer)}{path}.weight"
 
     def layer_prefix(self, layer: int) -> str:
         """Return what the names of a layer's parameters begin with."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import subprocess
@@ -18,7 +17,7 @@ from lit_edit.cli.editors import configs_of
 from lit_edit.cli.main import main
 from lit_edit.console.catalogue import FILE, KnownEditor, known_editors
 from lit_edit.editors import Editor
-from tests.conftest import ROOT
+from tests.conftest import script_of_docs
 
 KNOWN = {editor.name: editor for editor in known_editors()}
 
@@ -31,12 +30,7 @@ def classes() -> list[type[Editor]]:
 
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_editors", ROOT / "docs" / "make_editors.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_of_docs("make_editors")
 
 
 def test_the_file_is_what_the_script_makes(maker: ModuleType) -> None:

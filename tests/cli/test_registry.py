@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from lit_edit.cli.completion import PARTS
 from lit_edit.cli.main import main
 from lit_edit.cli.registry import COMMANDS, GROUPS, HELP, Command
 from lit_edit.ledger.journal import Journal
-from tests.conftest import ROOT
+from tests.conftest import ROOT, script_of_docs
 
 LIGHTNING = ("fit", "validate", "test")
 HEAVY = {"torch", "transformers", "lightning", "datasets", "wandb", "matplotlib", "sklearn"}
@@ -23,12 +22,7 @@ HEAVY = {"torch", "transformers", "lightning", "datasets", "wandb", "matplotlib"
 
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_commands", ROOT / "docs" / "make_commands.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_of_docs("make_commands")
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, script_of_docs
 
 
 @cache
 def maker() -> ModuleType:
     """Return docs/make_promises.py as a module."""
-    spec = importlib.util.spec_from_file_location("make_promises", ROOT / "docs" / "make_promises.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_of_docs("make_promises")
 
 
 @cache

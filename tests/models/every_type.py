@@ -54,13 +54,12 @@ WANTED = ("head_dim", "num_key_value_heads")  # also where a configuration says 
 
 OWN: Mapping[str, Mapping[str, Any]] = {
     "falcon": {"head_dim": None},
+    "granite": {"residual_multiplier": 0.22, "logits_scaling": 8.0, "embedding_multiplier": 12.0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "granitemoehybrid": {"layer_types": ["attention", "mamba", "attention", "mamba"]},
-    "reformer": {"is_decoder": True},
-    "bert": {"is_decoder": True},
 }
 """Settings that a type wants besides."""
 

@@ -12,7 +12,7 @@ from lit_edit import D4S, EditRequest, TargetSettings
 from lit_edit.editors.base import commit_proposal
 from lit_edit.ledger.edit_ledger import EditLedger
 from lit_edit.models.adapter import ModelAdapter
-from lit_edit.models.described import check_passes
+from lit_edit.models.described import check_if_new, check_passes
 from lit_edit.models.discovery import NothingFoundError, discover
 from lit_edit.models.generation import continue_greedily
 from lit_edit.models.packed import TokenRows
@@ -150,6 +150,16 @@ def test_layers_without_an_mlp_are_named() -> None:
     assert adapter.editable == (0,)
     with pytest.raises(UnknownArchitectureError, match=r"layer 1 has no module 'mlp\.down_proj' \(layers 0 have\)"):
         adapter.down_proj(1)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "adds"), [("falcon", True), ("lfm2", True), ("olmo2", False), ("granite", False)]
+)
+def test_a_block_that_scales_what_its_mlp_says_is_told(
+    model_type: str, adds: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_if_new(ModelAdapter(tiny(model_type)))
+    assert ("scaled or normalised before it is added" in caplog.text) is not adds
 
 
 def test_nothing_is_run_to_find_it() -> None:
