@@ -62,7 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception | str, status: int) -> int:
-    sys.stderr.write(f"lit-edit: error: {error}\n")
+    text = f"lit-edit: error: {error}"
+    if (progress := sys.modules.get("tqdm")) is not None:  # above a bar that is still shown, not behind it
+        progress.tqdm.write(text, file=sys.stderr)
+    else:
+        sys.stderr.write(f"{text}\n")
     return status
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from lit_edit.cli.main import HELP, main
@@ -401,3 +402,14 @@ def test_a_full_disk_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr("lit_edit.cli.fit.run_training", full)
     assert main(["fit", "--config", "quickstart"]) == 1
     assert "the disk is full" in capsys.readouterr().err
+
+
+def test_an_error_stands_on_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with tqdm(total=3, file=sys.stderr, mininterval=0) as bar:
+        bar.update()
+        assert main(["nothing-like-it"]) == 2
+    written = capsys.readouterr().err.replace("\x1b[A", "\r")  # where other bars are open, it goes up to them
+    lines = written.replace("\r", "\n").splitlines()
+    assert [line for line in lines if "error" in line] == [
+        "lit-edit: error: unknown command 'nothing-like-it'; lit-edit --help lists all"
+    ]
