@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lit_edit.runs.logged import logged_norms
 from lit_edit.stream.edit_stream import EditStream
 
 from .base import EveryCallback, check_every
@@ -26,9 +27,4 @@ class LayerNorms(EveryCallback):
         """Log the layers as they are."""
         norms = stream.ledger.layer_norms()
         self.history.append({"edits": stream.edit_number, "layers": norms})
-        metrics = {}
-        for name, values in norms.items():
-            metrics[f"norm/{name}/mean_abs_w"] = values["mean_abs_after"]
-            metrics[f"norm/{name}/mean_abs_delta"] = values["mean_abs_delta"]
-            metrics[f"norm/{name}/relative_change"] = values["relative_change"]
-        stream.log_at_edit(metrics)
+        stream.log_at_edit(logged_norms(norms))

@@ -65,6 +65,16 @@ def counted(number: int, thing: str, things: str | None = None) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {things or f'{thing}s'}"
 
 
+def shorten(text: str, most: int = 160) -> str:
+    """Return a text for an error message, cut where it is long.
+
+    Example:
+        >>> shorten("a text of many words", 7)
+        'a text…'
+    """
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def check_positive(**values: float) -> None:
     """Raise :class:`ValueError` for the first of some arguments that is not positive and finite.
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from lit_edit.data.request import DataError, shorten
+from lit_edit.data.request import DataError
+from lit_edit.errors import shorten
 
 RESERVED = 10  # items at the head of a task's data that serve as shots and are never measured
 

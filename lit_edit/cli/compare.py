@@ -16,8 +16,7 @@ from lit_edit.cli.sweep import changes_again, command_again, folder_of
 from lit_edit.console.arguments import make_parser
 from lit_edit.console.configs import find_config
 from lit_edit.console.words import read_settings
-from lit_edit.data.request import shorten
-from lit_edit.errors import ArgumentError, did_you_mean
+from lit_edit.errors import ArgumentError, did_you_mean, shorten
 from lit_edit.sweeps.grids import Grid, Point, read_grid, with_changes
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def _chosen(grid: Grid, only: Sequence[str] | None) -> list[Point]:
 
 def check_one_stream(grid: Grid, settings: Mapping[str, Any]) -> None:
     """Refuse editors that get other edits, in another order, or on another model; name the editor and the setting."""
-    from lit_edit.console.fit_parser import changes
+    from lit_edit.files.changes import changes
 
     first, *others = settings
     for name in others:

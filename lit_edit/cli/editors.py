@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import yaml
 
 from lit_edit.console.arguments import make_parser
-from lit_edit.console.catalogue import HOME, KnownEditor, known_editors
+from lit_edit.console.catalogue import HOME, KnownEditor, known_editors, settings_told
 from lit_edit.console.configs import config_root
 from lit_edit.console.tables import print_whole, table_of
 from lit_edit.console.terminal import write_json
-from lit_edit.data.request import shorten
-from lit_edit.errors import ArgumentError, nearest
+from lit_edit.errors import ArgumentError, nearest, shorten
 
 
 def run_editors(args: list[str]) -> None:
@@ -48,9 +48,8 @@ def find_editor(name: str, editors: list[KnownEditor]) -> KnownEditor:
     titles = {editor.about["title"].lower(): editor for editor in editors}
     near = [by_name[word].name for word in nearest(wanted, by_name)]
     near += [titles[word].name for word in nearest(name, titles)]
-    meant = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
-    known = ", ".join(editor.name for editor in editors)
-    raise ArgumentError(f"there is no editor {shorten(repr(name))}; {meant}There are: {known}")
+    meant = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "lit-edit editors lists them"
+    raise ArgumentError(f"there is no editor {shorten(repr(name))}; {meant}")
 
 
 def as_data(editor: KnownEditor) -> dict[str, Any]:
@@ -82,6 +81,7 @@ def _list(editors: list[KnownEditor]) -> None:
 
 
 def _show(editor: KnownEditor) -> None:
+    from rich.console import Console
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
@@ -105,12 +105,10 @@ def _show(editor: KnownEditor) -> None:
         ("configs", ", ".join(configs) or "none ships"),
     ):
         facts.add_row(name, Text(value))
-    settings = [
-        (setting["name"], setting["default"] or "must be given", setting["type"]) for setting in editor.settings
-    ]
-    table = table_of(("name", "default", "choices"), settings, title="Settings, below model.editor.init_args")
+    settings = "\n".join(settings_told(editor, width=min(100, Console().width)))
     use = f"lit-edit fit --config counterfact --config {configs[0]}" if configs else ""
-    print_whole(Padding(Text(editor.summary), (0, 0, 1, 0)), Padding(facts, (0, 0, 1, 0)), table, Text(use))
+    print_whole(Padding(Text(editor.summary), (0, 0, 1, 0)), Padding(facts, (0, 0, 1, 0)))
+    sys.stdout.write(f"Settings, below model.editor.init_args\n{settings}\n\n{use}\n".rstrip("\n") + "\n")
 
 
 def _yes(value: bool) -> str:

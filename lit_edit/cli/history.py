@@ -240,11 +240,16 @@ def _finish(
 
     from lit_edit.console.tables import table_of
     from lit_edit.report import write_report
+    from lit_edit.report.pictures import redraw
+    from lit_edit.report.reading import read_run
     from lit_edit.runs.files import update_summary
+    from lit_edit.runs.logged import update_metrics
 
     final = run.measure() if options.measure else None
     update_summary(run.folder, run.stream.ledger, final)
+    update_metrics(run.folder, run.stream.ledger, final)
     run.write()  # last: a process that dies before is found out by it
+    redraw(read_run(run.folder))
     if (run.folder / "report.html").is_file():
         write_report(run.folder)
     prompts = [run.session.ledger.history.entry(number).prompt for number in numbers]

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.errors import ArgumentError
-from lit_edit.files.paths import expand
 from lit_edit.studies.frame import check_files, results_folder
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ def run_mine_hard(args: list[str]) -> None:
     from lit_edit.console.fit_parser import FitParser
     from lit_edit.files.paths import write_json, write_text
     from lit_edit.runs.results import ResultsFolder
+    from lit_edit.stream.replay import check_request
     from lit_edit.studies.hard_facts.mining import Miner, SingleEdit, as_records, choose_hard
 
     parser = FitParser()
@@ -46,6 +46,9 @@ def run_mine_hard(args: list[str]) -> None:
         folder = ResultsFolder(out, SingleEdit.from_dict, "search", "records.jsonl")
         tried = folder.open(_essence(settings, data.perplexity_texts, options.bos))
         done = {edit.id: edit for edit in tried}
+        for request in data.requests:
+            if request.id in done:
+                check_request(request, done[request.id].request)
         # Keeps what the editor draws at random before the first edit, and the kernels: the same in each process.
         stream.journal = str(out / "journal")
         session = stream.open()
@@ -67,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "mine-hard",
         "Find the single edits that break a model (HardCF, arXiv 2402.09656): makes each edit of a file alone on the "
         "original model, measures the perplexity of ordinary text after it, and writes the worst as a data set. Given "
-        "again the command goes on where it was cut, and takes a larger --limit, another --factor or --keep.",
+        "again the command goes on where it was cut, and takes more edits, another --limit, --factor or --keep.",
         settings=True,
     )
     parser.usage = "%(prog)s [options] [--NAME.OF.A.SETTING VALUE ...]"
@@ -101,17 +104,12 @@ def _words(options: argparse.Namespace) -> list[str]:
 
 
 def _essence(settings: dict[str, Any], texts: Sequence[str], bos: bool) -> dict[str, Any]:
-    """Return what the numbers depend on: not how many edits are tried, nor which are kept."""
-    model, data = settings["model"], settings["data"]
-    source = {name: data[name] for name in ("source", "split")}
-    path = data["path"]
-    local = path is not None and data["source"] != "hub"
-    source["content"] = hashlib.sha256(expand(path).read_bytes()).hexdigest() if local else path
+    """Return what the numbers depend on. Each edit is tried alone: those that are tried beside it are none of it."""
+    model = settings["model"]
     return {
         "model": model["language_model"],
         "editor": model["editor"],
         "statistics": {name: value for name, value in model["statistics"].items() if name not in ("cache", "force")},
-        "data": source,
         "texts": {"sha256": hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest(), "bos": bos},
     }
 

@@ -6,6 +6,8 @@ It stands in ``editors.json``, which ``python docs/make_editors.py`` makes of th
 from __future__ import annotations
 
 import json
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,22 @@ class KnownEditor:
     name: str  # of its class in lit_edit.editors
     about: dict[str, Any]  # the fields of its EditorInfo
     summary: str  # first paragraph of its docstring, without markup
-    settings: list[dict[str, str | None]]  # name below model.editor.init_args, type, default as one writes it
+    settings: list[dict[str, str | None]]  # below model.editor.init_args: name, choices, default as in YAML, text
 
 
 def known_editors() -> list[KnownEditor]:
     """Return the editors that ``lit_edit.editors`` exports and that say what they are, in alphabetical order."""
     return [KnownEditor(**editor) for editor in _read()["editors"]]
+
+
+def settings_told(editor: KnownEditor, beginning: str = "  ", width: int = 100) -> Iterator[str]:
+    """Yield what is known of an editor's settings, in lines: name, what it does, what can be given, and the default."""
+    margin = " " * 24
+    for setting in editor.settings:
+        yield f"{beginning}{setting['name']}"
+        default = "must be given" if setting["default"] is None else f"default: {setting['default']}"
+        text = f"{setting['text']} ({setting['choices']}; {default})".strip()
+        yield from textwrap.wrap(text, width, initial_indent=margin, subsequent_indent=margin)
 
 
 def setting_names() -> list[str]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_edit.data.files import read_text
-from lit_edit.data.request import DataError, shorten
-from lit_edit.errors import ArgumentError, nearest
+from lit_edit.data.request import DataError
+from lit_edit.errors import ArgumentError, nearest, shorten
 
 
 def config_root() -> Path:

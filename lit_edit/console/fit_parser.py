@@ -13,7 +13,6 @@ from lit_edit.console.run_cli import argv_of
 from lit_edit.console.words import expand_arguments
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.runs.resuming import OF_ONE_RUN
-from lit_edit.runs.resuming import changes as every_change
 
 _UNCOMPARED = tuple(
     f"{name}." for name in (*OF_ONE_RUN, "trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir")
@@ -55,12 +54,11 @@ class FitParser(EditCLI):
     before_instantiate_classes = instantiate_classes = _set_seed = _run_subcommand = _parse_only
 
 
-def changes(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ and change what comes of a run, by name.
+def decides(name: str) -> bool:
+    """Tell by its name whether a setting of ``fit`` changes what comes of a run.
 
     Example:
-        >>> changes({"data": {"limit": 1}, "run_name": "a"}, {"data": {"limit": 2}, "run_name": "b"})
-        {'data.limit': (1, 2)}
+        >>> decides("data.limit"), decides("run_name")
+        (True, False)
     """
-    found = every_change(before, after)
-    return {name: pair for name, pair in found.items() if not f"{name}.".startswith(_UNCOMPARED)}
+    return not f"{name}.".startswith(_UNCOMPARED)

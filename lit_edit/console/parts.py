@@ -6,8 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 
-from lit_edit.data.request import shorten
-from lit_edit.errors import ArgumentError, did_you_mean
+from lit_edit.errors import ArgumentError, did_you_mean, shorten
 
 
 def choose_part(

@@ -12,12 +12,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch
+from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_edit.console.arguments import SHORT, no_such_option
 from lit_edit.console.configs import explain
+from lit_edit.console.fit_help import SettingsParser, describe
 from lit_edit.console.meant import with_meant
 from lit_edit.errors import ArgumentError, UserError
 from lit_edit.files.extras import import_extra
@@ -32,6 +35,14 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
+
+
+ABOUT = {
+    "fit": "Make the edits of a stream one after another, measure them, and keep everything in a run folder.",
+    "validate": "Measure the edits of a stream on a model or a checkpoint, without editing.",
+    "test": "Measure the edits of a stream under Lightning's test loop, without editing.",
+}
+"""What each command does, for its help."""
 
 
 @contextmanager
@@ -56,7 +67,7 @@ class RunCLI(LightningCLI):
     def __init__(
         self, kind: tuple[type, type], command: str, words: Sequence[str] = (), argv: Sequence[str] = (), **more: Any
     ) -> None:
-        self._command, self._locked = command, False
+        self._command, self._words, self._locked = command, list(words), False
         # They are about Lightning's calls, not the user's.
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
         settings: dict[str, Any] = {
@@ -70,6 +81,15 @@ class RunCLI(LightningCLI):
         }
         with argv_of(argv), ExitStack() as self._lock:  # the folder's, until the run is over
             super().__init__(*kind, args=[command, *words], **(settings | more))
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return a parser whose help begins with what one needs."""
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={lightning.pytorch.__version__}"])
+        parser = SettingsParser(**kwargs)
+        parser.chosen = self._words
+        text = "A YAML file, or the name of a config that ships (lit-edit models lists them); several."
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help=text)
+        return parser
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # Lightning asks its instances alone
         """Return the one that there is."""
@@ -89,10 +109,7 @@ class RunCLI(LightningCLI):
         parser.add_argument(
             "--overwrite", type=bool, default=False, help="Delete an earlier run of the same name instead of refusing."
         )
-        parser.epilog = "Short forms: " + "; ".join(f"{name}, {text}" for name, text in SHORT.items())
-        for action in parser._actions:
-            if "--config" in action.option_strings:
-                action.help = "A YAML file, or the name of a config that ships (lit-edit models lists them); several."
+        describe(parser, self._command, ABOUT[self._command])
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and say in a line what cannot be right."""

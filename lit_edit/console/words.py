@@ -14,8 +14,7 @@ from types import MappingProxyType
 from lit_edit.console.arguments import LAYERS, SHORT, CommandParser, no_such_option, read_layers
 from lit_edit.console.catalogue import setting_names
 from lit_edit.console.configs import check_config, config_root, find_config, method_config, shipped_configs
-from lit_edit.data.request import shorten
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, shorten
 from lit_edit.files.paths import expand
 
 _SAME = MappingProxyType({"--seed": "seed_everything", "--name": "run_name", "--limit": "data.limit"})

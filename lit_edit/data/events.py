@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_edit.data.files import read_text
-from lit_edit.data.request import DataError, find_fault, shorten
+from lit_edit.data.request import DataError, find_fault
 from lit_edit.data.sources import builtin_text, hub_rows
-from lit_edit.errors import did_you_mean
+from lit_edit.errors import did_you_mean, shorten
 from lit_edit.files.paths import expand
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from lit_edit.data.request import DataError, Probe, shorten
+from lit_edit.data.request import DataError, Probe
+from lit_edit.errors import shorten
 
 Record = Mapping[str, Any]
 

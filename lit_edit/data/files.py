@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lit_edit.data.request import DataError, shorten
+from lit_edit.data.request import DataError
+from lit_edit.errors import shorten
 
 SUFFIXES = (".json", ".jsonl", ".csv")
 

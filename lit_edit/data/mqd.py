@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from random import Random
 
 from lit_edit.data.events import Event, tails_by_relation
-from lit_edit.data.request import DataError, EditRequest, Probe, shorten
-from lit_edit.errors import ArgumentError
+from lit_edit.data.request import DataError, EditRequest, Probe
+from lit_edit.errors import ArgumentError, shorten
 
 KINDS = ("direct", "choice", "truth")
 LETTERS = "ABCD"

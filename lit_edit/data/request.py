@@ -7,21 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lit_edit.errors import UserError
+from lit_edit.errors import UserError, shorten
 
 
 class DataError(UserError):
     """A record or file that cannot be used; the message names the place and what is wrong."""
-
-
-def shorten(text: str, most: int = 160) -> str:
-    """Return a text for an error message, cut where it is long.
-
-    Example:
-        >>> shorten("a text of many words", 7)
-        'a text…'
-    """
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
-from lit_edit.data.request import EditRequest, shorten
-from lit_edit.errors import ArgumentError
+from lit_edit.data.request import EditRequest
+from lit_edit.errors import ArgumentError, shorten
 from lit_edit.files.interrupts import deferred_interrupts
 from lit_edit.ledger.edit_ledger import Change, EditLedger, LayerUpdate, LedgerEntry, RecordedFacts
 from lit_edit.text.tokens import check_tokenizer

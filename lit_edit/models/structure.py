@@ -160,6 +160,7 @@ class Structure:
 
     def down_path(self, layer: int) -> str | None:
         """Return the path of a layer's down projection within it, or ``None`` where it has none."""
+        self.check_layer(layer)
         return self._down_paths[layer]
 
     def _find_down(self, layer: nn.Module) -> str | None:

@@ -67,8 +67,8 @@ class Weights(Structure):
         r"""Turn what the residual stream lacks, ``(d_out, n)`` float64, into what the down projection's output lacks.
 
         The same thing for most families. Gemma normalises that output, :math:`N(x) = s \odot x / \mathrm{rms}(x)`,
-        before it is added: the output is then to point where :math:`N(x) + r` does, at its old length (only the
-        direction passes through the norm). ``keys`` ``(n, d_in)`` are the inputs of the projection.
+        before it is added: only the direction passes. The output is to point, at its old length, where :math:`N` comes
+        nearest to :math:`N(x) + r` (:func:`nearest_direction`). ``keys`` ``(n, d_in)`` are the inputs of the projection.
         """
         if self.spec.output_norm is None:
             return residuals
@@ -77,10 +77,8 @@ class Weights(Structure):
         output = keys.to(weight) @ weight.T  # (n, d_out)
         scale = for_algebra(norm(torch.ones_like(output[0])))  # the norm of ones is its scale
         wanted, output = for_algebra(norm(output)) + residuals.T, for_algebra(output)
-        direction = wanted / torch.where(scale.abs() < 1e-6, torch.full_like(scale, 1e-6), scale)
-        length = torch.linalg.vector_norm(output, dim=1, keepdim=True)
-        aimed = direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True) * length
-        return (aimed - output).T.to(residuals)
+        length = output.square().mean(1, keepdim=True).sqrt()
+        return (nearest_direction(scale, wanted) * length - output).T.to(residuals)
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> Self:
         """Return a view of the same model that computes with other parameters; the model itself is not touched."""
@@ -119,6 +117,34 @@ class Weights(Structure):
                 if (weight := self.weights.get(self.weight_name(index))) is not None:
                     stack.enter_context(lend(self.down_proj(index), weight))
             yield
+
+
+def nearest_direction(scale: Tensor, wanted: Tensor) -> Tensor:
+    r"""Return the vectors of mean square 1 that a norm's scale takes nearest to what is wanted.
+
+    :math:`\min_u |s \odot u - t|^2` under :math:`|u|^2 = d` has :math:`u_i = s_i t_i / (s_i^2 + \mu)`, with the one
+    :math:`\mu > -\min s^2` at which the length is right: it falls as :math:`\mu` grows. To divide by the scale,
+    :math:`u \propto t / s`, is right only where :math:`t` can be reached: else the coordinates that the scale makes
+    small, and nobody hears, take all of the length. Scales of real models reach from 0.01 to 700.
+
+    Args:
+        scale: ``(d,)``.
+        wanted: ``(n, d)``, float64.
+
+    Returns:
+        ``(n, d)``.
+    """
+    squares, product, size = scale.square(), scale * wanted, scale.numel()
+    floor = squares.min()
+    # Where the length is right: |s t| / (s^2 + mu) is at most |s t| / (mu - floor), so that mu lies below the upper end.
+    upper = torch.linalg.vector_norm(product, dim=1, keepdim=True) / size**0.5
+    low, high = torch.zeros_like(upper), upper
+    for _ in range(100):
+        middle = (low + high) / 2
+        long = (product / (squares - floor + middle)).square().mean(1, keepdim=True) > 1
+        low, high = torch.where(long, middle, low), torch.where(long, high, middle)
+    found = product / (squares - floor + high)
+    return found / found.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(found.dtype).tiny)
 
 
 def _patching(patch: Patch) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

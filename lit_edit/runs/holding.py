@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lit_edit.data.request import find_subject, shorten
-from lit_edit.errors import counted
+from lit_edit.data.request import find_subject
+from lit_edit.errors import counted, shorten
 from lit_edit.ledger.left_out import left_out
 
 State = Literal[

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from lit_edit.errors import ArgumentError, UserError
+from lit_edit.errors import UserError
+from lit_edit.files.changes import refuse_changes
 from lit_edit.files.paths import sync_folder, without_nan, write_json
 
 Row = TypeVar("Row")
@@ -70,15 +71,10 @@ class ResultsFolder(Generic[Row]):
             write_json(file, wanted)
             return []
         try:
-            there = json.loads(file.read_text(encoding="utf-8"))
-            different = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
+            there = dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}); choose another --out") from None
-        if different:
-            pairs = "; ".join(f"{name} was {there.get(name)!r}, is {wanted.get(name)!r}" for name in different)
-            raise ArgumentError(
-                f"{self.path} holds a {self.what} with other settings ({pairs}); give those, or choose another --out"
-            )
+        refuse_changes(f"{self.path}: this {self.what} was begun", there, wanted, "give those, or choose another --out")
         return list(read_lines(self.results, self.read))
 
     def append(self, row: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_edit.data.datamodule import EditDataModule
 from lit_edit.errors import ArgumentError
+from lit_edit.files.changes import refuse_changes
 from lit_edit.files.paths import expand, sync_folder
 from lit_edit.files.trees import CheckpointError, check_tree, load_tree
 from lit_edit.ledger.history import EditHistory
@@ -102,34 +103,13 @@ def check_settings(folder: Path, config: str, only: Sequence[str] = ("seed_every
     except (OSError, yaml.YAMLError):
         return  # cut before it was written, or damaged: the journal knows
     now = yaml.safe_load(config)
-    told = [
-        f"{name.removeprefix('model.editor.init_args.')} {old!r}, now {new!r}"
-        for part in only
-        for name, (old, new) in changes(then.get(part), now.get(part), part).items()
-        if name not in _OF_NO_ACCOUNT
-    ]
-    if told:
-        raise ArgumentError(
-            f"the run was made with other settings ({'; '.join(told)}): use the config that they were made with, or "
-            "start a run of another name"
-        )
-
-
-def changes(before: Any, after: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ, by name.
-
-    Example:
-        >>> changes({"data": {"limit": 1, "offset": 0}}, {"data": {"limit": 2, "offset": 0}})
-        {'data.limit': (1, 2)}
-    """
-    if before == after:
-        return {}
-    if not isinstance(before, dict) or not isinstance(after, dict):
-        return {name: (before, after)}
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in dict.fromkeys([*before, *after]):
-        found |= changes(before.get(key), after.get(key), f"{name}.{key}" if name else str(key))
-    return found
+    refuse_changes(
+        "the run was made",
+        {part: then.get(part) for part in only},
+        {part: now.get(part) for part in only},
+        "use the config that they were made with, or start a run of another name",
+        lambda name: name not in _OF_NO_ACCOUNT,
+    )
 
 
 def newest_whole(folder: Path) -> Path | None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_edit.editors.base import Editor
 from lit_edit.editors.closed_form.d4s import D4S
 from lit_edit.errors import ArgumentError, check_one_of, did_you_mean
+from lit_edit.files.changes import refuse_changes
 from lit_edit.ledger.ownership import Changed, WeightsChangedError, owner_of, put_right
 from lit_edit.models.language_model import LanguageModel
 from lit_edit.session.changing import Outcome, Requests
@@ -204,10 +205,6 @@ def _check_same(session: Session, method: Editor) -> None:
     if not session.ledger.made:
         session.use(method)
         return
-    parts = [{"editor": found["class_path"].rpartition(".")[2], **found["init_args"]} for found in (then, now)]
-    names = [name for name in {**parts[0], **parts[1]} if parts[0].get(name) != parts[1].get(name)]
-    told = "; ".join(f"{name} {parts[0].get(name)!r}, now {parts[1].get(name)!r}" for name in names)
-    raise ArgumentError(
-        f"this model is being edited with other settings ({told}): leave editor out to go on with those, or take the "
-        "edits out first (session.reset())"
-    )
+    old, new = ({"editor": found["class_path"].rpartition(".")[2], **found["init_args"]} for found in (then, now))
+    cure = "leave editor out to go on with those, or take the edits out first (session.reset())"
+    refuse_changes("this model is being edited", old, new, cure)

@@ -13,6 +13,7 @@ from typing import Any
 from lit_edit.data.request import ADDED_FIELDS, EditRequest
 from lit_edit.editors.base import Editor, Proposal, Status, commit_proposal, silent
 from lit_edit.errors import ArgumentError
+from lit_edit.files.changes import refuse_changes, tell_changes
 from lit_edit.ledger.edit_ledger import Change, EditLedger, LedgerEntry
 from lit_edit.ledger.journal import JournalError, Record
 from lit_edit.ledger.ownership import other_base
@@ -103,13 +104,8 @@ class Replay:
         if begun["base_hash"] != self.base_hash:
             hashes = begun["base_hash"], self.base_hash
             raise other_base(self.model_name, begun.get("parameters"), self.ledger.prints, hashes)
-        then, now = begun["settings"], self.editor.settings()
-        if other := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
-            told = "; ".join(f"{name} {_short(then.get(name))}, now {_short(now.get(name))}" for name in other)
-            raise ArgumentError(
-                f"the edits were made with other settings ({told}): use the config that they were made with, or start "
-                "a run of another name"
-            )
+        cure = "use the config that they were made with, or start a run of another name"
+        refuse_changes("the edits were made", begun["settings"], self.editor.settings(), cure)
 
     def repeat(self) -> None:
         """Do the next record of the journal again."""
@@ -158,15 +154,8 @@ class Replay:
 
 def check_request(request: EditRequest, recorded: Mapping[str, Any]) -> None:
     """Raise :class:`JournalError` if an edit of the data is not the one that was made under its id."""
-    now = request.as_dict()
-    names = [name for name in {**recorded, **now} if name in recorded or name not in ADDED_FIELDS]
-    if recorded and (other := [name for name in names if recorded.get(name) != now.get(name)]):
-        told = "; ".join(f"{name} {_short(recorded.get(name))}, now {_short(now.get(name))}" for name in other)
+    told = tell_changes(recorded, request.as_dict(), lambda name: name in recorded or name not in ADDED_FIELDS)
+    if recorded and told:
         raise JournalError(
             f"edit {request.id!r} was made with other data ({told}): resume with the data the run was made with"
         )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

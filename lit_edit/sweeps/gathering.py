@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lit_edit.data.request import shorten
+from lit_edit.errors import shorten
 from lit_edit.files.paths import without_nan, write_text
 from lit_edit.runs.files import journal_path
 from lit_edit.runs.reading import has_ended

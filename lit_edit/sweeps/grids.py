@@ -16,8 +16,7 @@ import yaml
 
 from lit_edit.console.configs import readable_yaml
 from lit_edit.data.files import read_text
-from lit_edit.data.request import shorten
-from lit_edit.errors import ArgumentError
+from lit_edit.errors import ArgumentError, shorten
 
 KEYS = ("name", "base", "settings", "grid")
 OF_THE_SWEEP = ("run_name", "runs_dir", "resume", "overwrite", "ckpt_path", "print_config", "help")

@@ -12,9 +12,9 @@ from time import perf_counter
 from typing import Any
 
 from lit_edit.console.children import ProcessLine
-from lit_edit.console.fit_parser import FitParser, changes
-from lit_edit.data.request import shorten
+from lit_edit.console.fit_parser import FitParser, decides
 from lit_edit.errors import ArgumentError, NotHereError, UserError
+from lit_edit.files.changes import refuse_changes
 from lit_edit.files.paths import without_nan, write_json
 from lit_edit.runs.files import RunLockedError, journal_path, run_lock
 from lit_edit.runs.reading import has_ended
@@ -72,14 +72,14 @@ def check_begun(folder: Path, points: Sequence[Point], settings: Mapping[str, An
         before = read_record(run).get("settings")
         if before is None or not (journal_path(run).is_file() or is_done(run)):
             continue
-        different = changes(before, settings[point.name])
-        if has_ended(run):  # one function decides about data, wherever a run is gone on with
-            different.pop("data.limit", None)
-        for name, (old, new) in different.items():
-            raise ArgumentError(
-                f"the point {point.name} was made with {name}={shorten(str(old))}, the grid now gives it "
-                f"{shorten(str(new))}: give it another name ('name:' in the grid) or --runs_dir, or delete {run}"
-            )
+        ended = has_ended(run)  # then one function decides about data, wherever a run is gone on with
+        refuse_changes(
+            f"the point {point.name} was made",
+            before,
+            settings[point.name],
+            f"give it another name ('name:' in the grid) or --runs_dir, or delete {run}",
+            lambda name, ended=ended: decides(name) and not (ended and name == "data.limit"),  # type: ignore[misc]
+        )
         try:
             _has_all(run, settings[point.name])
         except UserError as error:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_edit.data.request import DataError, shorten
+from lit_edit.data.request import DataError
+from lit_edit.errors import shorten
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_edit.callbacks import LayerNorms, Retention
 from lit_edit.callbacks.base import as_stream, is_due
 from lit_edit.callbacks.closing_table import layers_table, summary_table
-from lit_edit.callbacks.figures import draw_all
+from lit_edit.callbacks.figures import course_of
 from rich.console import Console
 from rich.table import Table
 
 from lit_edit.ledger.history import EditHistory, LedgerEntry
 from lit_edit.metrics.evaluation import EditResult, ProbeResult
+from lit_edit.report.pictures import draw_course
 from lit_edit.runs.files import edit_rows
 from lit_edit.stream.edit_stream import EditStream
 
@@ -131,22 +132,22 @@ def lines(figure: Any) -> dict[str, tuple[list[float], list[float]]]:
 
 def test_metrics_run_from_the_base_over_the_history_to_the_end() -> None:
     retention = [{"edits": n, "summary": metrics(n / 10)} for n in (2, 4)]
-    drawn = lines(draw_all(recorded(5), retention, [])["metrics"])
+    drawn = lines(draw_course(course_of(recorded(5), retention, []))["metrics"])
     assert drawn["efficacy accuracy"] == ([0, 2, 4, 5], [0.1, 0.2, 0.4, 0.75])
     assert set(drawn) == {"efficacy accuracy", "generalization success", "locality agreement"}
-    ends = lines(draw_all(recorded(4), retention, [])["metrics"])
+    ends = lines(draw_course(course_of(recorded(4), retention, []))["metrics"])
     assert ends["efficacy accuracy"][0] == [0, 2, 4]  # the last measurement is not drawn twice
 
 
 def test_perplexity_is_drawn_from_zero_and_left_out_where_unknown() -> None:
-    figure = draw_all(recorded(3), [{"edits": 1, "summary": metrics(0.5, None)}], [])["metrics"]
+    figure = draw_course(course_of(recorded(3), [{"edits": 1, "summary": metrics(0.5, None)}], []))["metrics"]
     axis = figure.axes[1]
     assert list(axis.get_lines()[0].get_xdata()) == [0, 3]
     assert axis.get_ylim()[0] == 0
 
 
 def test_forgetting_is_drawn_by_age() -> None:
-    (axis,) = draw_all(recorded(3), [], [])["forgetting"].axes
+    (axis,) = draw_course(course_of(recorded(3), [], []))["forgetting"].axes
     immediate, final = (collection.get_offsets().tolist() for collection in axis.collections)
     assert [x for x, _ in final] == [2, 1, 0]
     assert [y for _, y in final] == pytest.approx([1.0, math.exp(-0.2), math.exp(-0.4)])
@@ -154,7 +155,7 @@ def test_forgetting_is_drawn_by_age() -> None:
 
 
 def test_norms_are_drawn_as_growth_in_percent() -> None:
-    figure = draw_all(recorded(3), [], [norms(n) for n in range(4)])["l1_norms"]
+    figure = draw_course(course_of(recorded(3), [], [norms(n) for n in range(4)]))["l1_norms"]
     growth, change = (axis.get_lines()[0] for axis in figure.axes)
     assert list(growth.get_ydata()) == pytest.approx([0, 1, 2, 3])
     assert list(change.get_ydata()) == pytest.approx([0, 0.001, 0.002, 0.003])
@@ -163,7 +164,7 @@ def test_norms_are_drawn_as_growth_in_percent() -> None:
 
 @pytest.mark.parametrize("stream", [recorded(1), recorded(2, None), recorded(2, immediate=False)])
 def test_figures_are_drawn_whatever_is_missing(tmp_path: Path, stream: Any) -> None:
-    figures = draw_all(stream, [], [])
+    figures = draw_course(course_of(stream, [], []))
     assert set(figures) == {"metrics", "forgetting"}
     for name, figure in figures.items():
         figure.savefig(tmp_path / f"{name}.png", dpi=40)
@@ -174,7 +175,7 @@ def test_no_display_and_no_global_state_is_needed(monkeypatch: pytest.MonkeyPatc
     import matplotlib.pyplot as plt
 
     monkeypatch.delenv("DISPLAY", raising=False)
-    figures = draw_all(recorded(2), [], [norms(0), norms(1)])
+    figures = draw_course(course_of(recorded(2), [], [norms(0), norms(1)]))
     assert plt.get_fignums() == []
     assert all(figure.canvas.manager is None for figure in figures.values())
 

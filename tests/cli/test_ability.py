@@ -195,7 +195,7 @@ def test_other_settings_need_another_folder(
 ) -> None:
     assert ability(make("memit"), tasks, tmp_path / "out", "--at", "0") == 0
     assert ability(make("memit"), tasks, tmp_path / "out", "--at", "0", "--likelihood") == 2
-    assert "generation was True, is False" in capsys.readouterr().err
+    assert "generation True, now False" in capsys.readouterr().err
 
 
 def test_a_table_has_the_change_from_the_first_to_the_last() -> None:

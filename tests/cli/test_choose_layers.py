@@ -243,7 +243,7 @@ def test_the_folder_goes_on(tmp_path: Path) -> None:
     kept = [replace(trials[0], perplexity=None), trials[1]]
     assert ResultsFolder(tmp_path, Trial.from_dict).open({"seed": 0}) == kept
     assert ResultsFolder(tmp_path, Trial.from_dict).open({"seed": 0}) == kept  # the torn line is gone
-    with pytest.raises(ArgumentError, match=r"other settings \(seed was 0, is 1\)"):
+    with pytest.raises(ArgumentError, match=r"other settings \(seed 0, now 1\)"):
         folder.open({"seed": 1})
     with folder.results.open("a") as file:
         file.write("{}\n")
@@ -319,7 +319,7 @@ def test_the_command_goes_on_and_says_what_is_proposed(
     assert "proposed" in shown
     assert f"--config {out / 'proposal.yaml'}" in shown
     assert main([*command, "--out", str(out), "--seed", "1"]) == 2
-    assert "seed was 0, is 1" in capsys.readouterr().err
+    assert "seed 0, now 1" in capsys.readouterr().err
 
 
 def test_methods_without_layers_are_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
 import lit_edit.editors
 from lit_edit.cli.editors import configs_of
@@ -70,16 +72,23 @@ def parameters(kind: type) -> dict[str, inspect.Parameter]:
 def test_settings_are_those_of_the_constructor(kind: type[Editor]) -> None:
     real = parameters(kind)
     settings = {setting["name"]: setting for setting in KNOWN[kind.__name__].settings}
-    assert set(settings) <= set(real)
+    assert {name.partition(".")[0] for name in settings} <= set(real)
     own = [name for name in inspect.signature(kind).parameters if name in real]
-    assert set(own) <= set(settings)  # behind **kwargs some are given by the class itself
+    assert set(own) <= {
+        name.partition(".")[0] for name in settings
+    }  # behind **kwargs some are given by the class itself
     for name, setting in settings.items():
-        default = real[name].default
+        first, *rest = name.split(".")
+        default = real[first].default
         if default is inspect.Parameter.empty:
             assert setting["default"] is None
-        elif isinstance(default, (int, float, str, type(None))):
-            assert setting["default"] is not None
-            assert setting["default"] == repr(default)
+            continue
+        for part in rest if default is not None else ():
+            default = getattr(default, part)
+        if isinstance(default, (int, float, str)):
+            assert yaml.safe_load(str(setting["default"])) == default or float(str(setting["default"])) == default
+        assert setting["text"]
+        assert not re.search(r"\b(int|float|str|bool|None|Sequence|Literal)\b|\w+Settings\b", str(setting["choices"]))
 
 
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,15 +121,23 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert one["class_path"] == "lit_edit.editors.D4S"
     assert one["undo"] == "exact"
     assert {"method/d4s", "method/d4s_turbo"} <= set(one["configs"])
-    assert {"name": "context_count", "type": "int", "default": "5"} in one["settings"]
+    text = "How many texts to sample, one to five; the time of an edit goes with it."
+    assert {"name": "context_count", "choices": "whole number", "default": "5", "text": text} in one["settings"]
+    [residual] = [setting for setting in one["settings"] if setting["name"] == "residual"]
+    assert residual["choices"] == "shared, remeasured, uniform, root, ends"
+    [steps] = [setting for setting in one["settings"] if setting["name"] == "target.probability"]
+    assert steps["default"] == "0.95"  # D4S's own, not that of the settings' class
 
 
-@pytest.mark.parametrize(("name", "meant"), [("MEMT", "did you mean MEMIT"), ("xyzzy", "'xyzzy'; There are: ")])
+@pytest.mark.parametrize(
+    ("name", "meant"), [("MEMT", "did you mean MEMIT?"), ("xyzzy", "'xyzzy'; lit-edit editors lists")]
+)
 def test_unknown_names(name: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["editors", name]) == 2
     said = capsys.readouterr().err
     assert meant in said
-    assert "D4S" in said
+    assert said.count("\n") == 1
+    assert len(said) < 100
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -362,6 +362,30 @@ def test_fit_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> N
     ):
         assert option in text
         assert words in " ".join(text.split())
+    assert text.startswith("usage: lit-edit fit [--config NAME ...]")
+    assert "``" not in text
+    places = [
+        text.index(words) for words in ("examples:", "--method", "options:", "--data.source", "--trainer.devices")
+    ]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("args", "editor", "setting"),
+    [
+        ([], "D4S", "covariance_weight"),
+        (["--method", "rome"], "ROME", "target.lr"),
+        (["--config", "method/grace"], "GRACE", "radius"),
+        (["--model.editor=lit_edit.editors.FT"], "FT", "lr"),
+    ],
+)
+def test_fit_help_has_the_settings_of_the_editor(
+    args: list[str], editor: str, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", *args, "--help"])
+    told = capsys.readouterr().out.partition(f"Settings of the editor {editor} ")[2]
+    assert f"\n  --model.editor.init_args.{setting}\n" in told
 
 
 def test_nothing_heavy_is_imported_for_the_help() -> None:

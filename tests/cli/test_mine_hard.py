@@ -127,7 +127,7 @@ def test_a_folder_goes_on_after_a_crash(tmp_path: Path) -> None:
     last = SingleEdit("c", 1.0, dict.fromkeys(("mean", "median", "corpus"), 1.0), 1.0, 1.0, True, 0.0)
     folder.append(asdict(last))
     assert [row.id for row in folder.open(settings)] == ["a", "b", "c"]
-    with pytest.raises(ArgumentError, match=r"other settings \(data was 'a', is 'b'\)"):
+    with pytest.raises(ArgumentError, match=r"other settings \(data 'a', now 'b'\)"):
         folder.open({**settings, "data": "b"})
     with folder.results.open("ab") as file:
         file.write(b"{}\n")
@@ -190,7 +190,18 @@ def test_a_search_from_the_command_line(
 
     # another editor does not go on here
     assert main([*command, "--method", "method/r_rome"]) == 2
-    assert "with other settings (editor" in capsys.readouterr().err
+    assert "with other settings (editor.class_path" in capsys.readouterr().err
+
+    # edits behind the same ones are gone on with, others under the same names are not
+    data = tmp_path / "data.json"
+    records = json.loads(data.read_text())
+    data.write_text(json.dumps([*records, {**records[0], "id": "new", "target_new": "blue"}]))
+    assert main(command) == 0
+    assert tried[-1] == "new"
+    data.write_text(json.dumps([{**records[0], "target_new": "green"}, *records[1:]]))
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "edit '0' was made with other data (target_new " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_what_is_left_behind(trace: Callable[..., int], capsys: pytest.CaptureFi
     assert shown.out.startswith("3 facts; average total effect ")
     assert "the model knows 3 of the 4 facts" in shown.err
     kept = [json.loads(line) for line in (out / "facts.jsonl").read_text().splitlines()]
-    assert [fact["id"] for fact in kept] == ["0", "2", "3"]
+    assert sorted(fact["id"] for fact in kept) == ["0", "2", "3"]
     with (out / "effects.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 4 * sum(len(fact["tokens"]) - fact["subject"][0] for fact in kept)
@@ -162,17 +162,17 @@ def test_another_model_of_the_same_name_is_not_gone_on_with(
     name = next(name for name in weights if "o_proj" in name)
     save_file(weights | {name: 1.3 * weights[name]}, folder / "model.safetensors", {"format": "pt"})
     assert trace(*words) == 2
-    assert "weights was" in capsys.readouterr().err
+    assert "other settings (weights " in capsys.readouterr().err
 
 
 def test_refused(trace: Callable[..., int], capsys: pytest.CaptureFixture[str], facts: Path) -> None:
     assert trace("--limit", "1") == 0
     assert trace("--limit", "1", "--seed", "3", "--samples", "1") == 2
-    assert "other settings (samples was 2, is 1; seed was 0, is 3)" in capsys.readouterr().err
+    assert "other settings (samples 2, now 1; seed 0, now 3)" in capsys.readouterr().err
     other = Path("other.json")
     other.write_text(facts.read_text() + "\n", encoding="utf-8")
     assert trace(data="other.json") == 2
-    assert "data was " in capsys.readouterr().err
+    assert "(data " in capsys.readouterr().err
     Path("out/facts.jsonl").write_text('{"id": "0"}\n')
     assert trace("--limit", "1") == 2
     assert "facts.jsonl:1: damaged (KeyError: 'restored')" in capsys.readouterr().err

@@ -230,9 +230,15 @@ def test_the_layers_are_those_of_the_summary(run: Path) -> None:
 
 def test_answers_of_base_and_edited_model_are_shown_for_every_edit(run: Path) -> None:
     table = Reader(page_of(run)).text("edits")
-    assert "1 The capital of Italy is Vienna not Rome Rome p 0.050 Vienna p 0.90 Vienna p 0.90 holds" in table
-    assert "2 The capital of Peru is Vienna not Rome Rome p 0.050 Vienna p 0.90 Rome p 0.050 forgotten" in table
-    assert "3 The capital of Chad is Vienna not Rome Rome p 0.050 Vienna p 0.90 Madrid p 0.40 preferred only" in table
+    assert "1 The capital of Italy is Vienna not Rome Rome p(Vienna) 0.050 Vienna p 0.90 Vienna p 0.90 holds" in table
+    assert (
+        "2 The capital of Peru is Vienna not Rome Rome p(Vienna) 0.050 Vienna p 0.90 Rome p(Vienna) 0.050 forgotten"
+        in table
+    )
+    assert (
+        "3 The capital of Chad is Vienna not Rome Rome p(Vienna) 0.050 Vienna p 0.90 Madrid p(Vienna) 0.40 preferred"
+        in table
+    )
 
 
 def test_failures_are_listed_with_their_reason(run: Path) -> None:
@@ -288,7 +294,10 @@ def test_neighbours_that_changed_are_shown_before_and_after(run: Path) -> None:
     assert (found[0].base.text, found[0].final.text, found[0].verdict) == ("Madrid", "Vienna", "says the edit’s object")
     text = Reader(page_of(run)).text("neighbours")
     assert "3 of 3 neighbours" in text
-    assert "The capital of Spain is Madrid Madrid p 0.70 Vienna p 0.10 says the edit’s object 1: Italy → Vienna" in text
+    assert (
+        "The capital of Spain is Madrid Madrid p 0.70 Vienna p(Madrid) 0.10 says the edit’s object 1: Italy → Vienna"
+        in text
+    )
 
 
 def test_neighbours_that_did_not_change_are_not_shown(tmp_path: Path) -> None:
@@ -380,8 +389,9 @@ def test_an_interrupted_run_has_a_report_of_what_was_measured(tmp_path: Path) ->
     assert "Efficacy success 60.0% +47.5 points from 12.5%" in reader.text("numbers")
     assert "those of the last measurement on the way, after 2 edits" in reader.text("numbers")
     assert "Seconds per edit 2.00" in reader.text("numbers")
-    assert "The capital of Peru is Vienna not Rome Rome p 0.050 Vienna p 0.90 not measured holds" in reader.text(
-        "edits"
+    assert (
+        "The capital of Peru is Vienna not Rome Rome p(Vienna) 0.050 Vienna p 0.90 not measured holds"
+        in reader.text("edits")
     )
     assert "lit-edit 1.2.3" in reader.text("config")
 
@@ -497,7 +507,7 @@ def test_two_runs_are_compared(tmp_path: Path, run: Path) -> None:
     assert "run_name" not in reader.text("settings")
     facts = reader.text("facts")
     assert "3 edits were made in all runs" in facts
-    assert "The capital of Peru is Vienna forgotten Rome p 0.050 holds Vienna p 0.90" in facts
+    assert "The capital of Peru is Vienna forgotten Rome p(Vienna) 0.050 holds Vienna p 0.90" in facts
     assert "Italy" not in facts
 
 

@@ -90,7 +90,7 @@ def test_a_study_from_its_data_to_its_table(
     assert main([*study, "--seed", "1"]) == 2
     assert "mqd_direct.json was made of other events or with another seed" in capsys.readouterr().err
     assert main([*study, "--edits", "3"]) == 2
-    assert "data.limit=2, the grid now gives it 3" in capsys.readouterr().err
+    assert "was made with other settings (data.limit 2, now 3)" in capsys.readouterr().err
 
 
 def test_what_would_be_run_is_listed(pretended: Pretended, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

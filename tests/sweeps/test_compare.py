@@ -259,7 +259,7 @@ def test_every_editor_is_a_fit_of_its_own(
         assert settings["runs_dir"] == str(tmp_path / "runs" / "sweeps" / "mine")
     assert "Everything is in" in capsys.readouterr().out
     assert run("--data", "facts.json", "--data.limit", "8", "--seed_everything=3", "--name", "mine") == 2
-    assert "the point d4s was made with data.limit=7, the grid now gives it 8" in capsys.readouterr().err
+    assert "the point d4s was made with other settings (data.limit 7, now 8)" in capsys.readouterr().err
 
 
 def test_a_part_of_the_editors(pretended: Pretended, capsys: pytest.CaptureFixture[str]) -> None:

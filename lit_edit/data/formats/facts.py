@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lit_edit.data.fields import first_alias, identity, mapping, optional, shown, text, texts
-from lit_edit.data.request import DataError, EditRequest, Probe, shorten
-from lit_edit.errors import nearest
+from lit_edit.data.request import DataError, EditRequest, Probe
+from lit_edit.errors import nearest, shorten
 
 _NEEDED = {"prompt", "subject", "target_new"}
 _READ = (

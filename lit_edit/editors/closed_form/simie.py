@@ -34,9 +34,9 @@ class SimIE(Editor):
     r"""Simulating an ideal editor (Towards Lifelong Model Editing via Simulating Ideal Editor, ICML 2025, eq. 9).
 
     For each edit the base editor makes it, alone, on the original weights, :math:`W_0 + \Delta^e`, and is taken at its
-    word at all tokens of the edit's prompt and target: the stream's update is to say there what :math:`\Delta^e` says,
-    :math:`\Delta_t = \Delta_{t-1} + (\Delta^e - \Delta_{t-1}) K K^\top P_t` with
-    :math:`P_t = (\alpha I + \sum K K^\top)^{-1}`. That is ridge regression from the original weights with the facts
+    word at all tokens of the edit's prompt and target: the stream's update is to say there what :math:`\Delta^e` says:
+    it is :math:`\Delta_t = \Delta_{t-1} + (\Delta^e - \Delta_{t-1}) K K^\top P_t`, with :math:`P_t` the inverse of
+    the sum :math:`\alpha I + \sum K K^\top`. That is ridge regression from the original weights with the facts
     :math:`(K, \Delta^e K)` and the prior :math:`\alpha I`, and it is solved as such, recursively. Facts depend on no
     other edit, so taking one out is exact.
 

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lit_edit.data.files import read_text
-from lit_edit.data.request import DataError, EditRequest, find_fault, shorten
+from lit_edit.data.request import DataError, EditRequest, find_fault
 from lit_edit.data.sources import builtin_text
 from lit_edit.editors.base import EditorInfo
 from lit_edit.editors.gradient.engine import GradientEditor
 from lit_edit.editors.gradient.ft import FT
 from lit_edit.editors.lessons import Lesson
-from lit_edit.errors import ArgumentError, check_least
+from lit_edit.errors import ArgumentError, check_least, shorten
 from lit_edit.files.paths import expand
 from lit_edit.text.tokens import encode
 

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lit_edit.data.request import EditRequest, shorten
+from lit_edit.data.request import EditRequest
 from lit_edit.editors.base import EditorInfo, Status
 from lit_edit.editors.lessons import target_probability
 from lit_edit.editors.memory.engine import Kept, Learnt, MemoryEditor
@@ -40,7 +40,7 @@ from lit_edit.editors.memory.serac_network import (
     record_number,
     stated,
 )
-from lit_edit.errors import ArgumentError, NotHereError
+from lit_edit.errors import ArgumentError, NotHereError, shorten
 from lit_edit.files.checksum import checksum
 from lit_edit.files.paths import expand
 from lit_edit.models.adapter import ModelAdapter

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_edit.errors import ArgumentError
+from lit_edit.files.changes import refuse_changes
 from lit_edit.runs.results import append_line, read_lines
 
 
@@ -30,10 +30,9 @@ class CaseFile:
         self.path = path
         self.settings = json.loads(json.dumps(settings))
         lines = list(read_lines(path, dict))
-        if lines and lines[0].get("settings") != self.settings:
-            raise ArgumentError(
-                f"{path} was begun with other settings of the editor: give the study another --name, or delete the file"
-            )
+        if lines:
+            cure = "give the study another --name, or delete the file"
+            refuse_changes(f"{path} was begun", lines[0].get("settings"), self.settings, cure)
         self.rows = cases_of(path)
         self.begun = bool(lines)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lit_edit.console.arguments import make_parser, positive
 from lit_edit.console.configs import find_config
 from lit_edit.errors import ArgumentError
+from lit_edit.files.changes import refuse_changes
 from lit_edit.files.paths import write_json
 from lit_edit.studies.frame import begin_study, folder_of, say, say_how_to_go_on, say_report
 
@@ -146,9 +147,9 @@ def _keep_settings(folder: Path, testbed: Testbed, trained: Trained, options: ar
     path = folder / "settings.json"
     if path.is_file():
         then = _read_settings(folder)
-        if other := [name for name in fixed if then.get(name) != fixed[name]]:
-            told = f"{folder} was begun with other settings ({', '.join(other)})"
-            raise ArgumentError(f"{told}: give the study another --name, or delete the folder")
+        same = {name: then.get(name) for name in fixed}
+        cure = "give the study another --name, or delete the folder"
+        refuse_changes(f"{folder} was begun", same, json.loads(json.dumps(fixed)), cure)
     settings = {**fixed, "edits": options.edits, "facts": len(testbed.world.facts), "trained": trained.record}
     write_json(path, settings)
     return settings

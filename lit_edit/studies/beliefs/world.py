@@ -19,8 +19,8 @@ from itertools import combinations, islice
 from pathlib import Path
 
 from lit_edit.data.files import read_text
-from lit_edit.data.request import DataError, find_fault, shorten
-from lit_edit.errors import ArgumentError
+from lit_edit.data.request import DataError, find_fault
+from lit_edit.errors import ArgumentError, shorten
 from lit_edit.files.paths import expand
 
 log = logging.getLogger(__name__)

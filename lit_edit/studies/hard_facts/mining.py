@@ -37,6 +37,7 @@ class SingleEdit:
     said: bool = False  # whether every token of the new object is the first choice
     growth: float = math.nan  # of mean |W|, of the weight that grows most: 0.1 is ten per cent; 0 if none is written
     refused: str = ""  # why there is no such edit: it would have written what is not finite
+    request: Mapping[str, Any] = field(default_factory=dict)  # as EditRequest.as_dict has it
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> SingleEdit:
@@ -88,7 +89,7 @@ class Miner:
             proposal = self.session.editor.propose([request], [request])
             self.session.ledger.check(proposal.updates, proposal.entries)
         except HARMFUL as error:
-            return SingleEdit(request.id, refused=str(error))
+            return SingleEdit(request.id, refused=str(error), request=request.as_dict())
         view = self.session.preview(proposal)
         perplexity = self._measure(view)
         [before], [after] = (
@@ -104,6 +105,7 @@ class Miner:
             math.exp(-before.nll),
             bool(after.hits.all()),
             self._growth(proposal),
+            request=request.as_dict(),
         )
 
     def _measure(self, model: ModelAdapter) -> dict[str, float]:
@@ -139,6 +141,6 @@ def as_records(rows: Sequence[SingleEdit], requests: Mapping[str, EditRequest]) 
     """Return edits as records that lit-edit reads, each with what was measured under ``hard``, which is passed over."""
     measured = {row.id: without_nan(asdict(row)) for row in rows}
     return [
-        {**requests[i].as_dict(), "hard": {k: v for k, v in row.items() if k not in ("id", "refused")}}
+        {**requests[i].as_dict(), "hard": {k: v for k, v in row.items() if k not in ("id", "refused", "request")}}
         for i, row in measured.items()
     ]

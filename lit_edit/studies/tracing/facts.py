@@ -10,7 +10,8 @@ from typing import Any
 
 from lit_edit.data.files import read_file
 from lit_edit.data.formats import parse_record
-from lit_edit.data.request import DataError, find_fault, find_subject, shorten
+from lit_edit.data.request import DataError, find_fault, find_subject
+from lit_edit.errors import shorten
 from lit_edit.files.paths import expand
 
 BUILTIN = "builtin"

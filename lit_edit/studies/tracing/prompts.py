@@ -9,7 +9,8 @@ from itertools import islice
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lit_edit.data.request import DataError, shorten
+from lit_edit.data.request import DataError
+from lit_edit.errors import shorten
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.studies.tracing.facts import KnownFact
 from lit_edit.text.tokens import continuation, encode, leading_tokens, pad_right, pad_token
