@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lit_edit.models.adapter import ModelAdapter
 from lit_edit.models.families import SPECS
@@ -21,27 +23,35 @@ def check_if_new(adapter: ModelAdapter) -> None:
         check_passes(adapter)
         if not _adds(adapter):
             log.warning(
-                "what an MLP of this %s says is scaled or normalised before it is added to the stream, which no "
-                "description says: how strongly edits are written is a guess; look at which of them hold",
+                "what an MLP of this %s says is not what reaches the residual stream, and the description does not say "
+                "what becomes of it (model.language_model.arch: output_norm, output_scale): how strongly edits are "
+                "written is a guess; look at which of them hold",
                 adapter.spec.family,
             )
 
 
 @torch.no_grad()
 def _adds(adapter: ModelAdapter) -> bool:
-    """Tell whether what a down projection says more reaches the residual stream as it is: tried in one layer."""
-    layer, found = adapter.editable[0], []
+    """Tell whether what a down projection says reaches the residual stream as described: tried in one layer."""
+    layer, found = adapter.editable[0], list[Tensor]()
+    said: list[Tensor] = []
     more = torch.linspace(-1, 1, adapter.shape(layer)[0], device=adapter.device, dtype=adapter.dtype)
+
+    def say_more(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        said.append(out.reshape(-1, out.shape[-1])[-1:])
+        return out + more
+
     hooks = [adapter.layers[layer].register_forward_hook(lambda module, args, out: found.append(first_of(out)[0, -1]))]
     ids = torch.tensor([[1, 2, 3]], device=adapter.device)
     try:
         adapter.last_hidden(ids, torch.ones_like(ids))
-        hooks.append(adapter.down_proj(layer).register_forward_hook(lambda module, args, out: out + more))
+        hooks.append(adapter.down_proj(layer).register_forward_hook(say_more))
         adapter.last_hidden(ids, torch.ones_like(ids))
     finally:
         for hook in hooks:
             hook.remove()
-    return bool((found[1] - found[0] - more).norm() < 0.05 * more.norm())
+    claimed = (adapter.added(layer, said[0] + more) - adapter.added(layer, said[0]))[0]
+    return bool((found[1] - found[0] - claimed).norm() < 0.05 * claimed.norm())
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ _MIXERS = re.compile(
 )
 # What leads inwards, or belongs to attention where that is no module of its own; by its own name.
 _INWARD = re.compile(r"gate|router|up_proj|\bup\b|\bq\b|query|key|value|_o\b|out_proj|o_proj|c_attn|dense$")
+# What normalises the MLP's output, as it is called where it stands behind it.
+_BEHIND = re.compile(r"post_?(feed_?forward|mlp|ffn)\w*norm", re.IGNORECASE)
 # Lists that are not of the decoder's own layers; by their path.
 _ELSEWHERE = re.compile(r"vision|visual|image|audio|speech|encoder(?!\w*decoder)|mtp|nextn|\bexperts\b", re.IGNORECASE)
 
@@ -54,11 +56,14 @@ def discover(model: Any) -> ArchSpec:
             f"attention; looked in {sizes}"
         )
     _, _, path, paths = best
+    scale = getattr(config, "residual_multiplier", None)
     return ArchSpec(
         family=str(model.config.model_type),
         layers=path,
         down_proj=paths if len(paths) > 1 else paths[0],
         norm=None,
+        output_norm=_output_norm(dict(lists)[path], paths, width),
+        output_scale="residual_multiplier" if isinstance(scale, (int, float)) and scale != 1 else None,
         tail="model",
         rows="whole",
     )
@@ -83,6 +88,21 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
             if any(True for _ in module[0].parameters()):
                 taken.append(path)
                 yield path, list(module)
+
+
+def _output_norm(layers: list[nn.Module], paths: tuple[str, ...], width: int) -> str | None:
+    """Return the path of the norm behind the MLP that all layers have, by its name; what it does is proven later."""
+    found = {
+        tuple(
+            name
+            for name, module in layer.named_children()
+            if _BEHIND.search(name) and getattr(getattr(module, "weight", None), "shape", None) == (width,)
+        )
+        for layer in layers
+    }
+    [names] = found if len(found) == 1 else [()]
+    experts = any("expert" in path for path in paths)  # what is normalised is then a sum with what others say
+    return names[0] if len(names) == 1 and not experts else None
 
 
 def down_projection(layer: nn.Module, width: int) -> str | None:

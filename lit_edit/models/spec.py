@@ -23,7 +23,9 @@ class ArchSpec:
         head: Path from the model to the language-model head; by default what ``get_output_embeddings()`` returns.
         post_norm: Path to a module that stands between final norm and head (OPT-350m projects out there), or ``None``.
         output_norm: Path from one decoder layer to an RMS norm between the down projection and the residual stream
-            (Gemma 2 and 3), or ``None``.
+            (Gemma 2 and 3, OLMo 2, GLM 4), or ``None``.
+        output_scale: Name of the config attribute that multiplies what a layer adds to the residual stream
+            (Granite), or ``None``.
         logit_softcap: Name of the config attribute that caps the logits (Gemma 2), or ``None``.
         model_types: Values of ``config.model_type`` that this description covers.
         tail: How logits are made of the last layer's output: by the ``parts`` named here, or by the ``model`` itself,
@@ -39,6 +41,7 @@ class ArchSpec:
     head: str | None = None
     post_norm: str | None = None
     output_norm: str | None = None
+    output_scale: str | None = None
     logit_softcap: str | None = None
     model_types: tuple[str, ...] = ()
     tail: Literal["parts", "model"] = "parts"

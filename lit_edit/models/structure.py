@@ -111,7 +111,7 @@ class Structure:
     @property
     def adds_up(self) -> bool:
         """Whether what a down projection says is added to the residual stream as it is, as far as is known."""
-        return self.spec.output_norm is None and self.spec.tail == "parts"
+        return self.spec.output_norm is self.spec.output_scale is None and self.spec.tail == "parts"
 
     @property
     def n_layers(self) -> int:
@@ -187,6 +187,12 @@ class Structure:
     def output_norm(self, layer: int) -> nn.Module | None:
         """Return what stands between a layer's down projection and the residual stream; mostly nothing does."""
         return self.layers[layer].get_submodule(self.spec.output_norm) if self.spec.output_norm else None
+
+    @property
+    def output_scale(self) -> float:
+        """What multiplies all that a layer adds to the residual stream."""
+        name = self.spec.output_scale
+        return 1.0 if name is None else float(getattr(self.model.config.get_text_config(decoder=True), name))
 
     def own_weight(self, layer: int) -> nn.Parameter:
         """Return the edited parameter of a layer as the model itself holds it."""

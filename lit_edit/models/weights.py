@@ -53,7 +53,11 @@ class Weights(Structure):
 
     def mlp_output(self, layer: int, keys: Tensor) -> Tensor:
         """Return what a layer's MLP adds to the stream, from the inputs of its down projection ``(n, d_in)``."""
-        return self._normalised(layer)(self.project(layer, keys))
+        return self.added(layer, self.project(layer, keys))
+
+    def added(self, layer: int, values: Tensor) -> Tensor:
+        """Return what is added to the residual stream where a down projection says ``values`` ``(n, d_out)``."""
+        return self._normalised(layer)(values) * self.output_scale
 
     def _normalised(self, layer: int) -> Callable[[Tensor], Tensor]:
         """Return what becomes of a down projection's output before it is added to the residual stream."""
@@ -68,8 +72,10 @@ class Weights(Structure):
 
         The same thing for most families. Gemma normalises that output, :math:`N(x) = s \odot x / \mathrm{rms}(x)`,
         before it is added: only the direction passes. The output is to point, at its old length, where :math:`N` comes
-        nearest to :math:`N(x) + r` (:func:`nearest_direction`). ``keys`` ``(n, d_in)`` are the inputs of the projection.
+        nearest to :math:`N(x) + r` (:func:`nearest_direction`). Granite multiplies what is added by a number, which the
+        residual is divided by. ``keys`` ``(n, d_in)`` are the inputs of the projection.
         """
+        residuals = residuals / self.output_scale
         if self.spec.output_norm is None:
             return residuals
         norm = self._normalised(layer)
@@ -136,7 +142,7 @@ def nearest_direction(scale: Tensor, wanted: Tensor) -> Tensor:
     """
     squares, product, size = scale.square(), scale * wanted, scale.numel()
     floor = squares.min()
-    # Where the length is right: |s t| / (s^2 + mu) is at most |s t| / (mu - floor), so that mu lies below the upper end.
+    # Of mu + min s^2: the length is at most |s t| over it, and so no longer than it should be at the upper end.
     upper = torch.linalg.vector_norm(product, dim=1, keepdim=True) / size**0.5
     low, high = torch.zeros_like(upper), upper
     for _ in range(100):

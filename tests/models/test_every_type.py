@@ -153,13 +153,13 @@ def test_layers_without_an_mlp_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "adds"), [("falcon", True), ("lfm2", True), ("olmo2", False), ("granite", False)]
+    ("model_type", "adds"), [("falcon", True), ("lfm2", True), ("qwen2_moe", False), ("minicpm3", False)]
 )
-def test_a_block_that_scales_what_its_mlp_says_is_told(
+def test_a_block_that_changes_what_its_mlp_says_is_told(
     model_type: str, adds: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     check_if_new(ModelAdapter(tiny(model_type)))
-    assert ("scaled or normalised before it is added" in caplog.text) is not adds
+    assert ("is not what reaches the residual stream" in caplog.text) is not adds
 
 
 def test_nothing_is_run_to_find_it() -> None:
