@@ -16,6 +16,9 @@ from lit_edit.cli.registry import BY_NAME, HELP
 from lit_edit.console.terminal import show_messages
 from lit_edit.errors import RunStoppedError, UserError, did_you_mean
 
+ACCEPT = "--accept-licence"
+"""What says that the terms of models that are fetched are accepted, with every command."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0 done, 2 bad arguments or data, 1 anything else."""
@@ -24,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return complete_line()
     args = list(sys.argv[1:] if argv is None else argv)
+    if ACCEPT in args:  # of any command that may fetch a model, and of the processes that it starts
+        args = [word for word in args if word != ACCEPT]
+        os.environ["LIT_EDIT_ACCEPT_LICENCE"] = "all"
     if not args or args[0] in ("-h", "--help", "help"):
         sys.stdout.write(HELP)
         return 0 if args else 2

@@ -102,7 +102,7 @@ def _help() -> str:
     return f"""{text}
 lit-edit COMMAND --help explains each; docs/commands.md has them all. A run leaves everything in runs/<name>/;
 --run_name names it. --config takes a YAML file or the name of one that ships (lit-edit models lists them), several
-times if you like.
+times if you like. --accept-licence, with any command, says that the terms of a model that is fetched are accepted.
 """
 
 

