@@ -2,17 +2,75 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from typing import Any
 
-from lit_edit.console.arguments import make_parser
+from lit_edit.console.arguments import check_model, make_parser
 from lit_edit.console.terminal import write_json
+from lit_edit.errors import ArgumentError
+
+
+def _describe(options: argparse.Namespace) -> None:
+    """Say what was found of a model."""
+    name = check_model(options.describe)
+
+    import yaml
+
+    from lit_edit.files.paths import write_text
+    from lit_edit.models import LanguageModel, ModelAdapter
+    from lit_edit.models.description import describe_model
+
+    model, _ = LanguageModel(name, trust_remote_code=options.trust_remote_code).load()
+    found = describe_model(ModelAdapter(model))
+    settings = {"model": {"language_model": {"name": name, "arch": found["arch"]}}}
+    if options.out is not None:
+        text = yaml.safe_dump(settings, sort_keys=False)
+        write_text(options.out, f"# What lit-edit models --describe has found of {name}.\n{text}")
+    if options.json:
+        write_json({"model": name, **found})
+        return
+    sys.stdout.write(_words(name, found))
+    if options.out is not None:
+        sys.stdout.write(f"\nWritten as a config to {options.out}: lit-edit fit --config {options.out}\n")
+
+
+def _words(name: str, found: dict[str, Any]) -> str:
+    layers, down, behind = found["layers"], found["down_projection"], found["behind_it"]
+    edited, paths = found["edited_by_default"], down["path"]
+    widths = ", ".join(f"{width['inner']} to {width['stream']}" for width in down["widths"])
+    without = layers["count"] - len(layers["with_down_projection"])
+    lines = {
+        "model": f"{name} ({found['family']}, found {found['found']})",
+        "layers": f"{layers['path']}, {layers['count']}" + (f"; {without} without an MLP" if without else ""),
+        "down projection": f"{paths if isinstance(paths, str) else ', '.join(paths)} ({widths})",
+        "behind it": ", ".join(f"{part} {value}" for part, value in behind.items() if value) or "nothing: it is added",
+        "logits": found["logits"],
+        "rows": found["rows"],
+        "edited by default": f"layers {', '.join(map(str, edited['layers']))} ({edited['why']})",
+        "proven": "yes: layer by layer it says what it says itself, and what its MLP says is what reaches the stream"
+        if found["proven"]
+        else f"NO: {found['fault']}",
+    }
+    return "".join(f"{word:<19}{text}\n" for word, text in lines.items())
 
 
 def run_models(args: list[str]) -> None:
     """Show models, architectures and configs."""
     parser = make_parser("models", "List known models, what is cached, and the configs that ship.")
+    text = "load a model, and say where its parts are, how that is known, and whether it is proven"
+    parser.add_argument("--describe", metavar="NAME", default=None, help=text)
+    parser.add_out("with --describe: write it as a config there, to be corrected and given with --config")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="with --describe: let it bring code of its own"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     options = parser.parse_args(args)
+    if options.describe is not None:
+        _describe(options)
+        return
+    if options.out is not None or options.trust_remote_code:
+        raise ArgumentError("--out and --trust-remote-code belong to --describe NAME")
 
     from rich.console import Console
 

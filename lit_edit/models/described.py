@@ -21,7 +21,7 @@ def check_if_new(adapter: ModelAdapter) -> None:
     """Check a model that no family file describes (:func:`check_passes`), before anything is done to it."""
     if adapter.spec not in SPECS:
         check_passes(adapter)
-        if not _adds(adapter):
+        if not adds_as_described(adapter):
             log.warning(
                 "what an MLP of this %s says is not what reaches the residual stream, and the description does not say "
                 "what becomes of it (model.language_model.arch: output_norm, output_scale): how strongly edits are "
@@ -31,7 +31,7 @@ def check_if_new(adapter: ModelAdapter) -> None:
 
 
 @torch.no_grad()
-def _adds(adapter: ModelAdapter) -> bool:
+def adds_as_described(adapter: ModelAdapter) -> bool:
     """Tell whether what a down projection says reaches the residual stream as described: tried in one layer."""
     layer, found = adapter.editable[0], list[Tensor]()
     said: list[Tensor] = []

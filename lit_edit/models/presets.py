@@ -34,7 +34,7 @@ PUBLISHED_SINGLE: dict[tuple[str, int, int], int] = {
 def edit_layer(adapter: ModelAdapter) -> int:
     """Return the layer to edit when a method edits one and the user names none: by default the middle of the group."""
     layers = edit_layers(adapter)
-    return PUBLISHED_SINGLE.get(_key(adapter), layers[len(layers) // 2])
+    return PUBLISHED_SINGLE.get(key_of(adapter), layers[len(layers) // 2])
 
 
 def edit_layers(adapter: ModelAdapter) -> tuple[int, ...]:
@@ -42,7 +42,7 @@ def edit_layers(adapter: ModelAdapter) -> tuple[int, ...]:
 
     Models that nobody has tuned get the layers from an eighth to a third of the depth, where the published choices lie.
     """
-    key = _key(adapter)
+    key = key_of(adapter)
     if key in PUBLISHED:
         return PUBLISHED[key]
     depth = adapter.n_layers
@@ -51,5 +51,6 @@ def edit_layers(adapter: ModelAdapter) -> tuple[int, ...]:
     return tuple(chosen[-5:])
 
 
-def _key(adapter: ModelAdapter) -> tuple[str, int, int]:
+def key_of(adapter: ModelAdapter) -> tuple[str, int, int]:
+    """Return what layers are published by: model type, number of layers, width of the residual stream."""
     return adapter.model.config.model_type, adapter.n_layers, adapter.shape(adapter.editable[0])[0]
