@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_edit.errors import ArgumentError, UserError
+from lit_edit.errors import ArgumentError, UserError, did_you_mean
 from lit_edit.models.discovery import NothingFoundError, discover
 from lit_edit.models.families import SPECS
 from lit_edit.models.shards import is_sharded, written_class
@@ -147,7 +147,8 @@ class Structure:
         path = self.down_path(layer)
         if path is None:
             raise UnknownArchitectureError(
-                f"layer {layer} has no module {self.spec.down_proj!r}{self._others()}.\n{_describe(self.model)}"
+                f"layer {layer} has no module {self.spec.down_proj!r}{self._others()}{self._meant()}.\n"
+                f"{_describe(self.model)}"
             )
         module = self.layers[layer].get_submodule(path)
         if not isinstance(module, (nn.Linear, Conv1D)):
@@ -166,6 +167,12 @@ class Structure:
     def _find_down(self, layer: nn.Module) -> str | None:
         paths = (self.spec.down_proj,) if isinstance(self.spec.down_proj, str) else self.spec.down_proj
         return next((path for path in paths if _has(layer, path)), None)
+
+    def _meant(self) -> str:
+        """Name the module of a layer that comes nearest to a path that no layer has."""
+        known = [name for name, _ in self.layers[0].named_modules() if name]
+        path = self.spec.down_proj if isinstance(self.spec.down_proj, str) else self.spec.down_proj[0]
+        return "" if self.editable else did_you_mean(path, known)
 
     def _others(self) -> str:
         return f" (layers {', '.join(map(str, self.editable))} have)" if self.editable else ""
@@ -216,14 +223,20 @@ class Structure:
         except AttributeError:
             raise UnknownArchitectureError(
                 f"the description of family {self.spec.family!r} names {path!r}, which this "
-                f"{type(self.model).__name__} does not have.\n{_describe(self.model)}"
+                f"{type(self.model).__name__} does not have{self._near(path)}.\n{_describe(self.model)}"
             ) from None
+
+    def _near(self, path: str) -> str:
+        """Name the module that comes nearest to a path that the model does not have; of layers their list alone."""
+        known = [name for name, _ in self.model.named_modules() if not re.search(r"\.\d+(\.|$)", name)]
+        return did_you_mean(path, known)
 
     def _optional(self, path: str | None) -> nn.Module | None:
         if path is None:
             return None
         parent, _, name = path.rpartition(".")
-        return getattr(self._module(parent), name, None) if parent else self._module(name)
+        owner = self._module(parent) if parent else self.model
+        return getattr(owner, name) if hasattr(owner, name) else self._module(path)  # OPT's is there, and may be None
 
 
 def _has(module: nn.Module, path: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from transformers import PreTrainedModel
 from lit_edit.data.request import EditRequest
 from lit_edit.editors import D4S, TargetSettings
 from lit_edit.models import ModelAdapter
+from lit_edit.models.spec import ArchSpec
+from lit_edit.models.structure import UnknownArchitectureError
 from lit_edit.targets.problem import build_problem
 from lit_edit.testing import TINY_CONFIGS, tiny_tokenizer
 from tests.parity.test_d4s_acceptance import Run, read_moments, tiny
@@ -90,3 +94,19 @@ def test_edit_takes_in_square_matrices(family: str, settings: dict[str, int]) ->
     model = tiny(family, **settings)
     assert len(set(ModelAdapter(model).down_proj(1).weight.shape)) == 1
     edit_takes(model, (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("part", "path", "meant"),
+    [
+        ("layers", "model.layer", "model.layers"),
+        ("norm", "model.nrom", "model.norm"),
+        ("down_proj", "mlp.down_prj", "mlp.down_proj"),
+        ("down_proj", "mpl.down_proj", "mlp.down_proj"),
+    ],
+)
+def test_a_misspelt_path_names_the_nearest(part: str, path: str, meant: str) -> None:
+    names = {"family": "mine", "layers": "model.layers", "down_proj": "mlp.down_proj", "norm": "model.norm"}
+    spec = ArchSpec(**{**names, part: path})
+    with pytest.raises(UnknownArchitectureError, match=rf"{re.escape(path)}'.*; did you mean {re.escape(meant)}\?\."):
+        ModelAdapter(tiny("llama"), spec)
