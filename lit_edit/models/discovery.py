@@ -20,8 +20,12 @@ from lit_edit.models.spec import ArchSpec
 _MIXERS = re.compile(
     r"att(entio)?n|mamba|ssm|conv|recurrent|delta|mixer|rotary|router|indexer|compress|norm|embed|lora", re.IGNORECASE
 )
+# What is called so by its class is none of these, whatever its name (Nemotron-H calls all its parts mixers).
+_MLP = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
 # What leads inwards, or belongs to attention where that is no module of its own; by its own name.
-_INWARD = re.compile(r"gate|router|up_proj|\bup\b|\bq\b|query|key|value|_o\b|out_proj|o_proj|c_attn|dense$")
+_INWARD = re.compile(
+    r"gate|router|up_proj|\bup\b|\bq\b|query|key|value|_o\b|out_proj|o_proj|c_attn|dense$|receptance|^linear$"
+)
 # What normalises the MLP's output, as it is called where it stands behind it.
 _BEHIND = re.compile(r"post_?(feed_?forward|mlp|ffn)\w*norm", re.IGNORECASE)
 # Lists that are not of the decoder's own layers; by their path.
@@ -118,6 +122,22 @@ def down_projection(layer: nn.Module, width: int) -> str | None:
     return found[-1] if found else None
 
 
+def _own_name(kind: str, layer: str) -> str:
+    """Return a class's name without the words that it begins with like the layer's: those are the model's.
+
+    Example:
+        >>> _own_name("RecurrentGemmaMlp", "RecurrentGemmaDecoderLayer"), _own_name("SeedOssMLP", "SeedOssDecoderLayer")
+        ('Mlp', 'MLP')
+        >>> _own_name("MambaMixer", "MambaBlock"), _own_name("Linear", "MambaBlock")
+        ('Mixer', 'Linear')
+    """
+    words, others = (re.findall(r"[A-Z][a-z0-9_]*|[a-z0-9_]+", name) for name in (kind, layer))
+    same = 0
+    while same < min(len(words) - 1, len(others)) and words[same] == others[same]:
+        same += 1
+    return "".join(words[same:])
+
+
 def _outputs(module: nn.Module) -> int:
     return int(module.weight.shape[1] if isinstance(module, Conv1D) else module.weight.shape[0])  # type: ignore[index]
 
@@ -128,6 +148,7 @@ def _excluded(layer: nn.Module, path: str) -> bool:
     owner = layer
     for name in names[:-1]:
         owner = owner.get_submodule(name)
-        if _MIXERS.search(type(owner).__name__) or _MIXERS.search(name) or isinstance(owner, nn.ModuleList):
+        kind = _own_name(type(owner).__name__, type(layer).__name__)
+        if isinstance(owner, nn.ModuleList) or _MIXERS.search(kind) or (_MIXERS.search(name) and not _MLP.search(kind)):
             return True
     return bool(_INWARD.search(names[-1]))

@@ -111,3 +111,31 @@ def tiny(model_type: str, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
     return model.float().eval().requires_grad_(False)
+
+
+LEFT_OUT: Mapping[str, str] = {
+    "encoders, and decoders of sequence-to-sequence, speech and image models": (
+        "bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert data2vec- "
+        "text electra ernie git marian mbart megatron-bert musicgen musicgen_melody mvp pegasus plbart "
+        "prophetnet reformer rembert roberta roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm- "
+        "roberta xlm-roberta-xl xlnet xmod"
+    ),
+    "no MLP, or none that is a linear map to the stream": ("mamba mamba2 falcon_mamba rwkv xlstm"),
+    "experts alone, none that every token passes": (
+        "dbrx flex_olmo gpt_oss granitemoe granitemoe_swa inkling_text inkling2_text jetmoe longcat_flash "
+        "mellum minimax minimax_m2 mixtral olmoe phimoe qwen3_moe"
+    ),
+    "states or caches that no layer can be run with alone": (
+        "bamba blt cpmant deepseek_v4 gemma3n_text hrm_text hy_v4 zamba zamba2"
+    ),
+    "multimodal shells, whose parts were not built small": (
+        "beam dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified "
+        "gemma4_unified_assistant got_ocr2 llama4 mllama moss_transcribe_diarize phi4_multimodal qwen3_5 "
+        "qwen3_5_moe"
+    ),
+    "not built small: configurations that want what is not known here": (
+        "cohere_compass_text deepseek_v2 dots1 dots3_note_text falcon_h1 gemma4_text gemma4_unified_text "
+        "qwen4_exp qwen4_exp_text zaya"
+    ),
+}
+"""Types that these tests do not edit, by the reason."""
