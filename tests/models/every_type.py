@@ -115,10 +115,10 @@ def tiny(model_type: str, seed: int = 0) -> PreTrainedModel:
 
 LEFT_OUT: Mapping[str, str] = {
     "encoders, and decoders of sequence-to-sequence, speech and image models": (
-        "bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert data2vec- "
-        "text electra ernie git marian mbart megatron-bert musicgen musicgen_melody mvp pegasus plbart "
-        "prophetnet reformer rembert roberta roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm- "
-        "roberta xlm-roberta-xl xlnet xmod"
+        "bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert "
+        "data2vec-text electra ernie git marian mbart megatron-bert musicgen musicgen_melody mvp pegasus plbart "
+        "prophetnet reformer rembert roberta roberta-prelayernorm roc_bert roformer trocr whisper xlm "
+        "xlm-roberta xlm-roberta-xl xlnet xmod"
     ),
     "no MLP, or none that is a linear map to the stream": ("mamba mamba2 falcon_mamba rwkv xlstm"),
     "experts alone, none that every token passes": (
