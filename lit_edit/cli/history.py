@@ -265,6 +265,9 @@ def _finish(
     if final is not None:
         kinds = (("efficacy", "success"), ("generalization", "success"), ("locality", "agreement"))
         told = [f"{kind} {name} {final[kind][name]:.3f}" for kind, name in kinds if final[kind].get(name) is not None]
-        console.print(f"measured over the {there} in the model: {', '.join(told)}", highlight=False)
+        about = (
+            f"measured over the {there} in the model: {', '.join(told)}" if told else "no edit is in the model any more"
+        )
+        console.print(about, highlight=False)
     if note:
         sys.stdout.write(f"{note}\n")

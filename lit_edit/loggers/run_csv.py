@@ -79,6 +79,12 @@ class RunCSVLogger(Logger):
         self._row = {**self._row, **{name: float(value) for name, value in metrics.items()}, "step": step}
 
     @rank_zero_only
+    def forget(self, names: Iterable[str], step: int) -> None:
+        """Leave values out of the row of a step that an earlier attempt has written there."""
+        self.log_metrics({}, step)
+        self._row |= dict.fromkeys(names, "")
+
+    @rank_zero_only
     def save(self) -> None:
         """Write the row at hand.
 

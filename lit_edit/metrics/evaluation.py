@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -155,7 +156,9 @@ def summarise(
     metrics = EditMetrics()
     for result in results:
         metrics.update(result, None if before is None else before.get(result.id))
-    return {**metrics.compute(), "perplexity": perplexity}
+    with warnings.catch_warnings():  # of no edits there are no numbers, and that is no mistake
+        warnings.filterwarnings("ignore", "The ``compute`` method of metric")
+        return {**metrics.compute(), "perplexity": perplexity}
 
 
 def flatten(summary: Summary, prefix: str) -> dict[str, float]:

@@ -31,5 +31,7 @@ def update_metrics(folder: Path, ledger: EditLedger, final: Summary | None) -> N
     columns = read_rows(path)[0]
     norms = {name: value for name, value in logged_norms(ledger.layer_norms()).items() if name in columns}
     logger = RunCSVLogger(str(folder))
+    if final is not None:  # what cannot be measured any more, of edits that are gone, is left out
+        logger.forget([name for name in columns if name.startswith(("final/", "retention/"))], ledger.made)
     logger.log_metrics(norms | ({} if final is None else flatten(final, "final")), step=ledger.made)
     logger.save()

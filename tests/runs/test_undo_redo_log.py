@@ -140,6 +140,17 @@ def test_undo_and_redo_are_seen_by_everyone(finished: Path, whole: Path, tmp_pat
     assert_drawn_as_it_is(finished)
 
 
+def test_an_undo_of_all_says_so(finished: Path, capsys: Any) -> None:
+    (finished / "figures").mkdir()
+    assert main(["undo", f"--run={finished}", f"--last={EDITS}"]) == 0
+    assert "no edit is in the model any more" in capsys.readouterr().out
+    assert held(finished) == []
+    assert (finished / "figures" / "metrics.png").is_file()
+    run = read_run(finished)
+    assert course(run, "efficacy/accuracy")[-1][0] == 0  # of the model before; none is there to be measured
+    assert course(run, "perplexity")[-1] == (EDITS, pytest.approx(course(run, "perplexity")[0][1]))
+
+
 def assert_drawn_as_it_is(folder: Path) -> None:
     """Curves end in the numbers of the model as it is, and the pictures are those of the curves."""
     run = read_run(folder)
